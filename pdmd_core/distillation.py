@@ -1,0 +1,167 @@
+"""The updates of one phase: which network is asked what, and the two losses that come of it.
+
+``PhasedDistiller`` owns no loop, no optimizer and no files; all randomness comes from the generator it is given.
+(Phased DMD, arXiv 2510.27684, algorithm 1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .families import Conditioning
+from .flow import Sigma, at_least_float32, renoise
+from .objectives import (
+    FakeTarget,
+    FakeWeighting,
+    GeneratorWeighting,
+    distribution_matching_loss,
+    fake_score_loss,
+    generator_direction,
+)
+from .phases import PhasePlan, shift_sigma, unshift_sigma
+from .roles import FAKE, TEACHER
+from .rollout import Rollout, simulate
+
+ScoreRange = Literal["nested", "disjoint"]
+
+
+class VelocityOfRole(Protocol):
+    """What a distiller needs of ``Roles``: the velocity of a role at x, sigma."""
+
+    def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The choices of the method that are not the plan; the defaults are the recipe."""
+
+    guidance_scale: float = 4.0
+    """Classifier-free guidance of the teacher; 1 is none. The fake and the experts run without."""
+    fake_weighting: FakeWeighting = "clamp"
+    fake_target: FakeTarget = "unbiased"
+    generator_weighting: GeneratorWeighting = "dmd2"
+    score_range: ScoreRange = "nested"
+    """Noise levels t at which teacher and fake are compared: (s, 1), or (s, start of the phase) as an ablation."""
+    score_shift: float = 1.0
+    """t is uniform in raw time under this shift."""
+    margin: float = 0.02
+    """With ``fake_weighting`` margin, t stays this far (relative to the range, in raw time) above s."""
+
+
+class PhasedDistiller:
+    """Losses of phase ``phase`` of ``plan``; roles are "teacher", "fake" and the names of the plan's phases."""
+
+    def __init__(self, plan: PhasePlan, phase: int, networks: VelocityOfRole, objective: Objective) -> None:
+        self.plan = plan
+        self.phase = phase
+        self.networks = networks
+        self.objective = objective
+        self.sigma_end, self.sigma_start = plan.interval(phase)
+
+    @property
+    def expert(self) -> str:
+        """The role that this phase trains."""
+        return self.plan.phases[self.phase].name
+
+    def draw_step(self, generator: torch.Generator | None = None) -> int:
+        """The step inside the phase that trains (SGTS); uniform. Draw it from a generator that all ranks share."""
+        steps = len(self.plan.phases[self.phase].sigmas)
+        return int(torch.randint(steps, (), generator=generator)) if steps > 1 else 0
+
+    def draw_score_sigma(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Noise levels t, shape (batch,), inside the open range where fake and teacher are compared (CPU tensor)."""
+        shift = self.objective.score_shift
+        low = unshift_sigma(self.sigma_end, shift)
+        high = unshift_sigma(self.sigma_start, shift) if self.objective.score_range == "disjoint" else 1.0
+        edge = 1e-4 * (high - low)
+        start = low + (self.objective.margin * (high - low) if self.objective.fake_weighting == "margin" else edge)
+        raw = start + (high - edge - start) * torch.rand(batch, generator=generator, dtype=torch.float64)
+        shifted = torch.tensor([shift_sigma(float(u), shift) for u in raw], dtype=torch.float32)
+        return self._checked(shifted)
+
+    def _checked(self, t: Tensor) -> Tensor:
+        high = self.sigma_start if self.objective.score_range == "disjoint" else 1.0
+        if not bool(((t > self.sigma_end) & (t < high + 1e-6)).all()):
+            raise ValueError(
+                f"phase {self.expert!r} compares scores at sigmas in ({self.sigma_end}, {high}), "
+                f"found {float(t.min())} to {float(t.max())}: the fake was never trained there"
+            )
+        return t
+
+    def rollout(self, noise: Tensor, conditioning: Conditioning, step: int, gradient: bool) -> Rollout:
+        """Backward simulation to the end of the phase; see ``rollout.simulate``."""
+
+        def expert(name: str):  # type: ignore[no-untyped-def]
+            return lambda x, sigma: self.networks.velocity(name, x, sigma, conditioning)
+
+        experts = [expert(phase.name) for phase in self.plan.phases]
+        return simulate(experts, self.plan, self.phase, step, noise, gradient)
+
+    def fake_loss(self, x_s: Tensor, conditioning: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
+        """Score matching of the fake on the generator's samples x_s; mean over the batch. Gradient: the fake only."""
+        s = self.sigma_end
+        t = self._checked(t).to(x_s.device)
+        x_s = x_s.detach()
+        velocity = self.networks.velocity(FAKE, renoise(x_s, noise, s, t), t, conditioning)
+        loss = fake_score_loss(velocity, x_s, noise, s, t, self.objective.fake_weighting, self.objective.fake_target)
+        return loss.mean()
+
+    def generator_loss(
+        self, rollout: Rollout, conditioning: Conditioning, negative: Conditioning, t: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Distribution matching at x_s of a rollout with gradient; mean over the batch. Gradient: the expert only."""
+        s = self.sigma_end
+        t = self._checked(t).to(rollout.x_s.device)
+        with torch.no_grad():
+            x_t = renoise(rollout.x_s.detach(), noise, s, t)
+            teacher = self.teacher_velocity(x_t, t, conditioning, negative)
+            fake = self.networks.velocity(FAKE, x_t, t, conditioning)
+            direction = generator_direction(
+                x_t, teacher, fake, s, t, self.objective.generator_weighting, x0_generator=rollout.x0
+            )
+        return distribution_matching_loss(rollout.x_s, direction).mean()
+
+    def teacher_velocity(self, x: Tensor, sigma: Sigma, conditioning: Conditioning, negative: Conditioning) -> Tensor:
+        """The teacher with classifier-free guidance, both halves in one batch."""
+        return guided_velocity(self.networks, x, sigma, conditioning, negative, self.objective.guidance_scale)
+
+
+def guided_velocity(
+    networks: VelocityOfRole,
+    x: Tensor,
+    sigma: Sigma,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    guidance_scale: float,
+) -> Tensor:
+    """``v_negative + guidance_scale * (v - v_negative)`` of the teacher; one evaluation without guidance at scale 1."""
+    if guidance_scale == 1:
+        return networks.velocity(TEACHER, x, sigma, conditioning)
+    both = {name: torch.cat([value, negative[name]]) for name, value in conditioning.items()}
+    twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    positive, negative_velocity = networks.velocity(TEACHER, torch.cat([x, x]), twice, both).chunk(2)
+    positive, negative_velocity = at_least_float32(positive), at_least_float32(negative_velocity)
+    return negative_velocity + guidance_scale * (positive - negative_velocity)
+
+
+def evaluations_per_update(plan: PhasePlan, phase: int, fake_updates: int, fake_draws: int) -> dict[str, float]:
+    """Network evaluations of one generator update of a phase on average over SGTS steps, by what they are for.
+
+    Guidance counts as one evaluation of twice the batch. Keys: rollout, fake (with gradient), generator (with
+    gradient), teacher, fake_score.
+    """
+    earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
+    steps: Sequence[float] = plan.phases[phase].sigmas
+    before = earlier + (len(steps) - 1) / 2
+    return {
+        "rollout": fake_updates * (before + 1) + before,
+        "fake": float(fake_updates * fake_draws),
+        "generator": 1.0,
+        "teacher": 1.0,
+        "fake_score": 1.0,
+    }

@@ -1,0 +1,159 @@
+"""Expert weights on disk: writing a folder, reading one back, and the LoRA key format that every tool reads.
+
+LoRA files hold ``diffusion_model.<native module>.lora_down.weight`` / ``.lora_up.weight`` and ``.alpha``, so that
+strength 1.0 is right in diffusers' ``load_lora_weights`` and in ComfyUI's LoRA loaders. Each file carries the manifest
+(without hashes) in its safetensors metadata. Only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..families import ModelFamily, family
+from .manifest import MANIFEST_NAME, Expert, ExpertsError, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "diffusion_model."
+
+
+def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) -> dict[str, Tensor]:
+    """A LoRA role's weights (``<module>.lora_A`` / ``.lora_B``, diffusers module names) under the file's keys."""
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        module, _, part = key.rpartition(".")
+        native = PREFIX + names.native_module_name(module)
+        tensors[f"{native}.lora_{'down' if part == 'lora_A' else 'up'}.weight"] = value.contiguous().cpu()
+        tensors[f"{native}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def lora_from_file(tensors: Mapping[str, Tensor], expert: Expert, names: ModelFamily) -> dict[str, Tensor]:
+    """Inverse of ``lora_to_file``, checked against the manifest's rank and alpha. Raises ExpertsError."""
+    state: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        module, found, part = _split(key)
+        if not found:
+            raise ExpertsError(f"{expert.file}: key {key!r} is not {PREFIX}<module>.lora_down|lora_up.weight or .alpha")
+        if part == "alpha":
+            if value.numel() != 1 or abs(float(value) - float(expert.alpha or 0)) > 1e-3 * abs(float(value)):
+                raise ExpertsError(f"{expert.file}: {key} is not the manifest's alpha {expert.alpha}")
+            continue
+        try:
+            name = names.diffusers_module_name(module)
+        except ValueError as error:
+            raise ExpertsError(f"{expert.file}: {error}") from None
+        rank = value.shape[0 if part == "lora_A" else -1]
+        if value.ndim != 2 or rank != expert.rank:
+            raise ExpertsError(f"{expert.file}: {key} has shape {tuple(value.shape)}, expected rank {expert.rank}")
+        state[f"{name}.{part}"] = value
+    halves = {name.rpartition(".")[0] for name in state}
+    if len(state) != 2 * len(halves) or not state:
+        raise ExpertsError(
+            f"{expert.file}: every adapted module needs lora_down and lora_up, found {len(state)} weights"
+        )
+    return state
+
+
+def _split(key: str) -> tuple[str, bool, str]:
+    parts = {".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha"}
+    for suffix, part in parts.items():
+        if key.startswith(PREFIX) and key.endswith(suffix):
+            return key[len(PREFIX) : -len(suffix)], True, part
+    return key, False, ""
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mapping[str, Tensor]]) -> Manifest:
+    """Write the files of all experts, then the manifest; each appears whole or not at all.
+
+    manifest: complete but for the hashes, which are filled in. weights: expert name to the tensors of its file
+    (``lora_to_file`` for LoRA experts). Returns the manifest that was written.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
+    experts = []
+    for expert in manifest.experts:
+        metadata = {"format": "pt", "phased_expert": expert.name, "phased_experts": json.dumps(unhashed.to_dict())}
+        temporary = folder / f".{expert.file}.part"
+        save_file(dict(weights[expert.name]), temporary, metadata=metadata)
+        temporary.replace(folder / expert.file)
+        experts.append(replace(expert, sha256=sha256_of(folder / expert.file)))
+    written = replace(manifest, experts=tuple(experts))
+    temporary = folder / f".{MANIFEST_NAME}.part"
+    temporary.write_text(written.to_json(), encoding="utf-8")
+    temporary.replace(folder / MANIFEST_NAME)
+    return written
+
+
+@dataclass(frozen=True)
+class PhasedExperts:
+    """An experts folder whose manifest is checked; weights are read, and their hashes verified, when asked for."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> PhasedExperts:
+        """Check the manifest and that every file is there, inside the folder. Raises ExpertsError."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        for expert in manifest.experts:
+            path = folder / expert.file
+            if not path.is_file():
+                raise ExpertsError(f"{folder}: {expert.file} of expert {expert.name!r} is missing; download it again")
+            if path.is_symlink() and folder.resolve() not in path.resolve().parents and not _is_hub_blob(path):
+                raise ExpertsError(f"{path}: a link that leaves the folder is not followed")
+        return cls(folder, manifest)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All tensors of an expert's file, by its keys. Raises ExpertsError for another file than the manifest's."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        expert = self.manifest.expert(name)
+        path = self.folder / expert.file
+        found = sha256_of(path)
+        if found != expert.sha256:
+            raise ExpertsError(
+                f"{path}: sha256 is {found[:12]}..., the manifest says {expert.sha256[:12]}...: the file was "
+                "changed or cut off, download it again"
+            )
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ExpertsError(f"{path}: not a readable safetensors file ({error})") from None
+
+    def lora_state(self, name: str) -> dict[str, Tensor]:
+        """A LoRA expert's weights as ``<diffusers module>.lora_A`` / ``.lora_B``. Raises ExpertsError."""
+        expert = self.manifest.expert(name)
+        if expert.kind != "lora":
+            raise ExpertsError(f"expert {name!r} is a {expert.kind} expert, it has no LoRA weights")
+        try:
+            names = family(self.manifest.base.family)
+        except ValueError as error:
+            raise ExpertsError(f"{self.folder}: {error}") from None
+        return lora_from_file(self.tensors(name), expert, names)
+
+
+def _is_hub_blob(path: Path) -> bool:
+    """The Hub's download cache links snapshots/<revision>/<file> to blobs/<hash> of the same repository."""
+    target = path.resolve()
+    return target.parent.name == "blobs" and any(
+        parent.name == "snapshots" and parent.parent == target.parent.parent for parent in path.absolute().parents
+    )

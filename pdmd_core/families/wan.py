@@ -1,0 +1,92 @@
+"""Wan 2.1 text-to-video and text-to-image: ``WanPipeline`` with one ``WanTransformer3DModel``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..flow import Sigma
+from .base import Conditioning, ModelFamily
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_NATIVE_IN_BLOCK = {
+    "attn1.to_q": "self_attn.q",
+    "attn1.to_k": "self_attn.k",
+    "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_q": "cross_attn.q",
+    "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v",
+    "attn2.to_out.0": "cross_attn.o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+_DIFFUSERS_IN_BLOCK = {native: diffusers for diffusers, native in _NATIVE_IN_BLOCK.items()}
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+class WanFamily(ModelFamily):
+    """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 8, width / 8)."""
+
+    name = "wan"
+    architecture = "WanTransformer3DModel"
+    lora_targets = tuple(_NATIVE_IN_BLOCK)
+
+    def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
+        spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+        if height % 16 or width % 16 or height < 16 or width < 16:
+            raise ValueError(f"Wan pictures have sides that are multiples of 16, found {width}x{height}")
+        if frames < 1 or (frames - 1) % temporal:
+            raise ValueError(f"Wan clips have 1 + a multiple of {temporal} frames, found {frames}")
+        channels = pipeline.transformer.config.in_channels
+        return channels, 1 + (frames - 1) // temporal, height // spatial, width // spatial
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
+        timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
+        embeds = conditioning["prompt_embeds"]
+        dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+        output = network(
+            hidden_states=x.to(dtype),
+            timestep=timestep,
+            encoder_hidden_states=embeds.to(dtype),
+            return_dict=False,
+        )
+        return output[0]
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int
+    ) -> dict[str, Tensor]:
+        embeds, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return {"prompt_embeds": embeds}
+
+    @torch.no_grad()
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        latents = latents.to(vae.device, vae.dtype)
+        shape = (1, -1, 1, 1, 1)
+        mean = torch.tensor(vae.config.latents_mean, device=latents.device, dtype=latents.dtype).view(shape)
+        std = torch.tensor(vae.config.latents_std, device=latents.device, dtype=latents.dtype).view(shape)
+        pixels = vae.decode(latents * std + mean, return_dict=False)[0]
+        return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+
+    def native_module_name(self, diffusers_name: str) -> str:
+        return _rename(diffusers_name, _NATIVE_IN_BLOCK)
+
+    def diffusers_module_name(self, native_name: str) -> str:
+        return _rename(native_name, _DIFFUSERS_IN_BLOCK)
+
+
+def _rename(name: str, names: dict[str, str]) -> str:
+    match = _BLOCK.fullmatch(name)
+    if not match or match[2] not in names:
+        raise ValueError(f"a Wan module to adapt is blocks.<n>.<one of {', '.join(names)}>, found {name!r}")
+    return f"blocks.{match[1]}.{names[match[2]]}"

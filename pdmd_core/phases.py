@@ -1,0 +1,245 @@
+"""The phase plan: which expert runs at which noise level.
+
+Trainer, expert files, diffusers scheduler and ComfyUI nodes all route by this one object. The only coordinate is sigma
+in [0, 1], where ``x_sigma = (1 - sigma) * x_0 + sigma * noise``. Shift is applied once, when a plan is made from raw
+times; afterwards only sigmas exist. (Phased DMD, arXiv 2510.27684, section 3.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BOUNDARY_TOLERANCE = 1e-4
+"""Relative. A sigma this close above a boundary is the boundary: float32 and a trip through ``sigma * 1000`` stay
+within it. bfloat16 does not (its spacing is up to 0.8 %): keep sigmas in float32 or route by step."""
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class PhasePlanError(ValueError):
+    """A plan that cannot be: one line that says what was expected and what was found."""
+
+
+def shift_sigma(raw_time: float, shift: float) -> float:
+    """Raw time u in [0, 1] to sigma: ``shift * u / (1 + (shift - 1) * u)``."""
+    return shift * raw_time / (1 + (shift - 1) * raw_time)
+
+
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """Sigma to raw time, the inverse of ``shift_sigma``."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def signal_to_noise(sigma: float) -> float:
+    """SNR of x_sigma for data and noise of unit variance: ``((1 - sigma) / sigma)**2``; infinite at sigma 0."""
+    return math.inf if sigma == 0 else ((1 - sigma) / sigma) ** 2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One subinterval of the noise range and the expert that owns it.
+
+    name:   of the expert and of its file: lower-case letters, digits and underscores.
+    sigmas: where the expert is called, descending, in (0, 1].
+    """
+
+    name: str
+    sigmas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """Phases in the order of sampling, high noise first. Immutable and hashable.
+
+    Expert k owns the half-open interval (end_k, start_k]: a sigma on a boundary belongs to the later expert. The end of
+    a phase is the first sigma of the next one; the last phase ends at 0. Raises PhasePlanError when the phases do not
+    make a plan.
+    """
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise PhasePlanError("a phase plan needs at least one phase, found none")
+        names = [phase.name for phase in self.phases]
+        for phase in self.phases:
+            if not isinstance(phase.name, str) or not _NAME.fullmatch(phase.name):
+                raise PhasePlanError(
+                    f"a phase name is 1 to 64 lower-case letters, digits and underscores and starts with a letter, "
+                    f"found {phase.name!r}"
+                )
+            if not phase.sigmas:
+                raise PhasePlanError(f"phase {phase.name!r} has no sigmas: every expert runs at least one step")
+        if len(set(names)) != len(names):
+            raise PhasePlanError(f"phase names must differ, found {', '.join(names)}")
+        for sigma in self.sigmas:
+            if isinstance(sigma, bool) or not isinstance(sigma, float) or not 0 < sigma <= 1:
+                raise PhasePlanError(f"sigmas are numbers in (0, 1], found {sigma!r} (timesteps in 0..1000 are not)")
+        if self.sigmas[0] != 1:
+            raise PhasePlanError(f"the first sigma is 1 (sampling starts from pure noise), found {self.sigmas[0]}")
+        for high, low in zip(self.sigmas, self.sigmas[1:], strict=False):
+            if high <= low * (1 + 10 * BOUNDARY_TOLERANCE):
+                raise PhasePlanError(
+                    f"sigmas must descend over the whole plan, by at least 0.1 %, found {high} before {low}"
+                )
+
+    @classmethod
+    def from_steps(cls, steps: Sequence[int], shift: float = 1.0, names: Sequence[str] | None = None) -> PhasePlan:
+        """A plan with ``steps[k]`` steps in phase k, all steps uniform in raw time, then shifted.
+
+        ``from_steps([2, 2], shift=5.0)`` is the 4-step plan of Wan: [1, .9375 | .8333, .625].
+        """
+        if not steps or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in steps):
+            raise PhasePlanError(f"steps are whole numbers of at least 1, one for each phase, found {list(steps)}")
+        if not (isinstance(shift, int | float) and math.isfinite(shift) and shift > 0):
+            raise PhasePlanError(f"shift is a positive number, found {shift!r}")
+        total = sum(steps)
+        flat = [shift_sigma(1 - i / total, float(shift)) for i in range(total)]
+        starts = [sum(steps[:k]) for k in range(len(steps))]
+        return cls.from_sigmas([flat[a : a + n] for a, n in zip(starts, steps, strict=True)], names)
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Sequence[Sequence[float]], names: Sequence[str] | None = None) -> PhasePlan:
+        """A plan from the sigmas of each phase: ``from_sigmas([[1.0, .9375], [.8333, .625]])``."""
+        try:
+            groups = [tuple(float(sigma) for sigma in group) for group in sigmas]
+        except (TypeError, ValueError):
+            raise PhasePlanError(f"sigmas are given as one list of numbers for each phase, found {sigmas!r}") from None
+        names = list(names) if names is not None else _default_names(len(groups))
+        if len(names) != len(groups):
+            raise PhasePlanError(f"expected one name for each of the {len(groups)} phases, found {len(names)}")
+        return cls(tuple(Phase(name, group) for name, group in zip(names, groups, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.phases)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """All sigmas at which a network is called, descending, without the final 0."""
+        return tuple(sigma for phase in self.phases for sigma in phase.sigmas)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """The sigmas at which the next expert takes over: the first sigma of every phase but the first."""
+        return tuple(phase.sigmas[0] for phase in self.phases[1:])
+
+    def interval(self, k: int) -> tuple[float, float]:
+        """(end, start) of phase k: the expert owns end < sigma <= start."""
+        if not 0 <= k < len(self.phases):
+            raise PhasePlanError(f"phase index {k} is not in 0..{len(self.phases) - 1}")
+        end = self.phases[k + 1].sigmas[0] if k + 1 < len(self.phases) else 0.0
+        return end, self.phases[k].sigmas[0]
+
+    def phase_index(self, sigma: float) -> int:
+        """Which expert runs at this sigma. Raises PhasePlanError outside (0, 1]."""
+        if not 0 < sigma <= 1 + BOUNDARY_TOLERANCE:
+            raise PhasePlanError(f"sigma to route is in (0, 1], found {sigma!r} (divide timesteps by 1000)")
+        return sum(sigma <= boundary * (1 + BOUNDARY_TOLERANCE) for boundary in self.boundaries)
+
+    @property
+    def shift(self) -> float | None:
+        """The shift that makes the steps uniform in raw time, None when no shift does."""
+        sigmas = self.sigmas
+        if len(sigmas) == 1:
+            return 1.0
+        raw = 1 - 1 / len(sigmas)
+        shift = sigmas[1] * (1 - raw) / (raw * (1 - sigmas[1]))
+        uniform = [shift_sigma(1 - i / len(sigmas), shift) for i in range(len(sigmas))]
+        matches = all(math.isclose(a, b, rel_tol=BOUNDARY_TOLERANCE) for a, b in zip(sigmas, uniform, strict=True))
+        return shift if matches else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The one JSON form: ``{"phases": [{"name": ..., "sigmas": [...]}, ...]}``."""
+        return {"phases": [{"name": phase.name, "sigmas": list(phase.sigmas)} for phase in self.phases]}
+
+    @classmethod
+    def from_dict(cls, data: object) -> PhasePlan:
+        """Inverse of ``to_dict``; anything else in the data is refused."""
+        phases = _entries(data, {"phases"}, "a phase plan")["phases"]
+        if not isinstance(phases, list):
+            raise PhasePlanError(f"the phases of a plan are a list, found {type(phases).__name__}")
+        entries = [_entries(phase, {"name", "sigmas"}, "a phase") for phase in phases]
+        for entry in entries:
+            if not isinstance(entry["sigmas"], list):
+                raise PhasePlanError(f"the sigmas of a phase are a list, found {type(entry['sigmas']).__name__}")
+            if any(isinstance(sigma, bool) or not isinstance(sigma, int | float) for sigma in entry["sigmas"]):
+                raise PhasePlanError(f"sigmas are numbers in (0, 1], found {entry['sigmas']!r}")
+        return cls.from_sigmas([entry["sigmas"] for entry in entries], [entry["name"] for entry in entries])
+
+    def to_json(self) -> str:
+        """``to_dict`` as text; floats survive exactly."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> PhasePlan:
+        """Inverse of ``to_json``."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PhasePlanError(f"a phase plan is JSON, found text that is not: {error}") from None
+        return cls.from_dict(data)
+
+    def describe(self) -> str:
+        """A text table: which expert runs which step, in sigma, raw time, SNR and log-SNR."""
+        shift = self.shift
+        rows = [("step", "expert", "sigma", "next", "raw time", "SNR", "log-SNR")]
+        following = [*self.sigmas[1:], 0.0]
+        for step, (sigma, after) in enumerate(zip(self.sigmas, following, strict=True)):
+            snr = signal_to_noise(sigma)
+            rows.append(
+                (
+                    str(step),
+                    self.phases[self.phase_index(sigma)].name,
+                    f"{sigma:.5f}",
+                    f"{after:.5f}",
+                    f"{unshift_sigma(sigma, shift):.4f}" if shift is not None else "-",
+                    f"{snr:.4g}",
+                    f"{math.log(snr):+.3f}" if snr > 0 else "-inf",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        rule = f"raw time at shift {shift:.4g}" if shift is not None else "no single shift makes these steps uniform"
+        return "\n".join([*lines, f"{len(self)} phase(s), {len(self.sigmas)} step(s); {rule}"])
+
+    def plot(self) -> Figure:
+        """The plan as a time line from noise (left) to data (right), experts as bands, calls as dots (matplotlib)."""
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 2.2), layout="constrained")
+        axes = figure.subplots()
+        colours = colormaps["viridis"]
+        for k, phase in enumerate(self.phases):
+            end, start = self.interval(k)
+            axes.axvspan(end, start, color=colours(0.25 + 0.6 * k / len(self)), alpha=0.35, lw=0)
+            axes.text((end + start) / 2, 0.62, phase.name, ha="center", va="center", fontsize=9)
+        axes.plot(self.sigmas, [0.3] * len(self.sigmas), "ko-", ms=5, lw=0.8)
+        for sigma in self.sigmas:
+            axes.text(sigma, 0.1, f"{sigma:.4g}", ha="center", va="center", fontsize=8)
+        axes.set(xlim=(1.02, -0.02), ylim=(0, 1), yticks=[], xlabel="sigma")
+        snr = axes.secondary_xaxis("top")
+        ticks = [0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1]
+        snr.set_xticks(ticks, [f"{math.log(signal_to_noise(sigma)):+.1f}" for sigma in ticks], fontsize=8)
+        snr.set_xlabel("log-SNR")
+        return figure
+
+
+def _default_names(count: int) -> list[str]:
+    known = {1: ["all_noise"], 2: ["high_noise", "low_noise"], 3: ["high_noise", "middle_noise", "low_noise"]}
+    return known.get(count, [f"phase_{k}" for k in range(count)])
+
+
+def _entries(data: object, keys: Iterable[str], what: str) -> Mapping[str, Any]:
+    if not isinstance(data, dict) or set(data) != set(keys):
+        found = f"keys {sorted(map(str, data))}" if isinstance(data, dict) else type(data).__name__
+        raise PhasePlanError(f"{what} is an object with exactly the keys {sorted(keys)}, found {found}")
+    return data

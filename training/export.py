@@ -1,0 +1,82 @@
+"""From trained roles to an experts folder: weights, manifest, scheduler, model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, lora_to_file, write_experts
+from pdmd_core.experts.card import write_card
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles
+from pdmd_core.scheduler import PhasedDMDScheduler
+from training.config import DistillConfig
+
+
+def export_experts(
+    folder: Path, config: DistillConfig, plan: PhasePlan, roles: Roles, training: Mapping[str, Any]
+) -> Manifest:
+    """Write ``folder`` as described in docs: one safetensors file for each phase, manifest, scheduler, README."""
+    dtype = getattr(torch, config.expert_dtype)
+    experts, weights = [], {}
+    for phase in plan.phases:
+        spec = roles.specs[phase.name]
+        state = {name: value.to(dtype) for name, value in roles.state_dict(phase.name).items()}
+        lora = spec.kind == "lora"
+        weights[phase.name] = lora_to_file(state, spec.alpha, roles.family) if lora else _contiguous(state)
+        experts.append(
+            Expert(
+                name=phase.name,
+                file=f"{phase.name}.safetensors",
+                kind=spec.kind,
+                sha256="",
+                rank=spec.rank if lora else None,
+                alpha=spec.alpha if lora else None,
+                targets=tuple(spec.targets or roles.family.lora_targets) if lora else None,
+            )
+        )
+    base = BaseModel(
+        model=config.model.path,
+        architecture=roles.family.architecture,
+        family=roles.family.name,
+        revision=config.model.revision,
+    )
+    manifest = write_experts(folder, Manifest(base, plan, tuple(experts), 1.0, training), weights)
+    PhasedDMDScheduler.from_plan(plan).save_pretrained(folder / "scheduler")
+    write_card(folder, manifest)
+    return manifest
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def roles_from_experts(experts: Any, network: torch.nn.Module, family: Any) -> Roles:
+    """Roles of an opened experts folder on a base network, weights loaded. Raises ExpertsError when they do not fit."""
+    from pdmd_core.roles import RoleSpec
+
+    manifest: Manifest = experts.manifest
+    if type(network).__name__ != manifest.base.architecture:
+        raise ExpertsError(
+            f"{experts.folder}: experts of a {manifest.base.architecture}, found a {type(network).__name__}: "
+            f"use the base {manifest.base.model!r}"
+        )
+    specs = {
+        expert.name: RoleSpec(expert.kind, expert.rank or 1, expert.alpha or 1.0, expert.targets)
+        for expert in manifest.experts
+    }
+    roles = Roles(network, family, specs)
+    for expert in manifest.experts:
+        weights = experts.lora_state(expert.name) if expert.kind == "lora" else experts.tensors(expert.name)
+        try:
+            roles.load_state_dict(expert.name, weights)
+        except (ValueError, RuntimeError) as error:
+            raise ExpertsError(
+                f"{experts.folder}: {expert.file} does not fit the base {manifest.base.model!r}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from None
+    return roles
