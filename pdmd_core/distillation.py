@@ -79,7 +79,8 @@ class PhasedDistiller:
         low = unshift_sigma(self.sigma_end, shift)
         high = unshift_sigma(self.sigma_start, shift) if self.objective.score_range == "disjoint" else 1.0
         edge = 1e-4 * (high - low)
-        start = low + (self.objective.margin * (high - low) if self.objective.fake_weighting == "margin" else edge)
+        margin = self.objective.margin * (high - low) if self.objective.fake_weighting == "margin" else 0.0
+        start = low + max(margin, edge)
         raw = start + (high - edge - start) * torch.rand(batch, generator=generator, dtype=torch.float64)
         shifted = torch.tensor([shift_sigma(float(u), shift) for u in raw], dtype=torch.float32)
         return self._checked(shifted)

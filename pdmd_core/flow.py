@@ -38,14 +38,14 @@ def transition(s: Sigma, t: Sigma) -> tuple[Tensor, Tensor]:
 
 def renoise(x_s: Tensor, noise: Tensor, s: Sigma, t: Sigma) -> Tensor:
     """Bring samples from noise level s up to t: ``a x_s + b noise``. At s = 0 this is the forward process."""
-    x_s = at_least_float32(x_s)
+    x_s, noise = at_least_float32(x_s), at_least_float32(noise)
     a, b = transition(like(s, x_s), like(t, x_s))
     return a * x_s + b * noise
 
 
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Sigma) -> Tensor:
     """x_0 = x - sigma * velocity."""
-    x = at_least_float32(x)
+    x, velocity = at_least_float32(x), at_least_float32(velocity)
     return x - like(sigma, x) * velocity
 
 
@@ -57,7 +57,7 @@ def x0_to_velocity(x: Tensor, x0: Tensor, sigma: Sigma) -> Tensor:
 
 def velocity_to_noise(x: Tensor, velocity: Tensor, sigma: Sigma) -> Tensor:
     """noise = x + (1 - sigma) * velocity."""
-    x = at_least_float32(x)
+    x, velocity = at_least_float32(x), at_least_float32(velocity)
     return x + (1 - like(sigma, x)) * velocity
 
 
@@ -74,10 +74,10 @@ def velocity_to_score(x: Tensor, velocity: Tensor, sigma: Sigma) -> Tensor:
 
 def score_to_velocity(x: Tensor, score: Tensor, sigma: Sigma) -> Tensor:
     """The inverse of ``velocity_to_score``, for sigma < 1."""
-    return noise_to_velocity(x, -like(sigma, x) * score, sigma)
+    return noise_to_velocity(x, -like(sigma, x) * at_least_float32(score), sigma)
 
 
 def euler_step(x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma) -> Tensor:
     """x + (sigma_next - sigma) * velocity."""
-    x = at_least_float32(x)
+    x, velocity = at_least_float32(x), at_least_float32(velocity)
     return x + (like(sigma_next, x) - like(sigma, x)) * velocity

@@ -25,7 +25,7 @@ def subinterval_velocity_target(x_s: Tensor, noise: Tensor, s: Sigma, t: Sigma) 
     ``[t + (1-t) s^2 / (1-s)^2] / b * noise - x_s / (1-s)``, with b of ``flow.transition``; ``noise - x_0`` at s = 0.
     No clean sample appears: this is what lets an intermediate phase be trained without bias. Needs s < t.
     """
-    x_s = at_least_float32(x_s)
+    x_s, noise = at_least_float32(x_s), at_least_float32(noise)
     s, t = like(s, x_s), like(t, x_s)
     _, b = transition(s, t)
     return (t + (1 - t) * (s / (1 - s)) ** 2) / b * noise - x_s / (1 - s)

@@ -29,13 +29,13 @@ class PhasePlanError(ValueError):
 
 
 def shift_sigma(raw_time: float, shift: float) -> float:
-    """Raw time u in [0, 1] to sigma: ``shift * u / (1 + (shift - 1) * u)``."""
-    return shift * raw_time / (1 + (shift - 1) * raw_time)
+    """Raw time u in [0, 1] to sigma: ``shift * u / (1 + (shift - 1) * u)``, written so that 1 stays exactly 1."""
+    return shift * raw_time / (shift * raw_time + (1 - raw_time))
 
 
 def unshift_sigma(sigma: float, shift: float) -> float:
     """Sigma to raw time, the inverse of ``shift_sigma``."""
-    return sigma / (shift - (shift - 1) * sigma)
+    return sigma / (sigma + shift * (1 - sigma))
 
 
 def signal_to_noise(sigma: float) -> float:
@@ -111,8 +111,9 @@ class PhasePlan:
         """A plan from the sigmas of each phase: ``from_sigmas([[1.0, .9375], [.8333, .625]])``."""
         try:
             groups = [tuple(float(sigma) for sigma in group) for group in sigmas]
-        except (TypeError, ValueError):
-            raise PhasePlanError(f"sigmas are given as one list of numbers for each phase, found {sigmas!r}") from None
+        except (TypeError, ValueError, OverflowError):
+            found = " ".join(repr(sigmas).split())
+            raise PhasePlanError(f"sigmas are given as one list of numbers for each phase, found {found}") from None
         names = list(names) if names is not None else _default_names(len(groups))
         if len(names) != len(groups):
             raise PhasePlanError(f"expected one name for each of the {len(groups)} phases, found {len(names)}")
@@ -183,7 +184,7 @@ class PhasePlan:
         """Inverse of ``to_json``."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise PhasePlanError(f"a phase plan is JSON, found text that is not: {error}") from None
         return cls.from_dict(data)
 

@@ -7,6 +7,7 @@ is one base plus adapters. With ``full`` a role owns a copy. Which of the two is
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -65,7 +66,9 @@ class Roles:
 
         targets = list(spec.targets or self.family.lora_targets)
         config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets)
-        inject_adapter_in_model(config, self.base, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
+            inject_adapter_in_model(config, self.base, adapter_name=name)
         self._layers = {path: m for path, m in self.base.named_modules() if isinstance(m, BaseTunerLayer)}
 
     def network(self, role: str) -> nn.Module:

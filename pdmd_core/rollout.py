@@ -38,10 +38,10 @@ def simulate(
     0..len(sigmas of the phase) - 1, and the jump goes from there straight to the phase's end. With ``gradient`` exactly
     one network evaluation, that jump, is recorded. Nothing runs past the end of the phase.
     """
+    end, _ = plan.interval(phase)
     sigmas = plan.phases[phase].sigmas
     if not 0 <= step < len(sigmas):
         raise ValueError(f"phase {plan.phases[phase].name!r} has steps 0..{len(sigmas) - 1}, found step {step}")
-    end, _ = plan.interval(phase)
     earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
     x = noise
     with torch.no_grad():

@@ -29,7 +29,7 @@ def network_on_meta(config: DistillConfig) -> tuple[nn.Module, ModelFamily]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise TeacherError(f"model.path: cannot read {model.path!r}: {' '.join(str(error).split())}") from None
     with torch.device("meta"):
-        return network_class.from_config(settings).to(getattr(torch, model.dtype)), family
+        return network_class.from_config(settings), family
 
 
 def describe(config: DistillConfig) -> str:
@@ -38,7 +38,7 @@ def describe(config: DistillConfig) -> str:
     prompts = read_prompts(config.prompts)
     network, family = network_on_meta(config)
     base_count = sum(p.numel() for p in network.parameters())
-    base_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
+    base_bytes = base_count * getattr(torch, config.model.dtype).itemsize
     specs = {phase.name: config.generator.build() for phase in plan.phases} | {FAKE: config.fake.build()}
     with torch.device("meta"):
         roles = Roles(network, family, specs)

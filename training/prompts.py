@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pdmd_core.families import ModelFamily
-from training.teacher import load_text_side
+from training.teacher import load_text_side, move
 
 
 class PromptError(ValueError):
@@ -75,7 +75,7 @@ def encode_prompts(
     identity = json.dumps([list(prompts), negative_prompt, _model_identity(model), revision, max_sequence_length])
     path = cache_dir / f"prompts-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
     if not path.exists():
-        pipeline = load_text_side(model, revision).to(device)
+        pipeline = move(load_text_side(model, revision), device)
         texts = [*prompts, negative_prompt]
         parts = [
             family.encode_prompts(pipeline, texts[i : i + batch], max_sequence_length)

@@ -17,7 +17,7 @@ from pdmd_core.roles import Roles
 from pdmd_core.rollout import Velocity, route, sample
 from training.export import roles_from_experts
 from training.prompts import PromptBank, encode_prompts
-from training.teacher import family_of_pipeline, load_image_side
+from training.teacher import family_of_pipeline, load_image_side, move
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sampler:
         device: str | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.pipeline = load_image_side(teacher, None, torch.float32).to(self.device)
+        self.pipeline = move(load_image_side(teacher, None, torch.float32), self.device)
         self.family = family_of_pipeline(self.pipeline)
         self.shape = self.family.latent_shape(self.pipeline, size.height, size.width, size.frames)
         self.batch = batch

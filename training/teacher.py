@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import DiffusionPipeline
 
 from pdmd_core.families import ModelFamily, family_of
@@ -21,6 +23,8 @@ def load_pipeline(model: str, revision: str | None = None, **overrides: Any) -> 
     """``DiffusionPipeline.from_pretrained`` without its progress bar. Raises TeacherError."""
     if ("/" not in model or model.startswith((".", "/"))) and not Path(model).is_dir():
         raise TeacherError(f"model.path: {model!r} is neither a folder with a diffusers pipeline nor a Hub id")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(model, revision=revision, **overrides)
     except (OSError, ValueError) as error:
@@ -33,12 +37,20 @@ def load_pipeline(model: str, revision: str | None = None, **overrides: Any) -> 
 
 def load_text_side(model: str, revision: str | None = None) -> DiffusionPipeline:
     """The pipeline with text encoder and tokenizer only."""
-    return load_pipeline(model, revision, transformer=None, vae=None)
+    return load_pipeline(model, revision, dtype=torch.float32, transformer=None, vae=None)
 
 
 def load_image_side(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline with network and autoencoder, without text encoder and tokenizer."""
     return load_pipeline(model, revision, dtype=dtype, **dict.fromkeys(TEXT_PARTS))
+
+
+def move(pipeline: DiffusionPipeline, device: torch.device | str) -> DiffusionPipeline:
+    """Move every loaded component to a device."""
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(device)
+    return pipeline
 
 
 def family_of_pipeline(pipeline: DiffusionPipeline) -> ModelFamily:

@@ -89,7 +89,8 @@ def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mappin
     unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
     experts = []
     for expert in manifest.experts:
-        metadata = {"format": "pt", "phased_expert": expert.name, "phased_experts": json.dumps(unhashed.to_dict())}
+        # one key: safetensors writes several in random order, and equal experts should be equal files
+        metadata = {"phased_experts": json.dumps({"expert": expert.name, "manifest": unhashed.to_dict()})}
         temporary = folder / f".{expert.file}.part"
         save_file(dict(weights[expert.name]), temporary, metadata=metadata)
         temporary.replace(folder / expert.file)

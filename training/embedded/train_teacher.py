@@ -126,7 +126,7 @@ def encode_pool(vae: AutoencoderKLWan, draw: Callable[[int], Scenes], count: int
                 latents.append((vae.encode(scenes.pixels).latent_dist.mode() - mean) / std)
                 captions += scenes.captions
         cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(latents)}, cache, {"captions": json.dumps(captions)})
+        save_file({"latents": torch.cat(latents).contiguous()}, cache, {"captions": json.dumps(captions)})
     with safe_open(cache, "pt") as file:
         return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
 
@@ -181,7 +181,8 @@ def main() -> None:
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
         transformer=model.transformer,
     )
-    pipeline.to(dtype=torch.float16)
+    pipeline.transformer.half()  # half the file; from_pretrained gives float32 back unless asked otherwise
+    pipeline.vae.half()
     pipeline.save_pretrained(arguments.output_dir)
 
 
