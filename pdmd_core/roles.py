@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Conditioning, ModelFamily
-from .flow import Sigma
+from .flow import Sigma, at_least_float32
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -70,6 +70,8 @@ class Roles:
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             inject_adapter_in_model(config, self.base, adapter_name=name)
         self._layers = {path: m for path, m in self.base.named_modules() if isinstance(m, BaseTunerLayer)}
+        for parameter in self.parameters(name):  # Adam-sized updates vanish in half precision, whatever the base's
+            parameter.data = at_least_float32(parameter.data)
 
     def network(self, role: str) -> nn.Module:
         """The module that computes this role, with the right adapter active. Valid until another role is asked for."""
@@ -82,8 +84,7 @@ class Roles:
 
     def activate(self, role: str) -> None:
         """Make the base network compute this role; does nothing for a role that owns a copy."""
-        if role != TEACHER and role not in self.specs:
-            raise KeyError(f"unknown role {role!r}, expected one of: {', '.join([TEACHER, *self.specs])}")
+        self._check_known(role)
         if role in self._copies or role == self._active:
             return
         for layer in self._layers.values():
@@ -95,6 +96,10 @@ class Roles:
         self._active = role
         self._restore_gradients()
 
+    def _check_known(self, role: str) -> None:
+        if role != TEACHER and role not in self.specs:
+            raise KeyError(f"unknown role {role!r}, expected one of: {', '.join([TEACHER, *self.specs])}")
+
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The role's own weights (not those of the shared base), in a fixed order."""
         return list(self.named_parameters(role).values())
@@ -103,6 +108,7 @@ class Roles:
         """The role's own weights by name: ``<module>.lora_A`` / ``.lora_B``, or the network's own names."""
         if role == TEACHER:
             raise KeyError("the teacher has no weights of its own to train")
+        self._check_known(role)
         if role in self._copies:
             return dict(self._copies[role].named_parameters())
         named = {}
@@ -114,7 +120,10 @@ class Roles:
 
     def set_trainable(self, roles: Iterable[str]) -> None:
         """Exactly these roles get gradient from now on; everything else is frozen."""
-        self._trainable = frozenset(roles)
+        trainable = frozenset(roles)
+        for role in trainable:
+            self.named_parameters(role)  # raises for the teacher and for unknown roles
+        self._trainable = trainable
         self._restore_gradients()
 
     def _restore_gradients(self) -> None:
@@ -152,23 +161,21 @@ class Roles:
         return {name: parameter.detach() for name, parameter in self.named_parameters(role).items()}
 
     def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """Inverse of ``state_dict``. Raises ValueError when names or shapes differ."""
-        if role in self._copies:
-            self._copies[role].load_state_dict(dict(state))
-            return
-        own = self.named_parameters(role)
+        """Inverse of ``state_dict``. Raises ValueError, and changes nothing, when names or shapes differ."""
+        own = self.state_dict(role)
         if set(own) != set(state):
             raise ValueError(
                 f"the weights of {role!r} do not match its network: missing {_few(set(own) - set(state))}, "
                 f"unexpected {_few(set(state) - set(own))}"
             )
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                raise ValueError(
+                    f"{role!r} expects {name} of shape {tuple(value.shape)}, found {tuple(state[name].shape)}"
+                )
         with torch.no_grad():
-            for name, parameter in own.items():
-                if parameter.shape != state[name].shape:
-                    raise ValueError(
-                        f"{role!r} expects {name} of shape {tuple(parameter.shape)}, found {tuple(state[name].shape)}"
-                    )
-                parameter.copy_(state[name])
+            for name, value in own.items():
+                value.copy_(state[name])
 
 
 def _few(names: set[str]) -> str:

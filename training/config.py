@@ -7,6 +7,7 @@ nearest known name.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -172,7 +173,7 @@ def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply dotted overrides ``key.inner=value`` (leading dashes are fine; the value is YAML). Raises ConfigError."""
-    merged: dict[str, Any] = yaml.safe_load(yaml.safe_dump(data))
+    merged: dict[str, Any] = json.loads(json.dumps(data, default=str))  # a YAML anchor shares what must be separate
     for text in overrides:
         key, equals, value = text.lstrip("-").partition("=")
         if not equals or not key:
@@ -217,9 +218,14 @@ def parse_config(data: Mapping[str, Any], source: str) -> DistillConfig:
 def _line(problem: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = [field for field, _, _ in fields_of(DistillConfig)]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "; --help lists the keys")
+        section, _, last = name.rpartition(".")
+        known = [
+            known
+            for parent, _, known in (f.rpartition(".") for f, _, _ in fields_of(DistillConfig))
+            if parent == section
+        ]
+        near = difflib.get_close_matches(last, known, n=1, cutoff=0.6)
+        return f"unknown key {name!r}, " + (f"did you mean {near[0]!r}?" if near else f"expected: {', '.join(known)}")
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{name} is required"

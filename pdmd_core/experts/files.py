@@ -39,26 +39,29 @@ def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) 
 def lora_from_file(tensors: Mapping[str, Tensor], expert: Expert, names: ModelFamily) -> dict[str, Tensor]:
     """Inverse of ``lora_to_file``, checked against the manifest's rank and alpha. Raises ExpertsError."""
     state: dict[str, Tensor] = {}
+    scaled = set()
     for key, value in tensors.items():
         module, found, part = _split(key)
         if not found:
             raise ExpertsError(f"{expert.file}: key {key!r} is not {PREFIX}<module>.lora_down|lora_up.weight or .alpha")
         if part == "alpha":
-            if value.numel() != 1 or abs(float(value) - float(expert.alpha or 0)) > 1e-3 * abs(float(value)):
+            alpha = float(expert.alpha or 0)
+            if value.numel() != 1 or not abs(float(value) - alpha) <= 1e-3 * abs(alpha):
                 raise ExpertsError(f"{expert.file}: {key} is not the manifest's alpha {expert.alpha}")
+            scaled.add(module)
             continue
         try:
             name = names.diffusers_module_name(module)
         except ValueError as error:
             raise ExpertsError(f"{expert.file}: {error}") from None
-        rank = value.shape[0 if part == "lora_A" else -1]
-        if value.ndim != 2 or rank != expert.rank:
+        if value.ndim != 2 or value.shape[0 if part == "lora_A" else 1] != expert.rank:
             raise ExpertsError(f"{expert.file}: {key} has shape {tuple(value.shape)}, expected rank {expert.rank}")
         state[f"{name}.{part}"] = value
-    halves = {name.rpartition(".")[0] for name in state}
-    if len(state) != 2 * len(halves) or not state:
+    adapted = {name.rpartition(".")[0] for name in state}
+    if len(state) != 2 * len(adapted) or not state or {names.native_module_name(name) for name in adapted} != scaled:
         raise ExpertsError(
-            f"{expert.file}: every adapted module needs lora_down and lora_up, found {len(state)} weights"
+            f"{expert.file}: every adapted module needs lora_down, lora_up and alpha, found {len(state)} weights and "
+            f"{len(scaled)} alphas"
         )
     return state
 
@@ -78,7 +81,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mapping[str, Tensor]]) -> Manifest:
-    """Write the files of all experts, then the manifest; each appears whole or not at all.
+    """Write the files of all experts, then the manifest. When writing fails, the folder stays as it was.
 
     manifest: complete but for the hashes, which are filled in. weights: expert name to the tensors of its file
     (``lora_to_file`` for LoRA experts). Returns the manifest that was written.
@@ -87,18 +90,21 @@ def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mappin
 
     folder.mkdir(parents=True, exist_ok=True)
     unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
-    experts = []
-    for expert in manifest.experts:
-        # one key: safetensors writes several in random order, and equal experts should be equal files
-        metadata = {"phased_experts": json.dumps({"expert": expert.name, "manifest": unhashed.to_dict()})}
-        temporary = folder / f".{expert.file}.part"
-        save_file(dict(weights[expert.name]), temporary, metadata=metadata)
-        temporary.replace(folder / expert.file)
-        experts.append(replace(expert, sha256=sha256_of(folder / expert.file)))
-    written = replace(manifest, experts=tuple(experts))
-    temporary = folder / f".{MANIFEST_NAME}.part"
-    temporary.write_text(written.to_json(), encoding="utf-8")
-    temporary.replace(folder / MANIFEST_NAME)
+    part = {name: folder / f".{name}.part" for name in [*(e.file for e in manifest.experts), MANIFEST_NAME]}
+    try:
+        experts = []
+        for expert in manifest.experts:
+            # one key: safetensors writes several in random order, and equal experts should be equal files
+            metadata = {"phased_experts": json.dumps({"expert": expert.name, "manifest": unhashed.to_dict()})}
+            save_file(dict(weights[expert.name]), part[expert.file], metadata=metadata)
+            experts.append(replace(expert, sha256=sha256_of(part[expert.file])))
+        written = replace(manifest, experts=tuple(experts))
+        part[MANIFEST_NAME].write_text(written.to_json(), encoding="utf-8")
+        for name, path in part.items():
+            path.replace(folder / name)
+    finally:
+        for path in part.values():
+            path.unlink(missing_ok=True)
     return written
 
 
@@ -156,5 +162,6 @@ def _is_hub_blob(path: Path) -> bool:
     """The Hub's download cache links snapshots/<revision>/<file> to blobs/<hash> of the same repository."""
     target = path.resolve()
     return target.parent.name == "blobs" and any(
-        parent.name == "snapshots" and parent.parent == target.parent.parent for parent in path.absolute().parents
+        parent.name == "snapshots" and parent.parent.resolve() == target.parent.parent
+        for parent in path.absolute().parents
     )

@@ -74,7 +74,7 @@ class Manifest:
         phases, experts = [p.name for p in self.plan.phases], [e.name for e in self.experts]
         if phases != experts:
             raise ExpertsError(
-                f"the plan has phases {', '.join(phases)} but the experts are {', '.join(experts) or 'none'}: "
+                f"the plan has phases {', '.join(phases)} but the experts are {', '.join(map(repr, experts)) or 'none'}: "
                 "one expert for each phase, in the same order"
             )
         files = [expert.file for expert in self.experts]
@@ -141,7 +141,7 @@ class Manifest:
         """Inverse of ``to_json``. Raises ExpertsError."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
             raise ExpertsError(f"the manifest is not JSON: {error}") from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -242,4 +242,9 @@ def _check(value: object, where: str, expected: str, accept: Callable[[Any], boo
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False

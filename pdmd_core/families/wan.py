@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..flow import Sigma
 from .base import Conditioning, ModelFamily
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, WanTransformer3DModel
 
 _NATIVE_IN_BLOCK = {
     "attn1.to_q": "self_attn.q",
@@ -50,7 +50,8 @@ class WanFamily(ModelFamily):
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
         embeds = conditioning["prompt_embeds"]
-        dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+        # As pipelines ask for it; the first weight's would be wrong, since diffusers keeps some of Wan's in float32.
+        dtype = cast("WanTransformer3DModel", network).dtype
         output = network(
             hidden_states=x.to(dtype),
             timestep=timestep,

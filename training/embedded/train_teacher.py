@@ -40,12 +40,12 @@ from training.embedded.train_autoencoder import learning_rate, one_frame_convolu
 TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
-    "attention_head_dim": 48,
+    "attention_head_dim": 36,
     "in_channels": 16,
     "out_channels": 16,
     "text_dim": 64,
     "freq_dim": 256,
-    "ffn_dim": 768,
+    "ffn_dim": 576,
     "num_layers": 6,
     "rope_max_seq_len": 64,
 }
@@ -147,9 +147,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--picture_steps", type=int, default=12000, help="first, updates of 64 pictures")
-    parser.add_argument("--mixed_steps", type=int, default=8000, help="then updates of 64 pictures or of 20 clips")
-    parser.add_argument("--pictures", type=int, default=24000, help="pictures encoded for training")
+    parser.add_argument("--picture_steps", type=int, default=6500, help="first, updates of 64 pictures")
+    parser.add_argument("--mixed_steps", type=int, default=3500, help="then updates of 64 pictures or of 20 clips")
+    parser.add_argument("--pictures", type=int, default=16000, help="pictures encoded for training")
     parser.add_argument("--clips", type=int, default=4000, help="clips encoded for training")
     parser.add_argument("--clip_share", type=float, default=0.5, help="share of mixed updates that train on clips")
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -1,0 +1,387 @@
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdmd_core.phases import (
+    BOUNDARY_TOLERANCE,
+    Phase,
+    PhasePlan,
+    PhasePlanError,
+    shift_sigma,
+    signal_to_noise,
+    unshift_sigma,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@st.composite
+def plans(draw) -> PhasePlan:
+    """Plans of 1 to 6 phases with any descending sigmas, as close to each other as a plan allows."""
+    steps = draw(st.lists(st.integers(1, 3), min_size=1, max_size=6))
+    ratios = draw(st.lists(st.floats(0.3, 0.9985), min_size=sum(steps) - 1, max_size=sum(steps) - 1))
+    flat = [1.0]
+    for ratio in ratios:
+        flat.append(flat[-1] * ratio)
+    groups = [[flat.pop(0) for _ in range(count)] for count in steps]
+    names = [f"{draw(st.sampled_from(['expert', 'noise_', 'p0']))}{k}" for k in range(len(steps))]
+    return PhasePlan.from_sigmas(groups, draw(st.sampled_from([None, names])))
+
+
+def through_thousand_in_float32(sigma: float) -> float:
+    return float(np.float32(sigma * 1000) / np.float32(1000))
+
+
+# Known plans
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        (5.0, [[1.0, 0.9375], [0.83333, 0.625]]),
+        (7.0, [[1.0, 0.95455], [0.875, 0.7]]),
+        (3.0, [[1.0, 0.9], [0.75, 0.5]]),
+        (1.0, [[1.0, 0.75], [0.5, 0.25]]),
+    ],
+    ids=["wan shift 5", "wan shift 7", "qwen-image shift 3", "no shift"],
+)
+def test_known_four_step_plans_come_out_exactly(shift, expected):
+    plan = PhasePlan.from_steps([2, 2], shift=shift)
+    assert [[round(sigma, 5) for sigma in phase.sigmas] for phase in plan.phases] == expected
+    assert plan.boundaries == (plan.phases[1].sigmas[0],)
+    assert [round(sigma, 5) for sigma in plan.boundaries] == [expected[1][0]]
+
+
+def test_exact_fractions_of_the_wan_plan():
+    assert PhasePlan.from_steps([2, 2], shift=5.0).sigmas == pytest.approx((1, 15 / 16, 5 / 6, 5 / 8), rel=1e-15)
+
+
+def test_default_names_follow_the_number_of_phases():
+    assert [p.name for p in PhasePlan.from_steps([1]).phases] == ["all_noise"]
+    assert [p.name for p in PhasePlan.from_steps([2, 2]).phases] == ["high_noise", "low_noise"]
+    assert [p.name for p in PhasePlan.from_steps([1, 1, 1]).phases] == ["high_noise", "middle_noise", "low_noise"]
+    assert [p.name for p in PhasePlan.from_steps([1] * 4).phases] == ["phase_0", "phase_1", "phase_2", "phase_3"]
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_one_to_six_phases_are_plans(count):
+    plan = PhasePlan.from_steps([2] * count, shift=5.0)
+    assert len(plan) == len(plan.phases) == count
+    assert len(plan.sigmas) == 2 * count
+    assert len(plan.boundaries) == count - 1
+    assert [plan.phase_index(sigma) for sigma in plan.sigmas] == [k for k in range(count) for _ in range(2)]
+
+
+def test_phases_may_have_different_numbers_of_steps():
+    plan = PhasePlan.from_steps([1, 3, 2], shift=1.0, names=["a", "b", "c"])
+    assert plan.phases == (
+        Phase("a", (1.0,)),
+        Phase("b", (pytest.approx(5 / 6), pytest.approx(4 / 6), 0.5)),
+        Phase("c", (pytest.approx(2 / 6), pytest.approx(1 / 6))),
+    )
+
+
+# Intervals and routing
+
+
+@given(plans())
+def test_intervals_tile_the_noise_range_without_gap_or_overlap(plan):
+    intervals = [plan.interval(k) for k in range(len(plan))]
+    assert intervals[0][1] == 1
+    assert intervals[-1][0] == 0
+    for (end, _), (_, next_start) in pairwise(intervals):
+        assert end == next_start
+    assert all(end < start for end, start in intervals)
+
+
+@given(plans(), st.floats(0, 1, exclude_min=True))
+def test_every_sigma_routes_to_the_one_interval_that_holds_it(plan, sigma):
+    owners = [k for k in range(len(plan)) if plan.interval(k)[0] < sigma <= plan.interval(k)[1]]
+    assert len(owners) == 1
+    if all(abs(sigma / boundary - 1) > 2 * BOUNDARY_TOLERANCE for boundary in plan.boundaries):
+        assert plan.phase_index(sigma) == owners[0]
+
+
+@given(plans())
+def test_every_sigma_of_a_plan_routes_to_its_own_phase(plan):
+    for k, phase in enumerate(plan.phases):
+        assert [plan.phase_index(sigma) for sigma in phase.sigmas] == [k] * len(phase.sigmas)
+
+
+@given(plans())
+def test_a_boundary_routes_to_the_later_phase(plan):
+    assert [plan.phase_index(boundary) for boundary in plan.boundaries] == list(range(1, len(plan)))
+
+
+@given(plans())
+def test_a_boundary_a_little_too_high_still_routes_to_the_later_phase(plan):
+    nudged = [boundary * (1 + 5e-5) for boundary in plan.boundaries]
+    assert [plan.phase_index(sigma) for sigma in nudged] == list(range(1, len(plan)))
+
+
+@given(plans())
+def test_sigma_beyond_the_tolerance_above_a_boundary_routes_to_the_earlier_phase(plan):
+    above = [boundary * (1 + 3e-4) for boundary in plan.boundaries]
+    assert [plan.phase_index(sigma) for sigma in above] == list(range(len(plan) - 1))
+
+
+@given(plans())
+def test_routing_survives_timesteps_in_float32(plan):
+    for sigma in plan.sigmas:
+        assert plan.phase_index(through_thousand_in_float32(sigma)) == plan.phase_index(sigma)
+        assert plan.phase_index(float(np.float32(sigma))) == plan.phase_index(sigma)
+
+
+@pytest.mark.parametrize("sigma", [0, 0.0, -0.1, 1.001, 937.5, math.nan, math.inf])
+def test_sigma_outside_the_range_is_not_routed(sigma):
+    with pytest.raises(PhasePlanError, match=r"\(0, 1\]") as caught:
+        PhasePlan.from_steps([2, 2]).phase_index(sigma)
+    assert repr(sigma) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rounding_above_one_is_still_the_first_phase():
+    assert PhasePlan.from_steps([2, 2]).phase_index(1 + 5e-5) == 0
+
+
+@pytest.mark.parametrize("k", [-1, 2])
+def test_interval_of_a_phase_that_is_not_there_is_an_error(k):
+    with pytest.raises(PhasePlanError, match=rf"{k} is not in 0\.\.1"):
+        PhasePlan.from_steps([2, 2]).interval(k)
+
+
+# Values
+
+
+@given(plans())
+def test_sigmas_descend_over_the_whole_plan(plan):
+    assert plan.sigmas[0] == 1
+    assert all(high > low > 0 for high, low in zip(plan.sigmas, plan.sigmas[1:], strict=False))
+
+
+@given(plans())
+def test_json_round_trip_is_identity_and_keeps_the_hash(plan):
+    again = PhasePlan.from_json(plan.to_json())
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert PhasePlan.from_dict(plan.to_dict()) == plan
+
+
+def test_json_form_is_the_documented_one():
+    plan = PhasePlan.from_sigmas([[1.0, 0.9], [0.75]], ["first", "second"])
+    assert json.loads(plan.to_json()) == {
+        "phases": [{"name": "first", "sigmas": [1.0, 0.9]}, {"name": "second", "sigmas": [0.75]}]
+    }
+
+
+def test_whole_numbers_in_json_are_sigmas():
+    assert PhasePlan.from_json('{"phases": [{"name": "a", "sigmas": [1]}]}') == PhasePlan.from_sigmas([[1.0]], ["a"])
+
+
+def test_plans_that_differ_in_name_or_sigma_are_not_equal():
+    plan = PhasePlan.from_sigmas([[1.0], [0.5]], ["a", "b"])
+    assert plan != PhasePlan.from_sigmas([[1.0], [0.5]], ["a", "c"])
+    assert plan != PhasePlan.from_sigmas([[1.0], [0.4]], ["a", "b"])
+    assert plan != PhasePlan.from_sigmas([[1.0, 0.5]], ["a"])
+
+
+def test_plans_are_immutable():
+    plan = PhasePlan.from_steps([2, 2])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.phases = ()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.phases[0].name = "other"
+    with pytest.raises(TypeError):
+        plan.phases[0].sigmas[0] = 0.5
+
+
+def test_changing_the_dictionary_form_leaves_the_plan_alone():
+    plan = PhasePlan.from_steps([2, 2])
+    plan.to_dict()["phases"][0]["sigmas"].append(0.0)
+    assert plan == PhasePlan.from_steps([2, 2])
+
+
+# Shift
+
+
+@given(st.floats(0, 1), st.floats(0.05, 20))
+def test_unshift_inverts_shift(raw, shift):
+    assert unshift_sigma(shift_sigma(raw, shift), shift) == pytest.approx(raw, abs=1e-12)
+
+
+@given(st.floats(0.01, 100))
+def test_shift_keeps_both_ends_exactly(shift):
+    assert shift_sigma(0.0, shift) == unshift_sigma(0.0, shift) == 0
+    assert shift_sigma(1.0, shift) == unshift_sigma(1.0, shift) == 1
+
+
+@given(st.floats(0, 1), st.floats(0.05, 20))
+def test_shift_is_the_documented_formula(raw, shift):
+    assert shift_sigma(raw, shift) == pytest.approx(shift * raw / (1 + (shift - 1) * raw), rel=1e-9)
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=6).filter(lambda s: sum(s) > 1), st.floats(0.2, 12))
+def test_shift_of_a_plan_is_the_shift_it_was_made_with(steps, shift):
+    assert PhasePlan.from_steps(steps, shift=shift).shift == pytest.approx(shift, rel=1e-9)
+
+
+def test_shift_is_one_for_a_single_step():
+    assert PhasePlan.from_sigmas([[1.0]]).shift == 1
+
+
+@pytest.mark.parametrize("sigmas", [[[1.0, 0.9], [0.75, 0.4]], [[1.0], [0.9], [0.1]]])
+def test_shift_is_none_when_no_shift_makes_the_steps_uniform(sigmas):
+    assert PhasePlan.from_sigmas(sigmas).shift is None
+
+
+def test_signal_to_noise():
+    assert signal_to_noise(0.5) == 1
+    assert signal_to_noise(0.2) == pytest.approx(16)
+    assert signal_to_noise(1.0) == 0
+    assert signal_to_noise(0.0) == math.inf
+
+
+# Errors
+
+
+def phase(**changes):
+    return {"name": "a", "sigmas": [1.0], **changes}
+
+
+BAD_PLANS = {
+    "no phases": (lambda: PhasePlan(()), ["at least one", "none"]),
+    "no phases in sigmas": (lambda: PhasePlan.from_sigmas([]), ["at least one", "none"]),
+    "capital name": (lambda: PhasePlan.from_sigmas([[1.0]], ["High"]), ["lower-case", "'High'"]),
+    "empty name": (lambda: PhasePlan.from_sigmas([[1.0]], [""]), ["1 to 64", "''"]),
+    "long name": (lambda: PhasePlan.from_sigmas([[1.0]], ["a" * 65]), ["1 to 64", "a" * 65]),
+    "path as name": (lambda: PhasePlan.from_sigmas([[1.0]], ["../a"]), ["lower-case", "'../a'"]),
+    "newline in name": (lambda: PhasePlan.from_sigmas([[1.0]], ["a\nb"]), ["lower-case", r"'a\nb'"]),
+    "newline after name": (lambda: PhasePlan.from_sigmas([[1.0]], ["a\n"]), ["lower-case", r"'a\n'"]),
+    "number as name": (lambda: PhasePlan.from_dict({"phases": [phase(name=3)]}), ["lower-case", "found 3"]),
+    "empty phase": (lambda: PhasePlan.from_sigmas([[1.0], []]), ["'low_noise'", "no sigmas", "at least one step"]),
+    "same name twice": (lambda: PhasePlan.from_sigmas([[1.0], [0.5]], ["a", "a"]), ["must differ", "a, a"]),
+    "too few names": (lambda: PhasePlan.from_sigmas([[1.0], [0.5]], ["a"]), ["2 phases", "found 1"]),
+    "too many names": (lambda: PhasePlan.from_sigmas([[1.0]], ["a", "b"]), ["1 phases", "found 2"]),
+    "timestep as sigma": (lambda: PhasePlan.from_sigmas([[1000.0, 900.0]]), ["(0, 1]", "1000.0", "timesteps"]),
+    "sigma zero": (lambda: PhasePlan.from_sigmas([[1.0, 0.0]]), ["(0, 1]", "0.0"]),
+    "negative sigma": (lambda: PhasePlan.from_sigmas([[1.0, -0.5]]), ["(0, 1]", "-0.5"]),
+    "nan": (lambda: PhasePlan.from_sigmas([[1.0, math.nan]]), ["(0, 1]", "nan"]),
+    "truth value as sigma": (lambda: PhasePlan((Phase("a", (True,)),)), ["(0, 1]", "True"]),
+    "text as sigma": (lambda: PhasePlan((Phase("a", ("1",)),)), ["(0, 1]", "'1'"]),
+    "first is not one": (lambda: PhasePlan.from_sigmas([[0.9, 0.5]]), ["first sigma is 1", "0.9"]),
+    "ascending": (lambda: PhasePlan.from_sigmas([[1.0, 0.5], [0.75]]), ["descend", "0.5", "0.75"]),
+    "same sigma twice": (lambda: PhasePlan.from_sigmas([[1.0, 0.5], [0.5]]), ["descend", "0.5 before 0.5"]),
+    "too close": (lambda: PhasePlan.from_sigmas([[1.0, 0.9995]]), ["0.1 %", "1.0 before 0.9995"]),
+    "flat sigmas": (lambda: PhasePlan.from_sigmas([1.0, 0.5]), ["one list of numbers for each phase", "[1.0, 0.5]"]),
+    "long array": (lambda: PhasePlan.from_sigmas(np.linspace(1, 0.1, 60)), ["one list of numbers", "found array(["]),
+    "word as sigma": (lambda: PhasePlan.from_sigmas([["one"]]), ["one list of numbers", "'one'"]),
+    "no steps": (lambda: PhasePlan.from_steps([]), ["at least 1", "[]"]),
+    "zero steps": (lambda: PhasePlan.from_steps([2, 0]), ["at least 1", "[2, 0]"]),
+    "half a step": (lambda: PhasePlan.from_steps([2, 1.5]), ["whole numbers", "[2, 1.5]"]),
+    "truth value as steps": (lambda: PhasePlan.from_steps([True]), ["whole numbers", "[True]"]),
+    "shift zero": (lambda: PhasePlan.from_steps([2], shift=0), ["positive", "found 0"]),
+    "shift nan": (lambda: PhasePlan.from_steps([2], shift=math.nan), ["positive", "nan"]),
+    "shift as text": (lambda: PhasePlan.from_steps([2], shift="5"), ["positive", "'5'"]),
+    "unknown key of a plan": (
+        lambda: PhasePlan.from_dict({"phases": [phase()], "shift": 5}),
+        ["exactly the keys ['phases']", "['phases', 'shift']"],
+    ),
+    "missing key of a plan": (lambda: PhasePlan.from_dict({}), ["exactly the keys ['phases']", "keys []"]),
+    "unknown key of a phase": (
+        lambda: PhasePlan.from_dict({"phases": [phase(boundary=0.5)]}),
+        ["exactly the keys ['name', 'sigmas']", "'boundary'"],
+    ),
+    "missing key of a phase": (lambda: PhasePlan.from_dict({"phases": [{"name": "a"}]}), ["'sigmas'", "['name']"]),
+    "plan is a list": (lambda: PhasePlan.from_dict([phase()]), ["a phase plan is an object", "list"]),
+    "phases is an object": (lambda: PhasePlan.from_dict({"phases": phase()}), ["list", "dict"]),
+    "phase is a list": (lambda: PhasePlan.from_dict({"phases": [[1.0]]}), ["a phase is an object", "list"]),
+    "sigmas is a number": (lambda: PhasePlan.from_dict({"phases": [phase(sigmas=1.0)]}), ["are a list", "float"]),
+    "sigma in JSON is text": (lambda: PhasePlan.from_dict({"phases": [phase(sigmas=["1"])]}), ["numbers", "'1'"]),
+    "sigma in JSON is true": (lambda: PhasePlan.from_dict({"phases": [phase(sigmas=[True])]}), ["numbers", "True"]),
+    "not JSON": (lambda: PhasePlan.from_json("{phases"), ["is JSON", "not"]),
+    "nested too deep": (lambda: PhasePlan.from_json("[" * 100_000), ["is JSON", "not"]),
+    "infinity in JSON": (
+        lambda: PhasePlan.from_json('{"phases": [{"name": "a", "sigmas": [1, Infinity]}]}'),
+        ["(0, 1]", "inf"],
+    ),
+    "whole number beyond floats": (
+        lambda: PhasePlan.from_json('{"phases": [{"name": "a", "sigmas": [1%s]}]}' % ("0" * 400)),
+        ["numbers", "000"],
+    ),
+    "whole number beyond Python's limit": (
+        lambda: PhasePlan.from_json('{"phases": [{"name": "a", "sigmas": [1%s]}]}' % ("0" * 5000)),
+        ["is JSON", "digits"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "fragments"), BAD_PLANS.values(), ids=BAD_PLANS)
+def test_what_is_not_a_plan_is_a_one_line_error_with_expected_and_found(make, fragments):
+    with pytest.raises(PhasePlanError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_plan_errors_are_value_errors():
+    assert issubclass(PhasePlanError, ValueError)
+
+
+# Shown to people
+
+
+@given(plans())
+def test_describe_has_one_line_for_each_step_with_its_expert_and_sigma(plan):
+    header, *lines, summary = plan.describe().splitlines()
+    assert header.split() == ["step", "expert", "sigma", "next", "raw", "time", "SNR", "log-SNR"]
+    expected = [(phase.name, sigma) for phase in plan.phases for sigma in phase.sigmas]
+    following = [*plan.sigmas[1:], 0.0]
+    assert len(lines) == len(expected)
+    for step, (line, (name, sigma), after) in enumerate(zip(lines, expected, following, strict=True)):
+        assert line.split()[:4] == [str(step), name, f"{sigma:.5f}", f"{after:.5f}"]
+    assert f"{len(plan)} phase(s), {len(expected)} step(s)" in summary
+
+
+def test_describe_tells_the_shift_and_raw_times():
+    lines = PhasePlan.from_steps([2, 2], shift=5.0).describe().splitlines()
+    assert lines[-1].endswith("raw time at shift 5")
+    assert [line.split()[4] for line in lines[1:-1]] == ["1.0000", "0.7500", "0.5000", "0.2500"]
+    assert [line.split()[6] for line in lines[1:-1]] == ["-inf", "-5.416", "-3.219", "-1.022"]
+
+
+def test_describe_says_when_no_shift_fits():
+    lines = PhasePlan.from_sigmas([[1.0, 0.9], [0.75, 0.4]]).describe().splitlines()
+    assert lines[-1].endswith("no single shift makes these steps uniform")
+    assert all(line.split()[4] == "-" for line in lines[1:-1])
+
+
+def test_plot_names_every_expert_at_its_place_and_every_sigma():
+    plan = PhasePlan.from_steps([1, 2, 1], shift=3.0, names=["first", "second", "third"])
+    figure = plan.plot()
+    axes = figure.axes[0]
+    texts = {text.get_text(): text.get_position()[0] for text in axes.texts}
+    for k, phase in enumerate(plan.phases):
+        assert texts[phase.name] == pytest.approx(sum(plan.interval(k)) / 2)
+    for sigma in plan.sigmas:
+        assert texts[f"{sigma:.4g}"] == sigma
+    assert list(axes.lines[0].get_xdata()) == list(plan.sigmas)
+    figure.savefig(picture := io.BytesIO(), format="png")
+    assert picture.getvalue().startswith(b"\x89PNG")
+
+
+def test_importing_phases_needs_neither_torch_nor_matplotlib():
+    code = "import sys, pdmd_core.phases; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
