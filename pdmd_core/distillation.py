@@ -25,7 +25,7 @@ from .objectives import (
 )
 from .phases import PhasePlan, shift_sigma, unshift_sigma
 from .roles import FAKE, TEACHER
-from .rollout import Rollout, simulate
+from .rollout import Rollout, Velocity, simulate
 
 ScoreRange = Literal["nested", "disjoint"]
 
@@ -96,11 +96,7 @@ class PhasedDistiller:
 
     def rollout(self, noise: Tensor, conditioning: Conditioning, step: int, gradient: bool) -> Rollout:
         """Backward simulation to the end of the phase; see ``rollout.simulate``."""
-
-        def expert(name: str):  # type: ignore[no-untyped-def]
-            return lambda x, sigma: self.networks.velocity(name, x, sigma, conditioning)
-
-        experts = [expert(phase.name) for phase in self.plan.phases]
+        experts = expert_velocities(self.networks, self.plan, conditioning)
         return simulate(experts, self.plan, self.phase, step, noise, gradient)
 
     def fake_loss(self, x_s: Tensor, conditioning: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
@@ -130,6 +126,15 @@ class PhasedDistiller:
     def teacher_velocity(self, x: Tensor, sigma: Sigma, conditioning: Conditioning, negative: Conditioning) -> Tensor:
         """The teacher with classifier-free guidance, both halves in one batch."""
         return guided_velocity(self.networks, x, sigma, conditioning, negative, self.objective.guidance_scale)
+
+
+def expert_velocities(networks: VelocityOfRole, plan: PhasePlan, conditioning: Conditioning) -> list[Velocity]:
+    """The experts of a plan as velocities of (x, sigma), the conditioning bound."""
+
+    def expert(role: str) -> Velocity:
+        return lambda x, sigma: networks.velocity(role, x, sigma, conditioning)
+
+    return [expert(phase.name) for phase in plan.phases]
 
 
 def guided_velocity(

@@ -50,8 +50,9 @@ class Roles:
         self.family = family
         self.specs = dict(specs)
         self.base = base.requires_grad_(False).eval()
-        self._copies = {name: copy.deepcopy(self.base) for name, spec in specs.items() if spec.kind == "full"}
+        self._copies = {name: copy.deepcopy(self.base).float() for name, spec in specs.items() if spec.kind == "full"}
         self._layers: dict[str, BaseTunerLayer] = {}
+        self._own: dict[str, dict[str, nn.Parameter]] = {}
         self._trainable: frozenset[str] = frozenset()
         self._active: str | None = None
         for name, spec in specs.items():
@@ -109,6 +110,11 @@ class Roles:
         if role == TEACHER:
             raise KeyError("the teacher has no weights of its own to train")
         self._check_known(role)
+        if role not in self._own:
+            self._own[role] = self._find_parameters(role)
+        return self._own[role]
+
+    def _find_parameters(self, role: str) -> dict[str, nn.Parameter]:
         if role in self._copies:
             return dict(self._copies[role].named_parameters())
         named = {}
@@ -129,8 +135,10 @@ class Roles:
     def _restore_gradients(self) -> None:
         # peft freezes whatever adapter is not active, which would cut a graph that is still to be run backwards.
         for role in self.specs:
-            for parameter in self.parameters(role):
-                parameter.requires_grad_(role in self._trainable)
+            wanted = role in self._trainable
+            for parameter in self.named_parameters(role).values():
+                if parameter.requires_grad != wanted:
+                    parameter.requires_grad_(wanted)
 
     def reset(self, role: str, generator: torch.Generator | None = None) -> None:
         """Make the role the teacher again: up-projections zero, fresh down-projections; or a copy of the base."""

@@ -12,8 +12,7 @@ import argparse
 import json
 import os
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,26 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from training.evaluation import Row
 
 DEFAULT_PROMPTS = Path(__file__).resolve().parent / "prompts" / "embedded_eval.txt"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method in the report."""
-
-    method: str
-    network_evaluations: int
-    """For one sample, guidance counted as two."""
-    frechet: float
-    """FD-Emoji to the reference samples."""
-    diversity: float
-    """Mean feature distance between seeds of one prompt."""
-    agreement: float
-    """Share of samples whose emoji and background the classifier names as the prompt does."""
-    seconds: float
-    """Time of the network evaluations for all samples, on this machine."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,82 +59,40 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Sample all methods, measure, write the report."""
-    import torch
-
     from pdmd_core.experts import PhasedExperts
-    from pdmd_core.metrics import frechet_distance, pairwise_distance
-    from training.embedded.features import features_of, load_features
+    from training.evaluation import Evaluation
     from training.pictures import labelled_columns
     from training.prompts import read_prompts
-    from training.sampler import Sampler, SampleSize
 
     experts = PhasedExperts.open(options.experts)
-    manifest = experts.manifest
-    plan, training = manifest.plan, manifest.training
     prompts = read_prompts(options.prompts)
-    width, height, frames = training.get("size", (64, 64, 1))
-    size = SampleSize(height, width, frames, training.get("max_sequence_length", 512))
-    shift = options.shift or plan.shift or 3.0
-    guidance = options.guidance_scale or training.get("teacher_guidance_scale", 4.0)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    sampler = Sampler(options.teacher or manifest.base.model, size, prompts, options.output_dir / "cache", experts)
-    network, emoji, backgrounds = load_features()
-
-    def pairs(first_seed: int) -> list[tuple[int, int]]:
-        return [(p, first_seed + s) for p in range(len(prompts)) for s in range(options.seeds)]
-
-    def teacher(steps: int, first_seed: int) -> Tensor:
-        name = f"teacher, {steps} steps"
-        return sampler.with_teacher(pairs(first_seed), steps, shift, guidance, name)
-
-    few, many = len(plan.sigmas), options.teacher_steps
-    groups = torch.arange(len(prompts)).repeat_interleave(options.seeds)
-    wanted_emoji, wanted_background = wanted_classes(prompts, emoji, backgrounds)
-    reference, _, _ = features_of(network, sampler.decode(teacher(many, 1_000_000)))
-    methods = [
-        (f"teacher, {many} steps with guidance", many * 2, lambda: teacher(many, 0)),
-        (f"teacher, {few} steps with guidance", few * 2, lambda: teacher(few, 0)),
-        (f"phase experts, {few} steps", few, lambda: sampler.with_experts(pairs(0))),
+    evaluation = Evaluation(
+        experts,
+        prompts,
+        options.seeds,
+        options.output_dir / "cache",
+        options.teacher,
+        options.teacher_steps,
+        options.shift,
+        options.guidance_scale,
+    )
+    results = [
+        evaluation.measure_teacher(options.teacher_steps),
+        evaluation.measure_teacher(len(evaluation.plan.sigmas)),
+        evaluation.measure_experts(),
     ]
-    rows, columns = [], []
-    for name, evaluations, make in methods:
-        start = time.perf_counter()
-        latents = make()
-        seconds = time.perf_counter() - start
-        pixels = sampler.decode(latents)
-        features, found_emoji, found_background = features_of(network, pixels)
-        agrees = (found_emoji == wanted_emoji[groups]) & (found_background == wanted_background[groups])
-        rows.append(
-            Row(
-                method=name,
-                network_evaluations=evaluations if guidance != 1 or "experts" in name else evaluations // 2,
-                frechet=round(frechet_distance(features, reference), 4),
-                diversity=round(pairwise_distance(features, groups), 4),
-                agreement=round(float(agrees.float().mean()), 4),
-                seconds=round(seconds, 2),
-            )
-        )
+    columns = []
+    for row, pixels in results:
         middle = pixels[:, pixels.shape[1] // 2].unflatten(0, (len(prompts), options.seeds))
-        columns.append((name, middle[:8, :4]))
-    labelled_columns(columns, prompts[:8]).save(options.output_dir / "report.png")
-    write_report(options.output_dir, rows, manifest.plan.describe(), len(prompts), options.seeds)
+        columns.append((row.method, middle[::6, :4][:8]))
+    labelled_columns(columns, prompts[::6][:8]).save(options.output_dir / "report.png")
+    write_report(
+        options.output_dir, [row for row, _ in results], evaluation.plan.describe(), len(prompts), options.seeds
+    )
     print((options.output_dir / "report.md").read_text(encoding="utf-8"))
     print(f"report: {options.output_dir / 'report.md'} (picture: {options.output_dir / 'report.png'})")
     return 0
-
-
-def wanted_classes(prompts: list[str], emoji: list[str], backgrounds: list[str]) -> tuple[Tensor, Tensor]:
-    """Class indices that each prompt names; -1 where it names none."""
-    import torch
-
-    def find(text: str, names: list[str]) -> int:
-        return next((i for i, name in enumerate(names) if name in text), -1)
-
-    subjects, places = zip(*((p.partition(" on a ")[0], p.partition(" on a ")[2]) for p in prompts), strict=True)
-    return (
-        torch.tensor([find(subject, emoji) for subject in subjects]),
-        torch.tensor([find(place, backgrounds) for place in places]),
-    )
 
 
 def write_report(folder: Path, rows: list[Row], plan: str, prompts: int, seeds: int) -> None:

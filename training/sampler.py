@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pdmd_core.distillation import guided_velocity
+from pdmd_core.distillation import expert_velocities, guided_velocity
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
@@ -69,10 +69,7 @@ class Sampler:
             raise ValueError("this sampler was made without experts")
 
         def velocity(conditioning: dict[str, Tensor]) -> Velocity:
-            def expert(name: str) -> Velocity:
-                return lambda x, sigma: self.roles.velocity(name, x, sigma, conditioning)
-
-            return route([expert(phase.name) for phase in plan.phases], plan)
+            return route(expert_velocities(self.roles, plan, conditioning), plan)
 
         return self._sample(pairs, plan.sigmas, velocity, progress)
 

@@ -15,8 +15,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pdmd_core.distillation import PhasedDistiller
-from pdmd_core.roles import FAKE, Roles, RoleSpec
+from pdmd_core.distillation import PhasedDistiller, expert_velocities
+from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
 from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from training.config import ConfigError, DistillConfig, RoleSection
@@ -73,7 +73,7 @@ class Trainer:
         self.bank = self._prompt_bank()
         torch.manual_seed(config.seed)
         specs = {phase.name: config.generator.build() for phase in self.plan.phases} | {FAKE: config.fake.build()}
-        self.roles = make_roles(self.pipeline.transformer.to(self.device), self.family, specs)
+        self.roles = Roles(self.pipeline.transformer.to(self.device), self.family, specs)
         if config.gradient_checkpointing:
             for role in specs:
                 enable_gradient_checkpointing(self.roles.network(role))
@@ -311,10 +311,7 @@ class Trainer:
         if self.average is not None:
             self.average.store(self.roles.parameters(expert))
             self._use_average()
-        experts = [
-            lambda x, sigma, role=phase.name: self.roles.velocity(role, x, sigma, conditioning)
-            for phase in self.plan.phases
-        ]
+        experts = expert_velocities(self.roles, self.plan, conditioning)
         sigmas = [s for phase in self.plan.phases[: self.progress.phase + 1] for s in phase.sigmas]
         with self.accelerator.autocast():
             latents = sample(route(experts, self.plan), sigmas, noise.to(self.device))
@@ -391,15 +388,6 @@ class Trainer:
                 "the configuration changed since the checkpoint, so the run cannot be resumed; set it back or choose "
                 f"another output_dir. Changed: {'; '.join(changed)}"
             )
-
-
-def make_roles(network: torch.nn.Module, family: Any, specs: dict[str, RoleSpec]) -> Roles:
-    """Roles with float32 trainable weights: Adam-sized updates vanish in half precision."""
-    roles = Roles(network, family, specs)
-    for role, spec in specs.items():
-        if spec.kind == "full":
-            roles.network(role).float()
-    return roles
 
 
 def enable_gradient_checkpointing(network: Any) -> None:

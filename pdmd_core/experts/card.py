@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from .manifest import Manifest
@@ -24,9 +25,9 @@ _TEMPLATE = """---
 from diffusers import DiffusionPipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
 
-experts = "{folder}"
+experts = {folder}
 scheduler = PhasedDMDScheduler.from_pretrained(experts, subfolder="scheduler")
-pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler)
+pipe = DiffusionPipeline.from_pretrained({base_text}, scheduler=scheduler)
 names = {names}
 {loading}
 
@@ -36,7 +37,7 @@ def use_expert_of_next_step(pipe, step, timestep, tensors):
 
 pipe.set_adapters(names[0])
 result = pipe(
-    "{prompt}", num_inference_steps={steps}, guidance_scale={guidance:g},{size}
+    {prompt}, num_inference_steps={steps}, guidance_scale={guidance:g},{size}
     callback_on_step_end=use_expert_of_next_step,
 )
 ```
@@ -59,8 +60,6 @@ Pass the scheduler as above: a stock scheduler walks other sigmas than the exper
 
 def write_card(folder: Path, manifest: Manifest, prompt: str = "a panda on a blue background") -> Path:
     """Write ``folder/README.md``: metadata, the phase table, code for diffusers, files and training summary."""
-    import json
-
     from huggingface_hub import ModelCardData
 
     base = manifest.base.model
@@ -81,14 +80,15 @@ def write_card(folder: Path, manifest: Manifest, prompt: str = "a panda on a blu
     text = _TEMPLATE.format(
         metadata=metadata.to_yaml().strip(),
         base=base,
-        folder=folder.as_posix(),
+        base_text=_quoted(base),
+        folder=_quoted(folder.as_posix()),
         count=len(manifest.experts),
         steps=len(manifest.plan.sigmas),
         guidance=manifest.guidance_scale,
         table=manifest.plan.describe(),
         names=[expert.name for expert in manifest.experts],
         loading=loading,
-        prompt=prompt,
+        prompt=_quoted(prompt),
         size=arguments,
         files="\n".join(f"| {e.file} | {e.name} | {e.kind} | `{e.sha256}` |" for e in manifest.experts),
         training=json.dumps(dict(manifest.training), indent=2),
@@ -96,3 +96,8 @@ def write_card(folder: Path, manifest: Manifest, prompt: str = "a panda on a blu
     path = folder / "README.md"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _quoted(text: str) -> str:
+    """A string literal of Python."""
+    return json.dumps(text, ensure_ascii=False)

@@ -81,7 +81,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mapping[str, Tensor]]) -> Manifest:
-    """Write the files of all experts, then the manifest. When writing fails, the folder stays as it was.
+    """Write the files of all experts, then the manifest. All is written before any of it takes its place.
 
     manifest: complete but for the hashes, which are filled in. weights: expert name to the tensors of its file
     (``lora_to_file`` for LoRA experts). Returns the manifest that was written.

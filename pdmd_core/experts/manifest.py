@@ -73,8 +73,9 @@ class Manifest:
     def __post_init__(self) -> None:
         phases, experts = [p.name for p in self.plan.phases], [e.name for e in self.experts]
         if phases != experts:
+            found = ", ".join(map(repr, experts)) or "none"
             raise ExpertsError(
-                f"the plan has phases {', '.join(phases)} but the experts are {', '.join(map(repr, experts)) or 'none'}: "
+                f"the plan has phases {', '.join(phases)}, the experts are {found}: "
                 "one expert for each phase, in the same order"
             )
         files = [expert.file for expert in self.experts]

@@ -17,7 +17,8 @@ def pairwise_distance(features: Tensor, groups: Tensor) -> float:
             f"expected features (samples, dimensions) and one group each, found {tuple(features.shape)} and "
             f"{tuple(groups.shape)}"
         )
-    distances = torch.cdist(features.double(), features.double())
+    exact = "donot_use_mm_for_euclid_dist"  # the faster way makes equal features differ from 26 samples on
+    distances = torch.cdist(features.double(), features.double(), compute_mode=exact)
     same = groups[:, None] == groups[None, :]
     pairs = torch.triu(same, diagonal=1)
     if not bool(pairs.any()):

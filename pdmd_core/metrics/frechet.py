@@ -13,7 +13,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """``|mean_1 - mean_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))`` of features (samples, dimensions).
 
     Computed in float64 from symmetric square roots, so that it is never complex; 0 for equal sets. Raises ValueError
-    for fewer than two samples or features that are not finite.
+    for fewer than two samples, features that are not finite or of different dimensions.
     """
     for name, features in (("first", first), ("second", second)):
         if features.ndim != 2 or len(features) < 2:
@@ -22,6 +22,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
             )
         if not bool(features.isfinite().all()):
             raise ValueError(f"the {name} features have values that are not finite")
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"both sets have the same dimensions, found {first.shape[1]} and {second.shape[1]}")
     first, second = first.double(), second.double()
     covariance_1, covariance_2 = (torch.atleast_2d(torch.cov(features.T)) for features in (first, second))
     root = _square_root(covariance_1)

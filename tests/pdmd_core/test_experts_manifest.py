@@ -289,7 +289,7 @@ VALUES = st.recursive(
     st.sampled_from(ODD) | st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
-)
+).map(copy.deepcopy)
 
 
 def parents(value: Any) -> Iterator[dict[str, Any] | list[Any]]:

@@ -212,17 +212,17 @@ def test_float64_stays_float64(function):
     torch.testing.assert_close(function(x, y, 0.3), function(x, y, sigma), rtol=1e-14, atol=1e-14)
 
 
-def test_at_least_float32_widens_only_half_precision():
-    widened = {dtype: at_least_float32(torch.ones(1, dtype=dtype)).dtype for dtype in FLOATS}
-    assert widened == FLOATS
-
-
 FLOATS = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
+
+
+def test_at_least_float32_widens_only_half_precision():
+    widened = {dtype: at_least_float32(torch.ones(1, dtype=dtype)).dtype for dtype in FLOATS}
+    assert widened == FLOATS
 
 
 def test_like_broadcasts_a_batch_of_sigmas_over_samples():

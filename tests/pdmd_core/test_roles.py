@@ -130,16 +130,19 @@ def test_lora_roles_share_one_base_network(lora_roles: Roles) -> None:
 
 
 @torch.no_grad()
-def test_adapters_are_float32_on_a_base_in_half_precision() -> None:
-    base = transformer().to(torch.bfloat16)
-    roles = Roles(base, family("wan"), {"high": LORA})
-    before = velocity(roles, "high")
-    assert before.dtype == torch.bfloat16 and torch.equal(before, velocity(roles, TEACHER))
-    assert {p.dtype for p in roles.parameters("high")} == {torch.float32}
-    randomise(roles, "high", seed=0)
-    assert (velocity(roles, "high") - before).abs().max() > 0.05
-    roles.load_state_dict("high", {name: v.to(torch.bfloat16) for name, v in roles.state_dict("high").items()})
-    assert {p.dtype for p in roles.parameters("high")} == {torch.float32}
+def test_the_weights_of_every_role_are_float32_on_a_base_in_half_precision() -> None:
+    roles = Roles(transformer().to(torch.bfloat16), family("wan"), MIXES["mixed"])
+    teacher = velocity(roles, TEACHER)
+    assert teacher.dtype == torch.bfloat16 and {p.dtype for p in roles.base.parameters()} >= {torch.bfloat16}
+    assert torch.equal(velocity(roles, "high"), teacher)
+    torch.testing.assert_close(velocity(roles, FAKE), teacher.float(), rtol=0.05, atol=0.05)
+    for role in ("high", FAKE):
+        assert {p.dtype for p in roles.parameters(role)} == {torch.float32}
+        randomise(roles, role, seed=0)
+        assert (velocity(roles, role) - teacher).abs().max() > 0.1
+        roles.load_state_dict(role, {name: v.to(torch.bfloat16) for name, v in roles.state_dict(role).items()})
+        assert {p.dtype for p in roles.parameters(role)} == {torch.float32}
+    assert torch.equal(velocity(roles, TEACHER), teacher)
 
 
 # --- who gets gradient ------------------------------------------------------

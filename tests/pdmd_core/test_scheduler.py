@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from torch import Tensor
+
+from pdmd_core.families import family
+from pdmd_core.phases import PhasePlan, PhasePlanError
+from pdmd_core.scheduler import DEFAULT_PLAN, PhasedDMDScheduler
+from tests.tiny import CALL, LATENT_SHAPE, randn, wan_pipeline
+
+PLANS = {
+    "one phase": PhasePlan.from_steps([3], shift=3.0),
+    "two phases": PhasePlan.from_steps([2, 2], shift=5.0),
+    "three phases": PhasePlan.from_steps([1, 2, 1], shift=5.0),
+    "any sigmas": PhasePlan.from_sigmas([[1.0, 0.97], [0.4], [0.2, 0.1]]),
+}
+WAN = family("wan")
+
+
+@pytest.fixture(params=PLANS)
+def plan(request: pytest.FixtureRequest) -> PhasePlan:
+    return PLANS[request.param]
+
+
+@pytest.fixture
+def scheduler(plan: PhasePlan) -> PhasedDMDScheduler:
+    return PhasedDMDScheduler.from_plan(plan)
+
+
+def run(pipeline: WanPipeline, steps: int, seed: int = 3, **arguments: object) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    call = {**CALL, "guidance_scale": 1.0, "output_type": "latent", **arguments}
+    return pipeline(**call, num_inference_steps=steps, generator=generator).frames
+
+
+@torch.no_grad()
+def euler(pipeline: WanPipeline, plan: PhasePlan, seed: int = 3) -> Tensor:
+    """The sampling loop by hand."""
+    conditioning = WAN.encode_prompts(pipeline, [CALL["prompt"]], CALL["max_sequence_length"])
+    x = randn(1, *LATENT_SHAPE, seed=seed)
+    for sigma, following in zip(plan.sigmas, [*plan.sigmas[1:], 0.0], strict=True):
+        x = x + (following - sigma) * WAN.velocity(pipeline.transformer, x, sigma, conditioning)
+    return x
+
+
+# --- the steps --------------------------------------------------------------
+
+
+def test_sigmas_and_timesteps_are_exactly_the_plan_s(plan: PhasePlan, scheduler: PhasedDMDScheduler) -> None:
+    for prepare in (lambda: None, lambda: scheduler.set_timesteps(len(plan.sigmas))):
+        prepare()
+        assert torch.equal(scheduler.sigmas, torch.tensor([*plan.sigmas, 0.0], dtype=torch.float32))
+        assert torch.equal(scheduler.timesteps, torch.tensor(plan.sigmas, dtype=torch.float32) * 1000)
+
+
+def test_the_known_plan_of_wan_comes_out() -> None:
+    scheduler = PhasedDMDScheduler()
+    scheduler.set_timesteps(4)
+    assert scheduler.plan == DEFAULT_PLAN
+    assert scheduler.timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_inference_steps": 4},
+        {"num_inference_steps": 4, "device": "cpu"},
+        {"sigmas": np.linspace(1.0, 0.25, 4), "mu": 0.7},
+        {"sigmas": [1.0, 0.75, 0.5, 0.25], "device": torch.device("cpu")},
+        {"num_inference_steps": 4, "mu": 1.15},
+        {"timesteps": [900.0, 600.0, 300.0, 100.0]},
+        {},
+    ],
+    ids=lambda arguments: ",".join(arguments) or "nothing",
+)
+def test_however_a_pipeline_asks_the_plan_s_steps_are_prepared(arguments: dict[str, object]) -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    scheduler.set_timesteps(**arguments)
+    assert scheduler.timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+    assert scheduler.num_inference_steps == 4
+
+
+@pytest.mark.parametrize("wrong", [1, 3, 5, 50])
+def test_a_wrong_number_of_steps_is_an_error_that_names_the_right_one(wrong: int) -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    for arguments in ({"num_inference_steps": wrong}, {"sigmas": [0.5] * wrong}, {"timesteps": [1.0] * wrong}):
+        with pytest.raises(ValueError, match=f"distilled for 4 steps, found {wrong}: ask for 4"):
+            scheduler.set_timesteps(**arguments)
+    with pytest.raises(ValueError, match="ask for 4"):
+        run(wan_pipeline(scheduler), steps=wrong)
+
+
+def test_step_is_euler_to_the_next_sigma(plan: PhasePlan, scheduler: PhasedDMDScheduler) -> None:
+    scheduler.set_timesteps(len(plan.sigmas))
+    x = randn(2, 4, 3)
+    assert scheduler.step_index is None
+    for i, (sigma, following) in enumerate(zip(plan.sigmas, [*plan.sigmas[1:], 0.0], strict=True)):
+        velocity = randn(2, 4, 3, seed=i + 1)
+        expected = x + (following - sigma) * velocity
+        result = scheduler.step(velocity, scheduler.timesteps[i], x)
+        assert scheduler.step_index == i + 1
+        torch.testing.assert_close(result.prev_sample, expected, rtol=1e-5, atol=1e-6)
+        x = result.prev_sample
+
+
+def test_step_starts_where_its_timestep_is_and_can_return_a_tuple() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    scheduler.set_timesteps(4)
+    x, velocity = randn(1, 3), randn(1, 3, seed=1)
+    (moved,) = scheduler.step(velocity, 625.0, x, return_dict=False)
+    torch.testing.assert_close(moved, x - 0.625 * velocity)
+    assert scheduler.step_index == 4
+
+
+def test_a_begin_index_is_where_the_run_starts() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(2)
+    assert scheduler.begin_index == 2 and scheduler.phase == 1
+    x, velocity = randn(1, 3), randn(1, 3, seed=1)
+    moved = scheduler.step(velocity, scheduler.timesteps[2], x).prev_sample
+    torch.testing.assert_close(moved, x + (0.625 - 1 / 1.2) * velocity)
+    scheduler.set_timesteps(4)
+    assert scheduler.begin_index is None and scheduler.step_index is None
+
+
+def test_half_precision_is_stepped_in_float32_and_keeps_the_model_s_dtype() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    scheduler.set_timesteps(4)
+    x = 100 * randn(1, 64)
+    velocity = randn(1, 64, seed=1).to(torch.bfloat16)
+    moved = scheduler.step(velocity, 1000.0, x).prev_sample
+    assert moved.dtype == torch.bfloat16
+    assert torch.equal(moved, (x - 0.0625 * velocity.float()).to(torch.bfloat16))
+
+
+def test_phase_is_the_expert_that_owns_each_step(plan: PhasePlan, scheduler: PhasedDMDScheduler) -> None:
+    expected = [k for k, phase in enumerate(plan.phases) for _ in phase.sigmas]
+    for _ in range(2):
+        scheduler.set_timesteps(len(plan.sigmas))
+        found = []
+        for timestep in scheduler.timesteps:
+            found.append(scheduler.phase)
+            scheduler.step(torch.zeros(1, 2), timestep, torch.zeros(1, 2))
+        assert found == expected
+        assert scheduler.phase == len(plan) - 1, "after the last step"
+
+
+def test_samples_are_neither_scaled_before_the_model_nor_at_the_start() -> None:
+    scheduler = PhasedDMDScheduler()
+    x = randn(1, 3)
+    assert scheduler.scale_model_input(x, 500.0) is x
+    assert scheduler.init_noise_sigma == 1.0 and scheduler.order == 1 and len(scheduler) == 1000
+
+
+# --- timesteps and noise ----------------------------------------------------
+
+
+def test_index_for_timestep_finds_every_step_also_after_rounding(
+    plan: PhasePlan, scheduler: PhasedDMDScheduler
+) -> None:
+    for i, timestep in enumerate(scheduler.timesteps):
+        for form in (timestep, float(timestep), timestep.double(), float(timestep) + 0.4):
+            assert scheduler.index_for_timestep(form) == i
+
+
+def test_a_timestep_that_is_not_the_plan_s_is_an_error_that_lists_the_plan_s() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    for timestep in (950.0, 0.0, 0.9375, 1002.0):
+        with pytest.raises(ValueError, match=r"not one of the plan's: 1000.00, 937.50, 833.33, 625.00$"):
+            scheduler.index_for_timestep(timestep)
+
+
+def test_scale_noise_mixes_sample_and_noise_at_the_sigma_of_each_timestep() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    sample, noise = randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1)
+    sigma = torch.tensor(scheduler.plan.sigmas).view(4, 1, 1, 1)
+    expected = (1 - sigma) * sample + sigma * noise
+    found = scheduler.scale_noise(sample, scheduler.timesteps, noise)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(scheduler.add_noise(sample, noise, scheduler.timesteps), found)
+    for timestep in (scheduler.timesteps[1], scheduler.timesteps[1:2]):
+        torch.testing.assert_close(
+            scheduler.scale_noise(sample, timestep, noise), 0.0625 * sample + 0.9375 * noise, rtol=1e-5, atol=1e-6
+        )
+    assert torch.equal(scheduler.scale_noise(sample, scheduler.timesteps[:1], noise), noise)
+    assert scheduler.scale_noise(sample.bfloat16(), scheduler.timesteps, noise.bfloat16()).dtype == torch.bfloat16
+
+
+# --- a stock pipeline -------------------------------------------------------
+
+
+def test_a_stock_pipeline_walks_the_plan_like_an_euler_loop_by_hand_every_time(
+    plan: PhasePlan, scheduler: PhasedDMDScheduler
+) -> None:
+    pipeline = wan_pipeline(scheduler)
+    steps = len(plan.sigmas)
+    expected = euler(pipeline, plan)
+    first, second, other = run(pipeline, steps), run(pipeline, steps), run(pipeline, steps, seed=4)
+    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(second, first)
+    torch.testing.assert_close(other, euler(pipeline, plan, seed=4), rtol=1e-5, atol=1e-5)
+
+
+def test_stock_schedulers_walk_other_sigmas_in_the_same_pipeline() -> None:
+    pipeline = wan_pipeline(FlowMatchEulerDiscreteScheduler(shift=5.0))
+    difference = (run(pipeline, 4) - euler(pipeline, PLANS["two phases"])).abs().max()
+    assert difference > 0.02, "were it small, the scheduler would not be needed"
+
+
+def test_a_callback_sees_the_phase_of_the_next_step() -> None:
+    plan = PLANS["three phases"]
+    seen: list[int] = []
+
+    def look(pipe: WanPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(pipe.scheduler.phase)
+        return tensors
+
+    run(wan_pipeline(PhasedDMDScheduler.from_plan(plan)), 4, callback_on_step_end=look)
+    assert seen == [1, 1, 2, 2]
+
+
+# --- configuration ----------------------------------------------------------
+
+
+def test_a_saved_scheduler_loads_with_the_same_plan(
+    tmp_path: Path, plan: PhasePlan, scheduler: PhasedDMDScheduler
+) -> None:
+    scheduler.save_pretrained(tmp_path)
+    loaded = PhasedDMDScheduler.from_pretrained(tmp_path)
+    assert loaded.plan == plan
+    assert torch.equal(loaded.sigmas, scheduler.sigmas) and torch.equal(loaded.timesteps, scheduler.timesteps)
+    data = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert data["_class_name"] == "PhasedDMDScheduler" and PhasePlan.from_dict(data["plan"]) == plan
+    loaded.save_pretrained(tmp_path / "again")
+    assert PhasedDMDScheduler.from_pretrained(tmp_path / "again").plan == plan
+
+
+def test_from_config_keeps_the_plan(plan: PhasePlan, scheduler: PhasedDMDScheduler) -> None:
+    copy = PhasedDMDScheduler.from_config(scheduler.config)
+    assert copy is not scheduler and copy.plan == plan and torch.equal(copy.sigmas, scheduler.sigmas)
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_it_takes_the_place_of_a_stock_scheduler(plan: PhasePlan, stock: FlowMatchEulerDiscreteScheduler) -> None:
+    given = PhasedDMDScheduler.from_config(stock.config, plan=plan.to_dict())
+    assert given.plan == plan and given.timesteps[0] == 1000
+    assert PhasedDMDScheduler.from_config(stock.config).plan == DEFAULT_PLAN
+
+
+def test_a_plan_that_cannot_be_is_refused_when_the_scheduler_is_made() -> None:
+    with pytest.raises(PhasePlanError, match="descend"):
+        PhasedDMDScheduler(plan={"phases": [{"name": "all_noise", "sigmas": [1.0, 1.0]}]})
+
+
+def test_the_number_of_train_timesteps_scales_the_timesteps_only() -> None:
+    scheduler = PhasedDMDScheduler(num_train_timesteps=1)
+    assert scheduler.timesteps.tolist() == pytest.approx(DEFAULT_PLAN.sigmas)
+    assert scheduler.sigmas.tolist() == pytest.approx([*DEFAULT_PLAN.sigmas, 0.0])
