@@ -108,15 +108,16 @@ def write_report(folder: Path, rows: list[Row], plan: str, prompts: int, seeds: 
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {r.method} | {r.network_evaluations} | {r.frechet:.3f} | {r.diversity:.3f} | {r.agreement:.1%} "
+        f"| {r.method} | {r.network_evaluations} | {r.frechet:.4g} | {r.diversity:.4g} | {r.agreement:.1%} "
         f"| {r.seconds:.1f} |"
         for r in rows
     ]
     lines += [
         "",
         f"{prompts * seeds} samples a method: {prompts} prompts, {seeds} seeds. FD-Emoji is the Frechet distance in "
-        "the features of the embedded classifier; the first row, the same teacher with other seeds, is its floor. "
-        "Diversity is the mean feature distance between seeds of one prompt. Seconds are network time on this machine.",
+        "the style features of the embedded classifier (training/embedded/features.py) to other samples of the "
+        "many-step teacher, whose own row is the noise floor. Diversity is the mean distance of layout features "
+        "between seeds of one prompt. Seconds are network time on this machine.",
         "",
         "```text",
         plan,

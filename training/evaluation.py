@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.metrics import frechet_distance, pairwise_distance
-from training.embedded.features import features_of, load_features
+from training.embedded.features import load_features, see
 from training.sampler import Sampler, SampleSize
 
 REFERENCE_SEED = 1_000_000
@@ -30,9 +30,9 @@ class Row:
     network_evaluations: int
     """For one sample, guidance counted as two."""
     frechet: float
-    """FD-Emoji to the reference samples."""
+    """FD-Emoji to the reference samples (see features.py)."""
     diversity: float
-    """Mean feature distance between seeds of one prompt."""
+    """Mean distance of layout features between seeds of one prompt."""
     agreement: float
     """Share of samples whose emoji and background the classifier names as the prompt does."""
     seconds: float
@@ -78,13 +78,13 @@ class Evaluation:
         return self.sampler.with_teacher(self.pairs(first_seed), steps, self.shift, self.guidance_scale, name)
 
     def reference(self) -> Tensor:
-        """Features of the reference samples; computed once and kept in the cache folder."""
+        """Style features of the reference samples; computed once and kept in the cache folder."""
         if self._reference is None:
             path = self.cache_dir / f"reference-{self._identity()}.safetensors"
             if not path.exists():
                 pixels = self.sampler.decode(self.teacher(self.teacher_steps, REFERENCE_SEED))
-                save_file({"features": features_of(self.network, pixels)[0].contiguous()}, path)
-            self._reference = load_file(path)["features"]
+                save_file({"style": see(self.network, pixels).style.contiguous()}, path)
+            self._reference = load_file(path)["style"]
         return self._reference
 
     def _identity(self) -> str:
@@ -103,13 +103,13 @@ class Evaluation:
         latents = make()
         seconds = time.perf_counter() - start
         pixels = self.sampler.decode(latents)
-        features, emoji, background = features_of(self.network, pixels)
-        agrees = (emoji == self.wanted[0][self.groups]) & (background == self.wanted[1][self.groups])
+        seen = see(self.network, pixels)
+        agrees = (seen.emoji == self.wanted[0][self.groups]) & (seen.background == self.wanted[1][self.groups])
         row = Row(
             method=method,
             network_evaluations=network_evaluations,
-            frechet=round(frechet_distance(features, reference), 4),
-            diversity=round(pairwise_distance(features, self.groups), 4),
+            frechet=float(f"{frechet_distance(seen.style, reference):.5g}"),
+            diversity=round(pairwise_distance(seen.layout, self.groups), 4),
             agreement=round(float(agrees.float().mean()), 4),
             seconds=round(seconds, 2),
         )

@@ -12,7 +12,7 @@ from transformers import UMT5EncoderModel
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.scheduler import PhasedDMDScheduler
-from training.embedded.features import features_of, load_features
+from training.embedded.features import load_features, see
 from training.sampler import Sampler, SampleSize
 
 PROMPTS = ["a panda on a blue background", "a fox on a green background", "a rocket on a black background"]
@@ -21,8 +21,8 @@ PROMPTS = ["a panda on a blue background", "a fox on a green background", "a roc
 def names(pixels: Tensor) -> list[str]:
     """What the classifier sees in pixels (count, frames, 3, 64, 64)."""
     network, emoji, backgrounds = load_features()
-    _, e, b = features_of(network, pixels)
-    return [f"{emoji[i]} {backgrounds[j]}" for i, j in zip(e, b, strict=True)]
+    seen = see(network, pixels)
+    return [f"{emoji[i]} {backgrounds[j]}" for i, j in zip(seen.emoji, seen.background, strict=True)]
 
 
 def test_the_teacher_is_a_stock_pipeline_of_stock_classes(teacher: Path) -> None:

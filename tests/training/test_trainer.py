@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,6 +111,11 @@ def test_full_copies_train_too(config: DistillConfig) -> None:
     high, low = experts.tensors("high_noise"), experts.tensors("low_noise")
     assert experts.manifest.experts[0].kind == "full"
     assert any(not torch.equal(high[name], low[name]) for name in high)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    variables: dict[str, Any] = {}
+    exec(code, variables)  # noqa: S102 - the code that users are told to run
+    assert variables["pipe"].transformer is variables["networks"][1]
+    assert variables["result"].frames.shape == (1, 1, 16, 16, 3)
 
 
 def test_several_draws_use_one_rollout(config: DistillConfig) -> None:

@@ -47,7 +47,7 @@ def losses(network: EmojiFeatures, scenes: EmojiScenes, count: int) -> tuple[tor
     """Cross-entropies of emoji and background, and the share of emoji that are right; pictures with slight noise."""
     scene = scenes.pictures(count)
     pixels = (scene.pixels[:, :, 0] / 2 + 0.5) + 0.03 * torch.rand(count, 1, 1, 1) * torch.randn(count, 3, 64, 64)
-    _, emoji, background = network(pixels)
+    _, _, emoji, background = network(pixels)
     right = (emoji.argmax(1) == scene.emoji).float().mean().item()
     return F.cross_entropy(emoji, scene.emoji), F.cross_entropy(background, scene.background), right
 

@@ -148,10 +148,10 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--picture_steps", type=int, default=6500, help="first, updates of 64 pictures")
-    parser.add_argument("--mixed_steps", type=int, default=3500, help="then updates of 64 pictures or of 20 clips")
+    parser.add_argument("--mixed_steps", type=int, default=7000, help="then updates of 64 pictures or of 20 clips")
     parser.add_argument("--pictures", type=int, default=16000, help="pictures encoded for training")
     parser.add_argument("--clips", type=int, default=4000, help="clips encoded for training")
-    parser.add_argument("--clip_share", type=float, default=0.5, help="share of mixed updates that train on clips")
+    parser.add_argument("--clip_share", type=float, default=0.4, help="share of mixed updates that train on clips")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, required=True, help="folder for encoded scenes and the picture stage")
@@ -170,7 +170,7 @@ def main() -> None:
     if arguments.mixed_steps:
         clips = encode_pool(vae, scenes.clips, arguments.clips, arguments.cache / "clips.safetensors")
         model = train(
-            model, tokenizer, [pictures, clips], arguments.clip_share, arguments.mixed_steps, arguments.lr / 2
+            model, tokenizer, [pictures, clips], arguments.clip_share, arguments.mixed_steps, 0.75 * arguments.lr
         )
     for block in model.transformer.blocks:
         block.attn2.set_processor(WanAttnProcessor())
