@@ -68,7 +68,8 @@ def main() -> None:
     prompts = [caption(e, b) for e in EMOJI for b in BACKGROUNDS]
     movements = [(e, m) for e in list(EMOJI)[::2] for m in DIRECTIONS]
     clip_prompts = [caption(e, "white", m) for e, m in movements]
-    cache = arguments.output_dir / "cache"
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    cache = ROOT / "runs" / "embedded_teacher"
     sampler = Sampler(str(arguments.teacher), SampleSize(64, 64, 1, 16), prompts, cache)
     for name, batch in (("pictures", pictures), ("clips", clips)):
         with torch.no_grad():
@@ -99,7 +100,6 @@ def main() -> None:
     result["mean_travel_pixels"] = round(float(along.mean()), 2)
     result["samples_pictures"], result["samples_clips"] = float(2 * len(prompts)), float(len(pairs))
     save_samples(arguments.output_dir / "clips", filmed[: 2 * 8 : 2], columns=4)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "teacher.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("\n".join(f"| {name} | {value:g} |" for name, value in result.items() if not math.isnan(value)))
 

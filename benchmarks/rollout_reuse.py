@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     prompts = read_prompts(ROOT / "training/prompts/embedded_eval.txt")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (rollouts, draws) in VARIANTS.items():
         for seed in range(arguments.seeds):
             folder = arguments.work_dir / f"draws-{draws}-seed-{seed}"
