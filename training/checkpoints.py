@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from training.command_line import UserError
+
 _NAME = re.compile(r"update-(\d{8})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read: one line."""
 
 

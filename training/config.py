@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pdmd_core.distillation import Objective
 from pdmd_core.phases import PhasePlan, PhasePlanError
 from pdmd_core.roles import RoleSpec
+from training.command_line import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be run: one line for each problem."""
 
 

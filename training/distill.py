@@ -17,7 +17,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.config import ConfigError, DistillConfig, fields_of, load_config
+from training.command_line import exit_status
+from training.config import DistillConfig, fields_of, load_config
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,32 +40,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit status. Problems a user can solve are one line on standard error and status 2."""
+    """Run; returns the exit status."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     overrides = [*options.overrides, *rest]
     if options.output_dir:
         overrides.append(f"output_dir={options.output_dir}")
-    try:
+
+    def run() -> int:
         config = load_config(options.config, overrides)
         return dry_run(config) if options.dry_run else distill(config, options.resume, options.push_to_hub)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with --resume from {config.output_dir}", file=sys.stderr)
-        return 130
-    except user_errors() as error:
-        print(f"distill.py: {error}", file=sys.stderr)
-        return 2
 
-
-def user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose text is meant for the user."""
-    from pdmd_core.experts import ExpertsError
-    from training.checkpoints import CheckpointError
-    from training.prompts import PromptError
-    from training.teacher import TeacherError
-    from training.trainer import TrainingStopped
-
-    return ConfigError, CheckpointError, ExpertsError, PromptError, TeacherError, TrainingStopped
+    return exit_status("distill.py", run)
 
 
 def dry_run(config: DistillConfig) -> int:
@@ -83,7 +70,11 @@ def distill(config: DistillConfig, resume: bool, push_to_hub: str | None) -> int
     trainer = Trainer(config)
     if trainer.accelerator.is_main_process:
         print(trainer.plan.describe())
-    experts = trainer.run(resume)
+    try:
+        experts = trainer.run(resume)
+    except KeyboardInterrupt:
+        print(f"distill.py: stopped; --resume goes on from the last checkpoint in {config.output_dir}", file=sys.stderr)
+        return 130
     if trainer.accelerator.is_main_process:
         print(f"experts: {experts}")
         if push_to_hub:

@@ -44,17 +44,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit status. Problems a user can solve are one line on standard error and status 2."""
+    """Run; returns the exit status."""
     options = make_parser().parse_args(arguments)
-    from pdmd_core.experts import ExpertsError
-    from training.prompts import PromptError
-    from training.teacher import TeacherError
+    from training.command_line import exit_status
 
-    try:
-        return run(options)
-    except (ExpertsError, PromptError, TeacherError, ValueError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+    return exit_status("evaluate.py", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:

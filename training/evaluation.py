@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.metrics import frechet_distance, pairwise_distance
+from training.command_line import UserError
 from training.embedded.features import load_features, see
 from training.sampler import Sampler, SampleSize
 
@@ -53,6 +54,8 @@ class Evaluation:
         shift: float | None = None,
         guidance_scale: float | None = None,
     ) -> None:
+        if seeds < 2:
+            raise UserError(f"diversity needs at least 2 seeds for each prompt, found {seeds}")
         training = experts.manifest.training
         width, height, frames = training.get("size", (64, 64, 1))
         size = SampleSize(height, width, frames, training.get("max_sequence_length", 512))

@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pdmd_core.families import ModelFamily
+from training.command_line import UserError
 from training.teacher import load_text_side, move
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt file that cannot be used: one line."""
 
 
@@ -79,7 +80,7 @@ def encode_prompts(
         texts = [*prompts, negative_prompt]
         parts = [
             family.encode_prompts(pipeline, texts[i : i + batch], max_sequence_length)
-            for i in tqdm(range(0, len(texts), batch), desc="embed prompts", unit_scale=batch, leave=False)
+            for i in tqdm(range(0, len(texts), batch), desc="embed prompts", disable=len(texts) < 10 * batch)
         ]
         tensors = {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from pdmd_core.experts import PhasedExperts
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from pdmd_core.rollout import Velocity, route, sample
+from training.command_line import UserError
 from training.export import roles_from_experts
 from training.prompts import PromptBank, encode_prompts
 from training.teacher import family_of_pipeline, load_image_side, move
@@ -46,7 +47,10 @@ class Sampler:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.pipeline = move(load_image_side(teacher, None, torch.float32), self.device)
         self.family = family_of_pipeline(self.pipeline)
-        self.shape = self.family.latent_shape(self.pipeline, size.height, size.width, size.frames)
+        try:
+            self.shape = self.family.latent_shape(self.pipeline, size.height, size.width, size.frames)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         self.batch = batch
         self.plan = experts.manifest.plan if experts else None
         if experts:

@@ -11,11 +11,12 @@ import transformers.utils.logging
 from diffusers import DiffusionPipeline
 
 from pdmd_core.families import ModelFamily, family_of
+from training.command_line import UserError
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
-class TeacherError(ValueError):
+class TeacherError(UserError):
     """A teacher that cannot be loaded: one line."""
 
 

@@ -19,6 +19,7 @@ from pdmd_core.distillation import PhasedDistiller, expert_velocities
 from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
 from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from training.command_line import UserError
 from training.config import ConfigError, DistillConfig, RoleSection
 from training.export import export_experts
 from training.pictures import save_samples
@@ -40,7 +41,7 @@ FREE_TO_CHANGE = {
 """Configuration keys that may differ between a run and its resumption: they do not change the numbers."""
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError):
     """The run cannot go on; what was reached is in the last checkpoint. One line."""
 
 
