@@ -63,7 +63,10 @@ class Trainer:
         self.config = config
         self.output_dir = config.output_dir
         self.accelerator = Accelerator(
-            mixed_precision=config.precision, log_with=config.tracker, project_dir=str(self.output_dir / "logs")
+            cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs do not find each other
+            mixed_precision=config.precision,
+            log_with=config.tracker,
+            project_dir=str(self.output_dir / "logs"),
         )
         self.device = self.accelerator.device
         self.plan = config.plan.build()
@@ -194,9 +197,9 @@ class Trainer:
                 t, renoise = self._draw_score(rollout.x_s)
                 with self.accelerator.autocast():
                     loss = distiller.fake_loss(rollout.x_s, conditioning, t, renoise)
-                norm = self._step(FAKE, loss, config.fake)
+                value, norm = self._step(FAKE, loss, config.fake)
                 good &= math.isfinite(norm)
-                fake_losses.append(loss.detach())
+                fake_losses.append(value)
                 fake_norms.append(norm)
         conditioning, noise = self._draw()
         negative = self.bank.negative_conditioning(config.batch_size, self.device)
@@ -205,7 +208,7 @@ class Trainer:
             rollout = distiller.rollout(noise, conditioning, step, gradient=True)
             t, renoise = self._draw_score(rollout.x_s)
             loss = distiller.generator_loss(rollout, conditioning, negative, t, renoise)
-        norm = self._step(distiller.expert, loss, config.generator)
+        generator_loss, norm = self._step(distiller.expert, loss, config.generator)
         good &= math.isfinite(norm)
         if self.average is not None and math.isfinite(norm):
             self.average.step(self.roles.parameters(distiller.expert))
@@ -213,8 +216,8 @@ class Trainer:
         self.progress.update += 1
         self.progress.total += 1
         return {
-            "generator_loss": loss.item(),
-            "fake_loss": torch.stack(fake_losses).mean().item(),
+            "generator_loss": generator_loss,
+            "fake_loss": sum(fake_losses) / len(fake_losses),
             "generator_grad_norm": norm,
             "fake_grad_norm": sum(fake_norms) / len(fake_norms),
         }
@@ -236,8 +239,11 @@ class Trainer:
         t = self.distiller.draw_score_sigma(len(x_s), self.local)
         return t, torch.randn(x_s.shape, generator=self.local).to(self.device)
 
-    def _step(self, role: str, loss: Tensor, section: RoleSection) -> float:
-        """Backward, average gradients over processes, clip, step. A NaN or Inf skips the step. Returns the norm."""
+    def _step(self, role: str, loss: Tensor, section: RoleSection) -> tuple[float, float]:
+        """Backward, average over processes, clip, step; a NaN or Inf skips the step. Returns loss and gradient norm.
+
+        What is averaged is equal on all processes, so all of them take or skip the step together.
+        """
         parameters = self.roles.parameters(role)
         self.roles.activate(role)  # what gradient checkpointing recomputes must be this role
         loss.backward()
@@ -246,11 +252,12 @@ class Trainer:
             for gradient in gradients:
                 gradient.copy_(self.accelerator.reduce(gradient, "mean"))
         norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
-        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss.detach()))
+        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        finite = math.isfinite(value) and bool(torch.isfinite(norm))
         if finite:
             self.optimizers[role].step()
         self.optimizers[role].zero_grad(set_to_none=True)
-        return float(norm) if finite else math.nan
+        return value, float(norm) if finite else math.nan
 
     def _count_bad(self, good: bool) -> None:
         progress = self.progress
@@ -374,7 +381,8 @@ class Trainer:
             self.average.to(self.device)
         self.shared.set_state(state["shared_generator"])
         if len(state["local_generators"]) == self.accelerator.num_processes:
-            self.local.set_state(state["local_generators"][self.accelerator.process_index])
+            own = state["local_generators"][self.accelerator.process_index]
+            self.local.set_state(own.clone())  # torch reads the state as aligned memory, which a row of a tensor is not
         self.accelerator.print(f"resumed from {checkpoints[-1]}")
 
     def _check_same_config(self, before: dict[str, Any]) -> None:
