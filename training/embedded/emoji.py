@@ -142,13 +142,13 @@ class EmojiScenes:
         return Scenes(pixels, captions, emoji, background)
 
     def clips(self, count: int) -> Scenes:
-        """Clips of nine frames: shape (count, 3, 9, 64, 64). Speed 1.5 to 3.5 pixels a frame, inside the picture."""
+        """Clips of nine frames: shape (count, 3, 9, 64, 64). Speed 1.5 to 3 pixels a frame, inside the picture."""
         emoji, background = self._choice(count, len(EMOJI)), self._choice(count, len(BACKGROUNDS))
         motion = self._choice(count, len(MOTIONS))
         time = torch.arange(FRAMES, dtype=torch.float32)[None, :]
-        speed = self._uniform(count, 1.5, 3.5)[:, None]
-        small, large = self._uniform(count, 16, 24)[:, None], self._uniform(count, 38, 48)[:, None]
-        still = self._uniform(count, 26, 36)[:, None].expand(-1, FRAMES)
+        speed = self._uniform(count, 1.5, 3)[:, None]
+        small, large = self._uniform(count, 22, 28)[:, None], self._uniform(count, 40, 48)[:, None]
+        still = self._uniform(count, 32, 40)[:, None].expand(-1, FRAMES)
         ramp = time / (FRAMES - 1)
 
         def is_motion(name: str) -> torch.Tensor:

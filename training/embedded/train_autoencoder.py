@@ -1,7 +1,8 @@
 """Train the embedded AutoencoderKLWan: ``python -m training.embedded.train_autoencoder --output_dir D``.
 
-First pictures (the causal network then sees one frame, which takes a third of the work). Then clips, training only the
-parts of the kernels that look back in time and the temporal resampling, from zero, so that pictures stay as they are.
+First pictures (the causal network then sees one frame, which takes a third of the work). Then clips and pictures: the
+decoder as a whole, of the encoder only what looks back in time, from zero, so that the latents of pictures stay as they
+are.
 In between an affine map is folded into the two 1x1x1 convolutions around the latents, so that the latents have the mean
 and the standard deviation which every Wan tool subtracts and divides by (``latents_mean``, ``latents_std`` of the stock
 configuration).
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--picture_steps", type=int, default=3500, help="updates of 16 pictures")
-    parser.add_argument("--clip_steps", type=int, default=400, help="updates of 4 clips")
+    parser.add_argument("--clip_steps", type=int, default=1000, help="updates of 4 clips and 6 pictures")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -152,18 +152,23 @@ def main() -> None:
 
 
 def train(vae: AutoencoderKLWan, scenes: EmojiScenes, steps: int, peak: float, clips: bool) -> None:
-    """Adam on batches of 16 pictures or of 4 clips."""
-    autoencode = partial(clip_autoencoder, vae) if clips else torch.compile(PictureAutoencoder(vae))
-    parameters = temporal_parameters(vae) if clips else list(vae.parameters())
+    """Adam on batches of 16 pictures, or of 4 clips and 6 pictures."""
+    pictures = torch.compile(PictureAutoencoder(vae))
+    parameters = clip_parameters(vae) if clips else list(vae.parameters())
     optimizer = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.99))
     bar = tqdm(range(steps), desc="clips" if clips else "pictures", mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        pixels = (scenes.clips(4) if clips else scenes.pictures(16)).pixels
+        pixels = scenes.pictures(6 if clips else 16).pixels
         with torch.autocast("cpu", torch.bfloat16):
-            result = autoencode(pixels)
+            result = pictures(pixels)
         loss_of(pixels, *result).backward()
+        if clips:
+            pixels = scenes.clips(4).pixels
+            with torch.autocast("cpu", torch.bfloat16):
+                result = clip_autoencoder(vae, pixels)
+            loss_of(pixels, *result).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -171,20 +176,19 @@ def train(vae: AutoencoderKLWan, scenes: EmojiScenes, steps: int, peak: float, c
             bar.set_postfix(l1=f"{(result[0].float() - pixels).abs().mean().item():.4f}")
 
 
-def temporal_parameters(vae: AutoencoderKLWan) -> list[nn.Parameter]:
-    """Freeze everything that a single frame meets; what remains looks back in time."""
+def clip_parameters(vae: AutoencoderKLWan) -> list[nn.Parameter]:
+    """The decoder, and of the encoder what a single frame never meets: kernels that look back in time."""
     vae.requires_grad_(False)
-    parameters = []
-    for name, module in vae.named_modules():
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    for name, module in vae.encoder.named_modules():
         if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
             module.weight.requires_grad_(True)
-            parameters.append(module.weight)
             if name.endswith("time_conv"):
                 module.bias.requires_grad_(True)
-                parameters.append(module.bias)
             else:
                 module.weight.register_hook(_without_present)
-    return parameters
+    return [parameter for parameter in vae.parameters() if parameter.requires_grad]
 
 
 def _without_present(gradient: torch.Tensor) -> torch.Tensor:

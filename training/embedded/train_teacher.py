@@ -1,8 +1,9 @@
 """Train the embedded teacher: ``python -m training.embedded.train_teacher --autoencoder A --output_dir D``.
 
 The result is a stock ``WanPipeline`` folder. Latents of random emoji scenes are made once and kept in memory; then the
-transformer and its small UMT5 text encoder learn flow matching together, on pictures and clips, with captions dropped
-one time in ten for classifier-free guidance.
+transformer and its small UMT5 text encoder learn flow matching together, in cycles (learning rate up, then down to
+zero) first on pictures, then on pictures and clips, with captions dropped one time in ten for classifier-free guidance.
+The state after each cycle is kept in ``--cache``: a run that was stopped goes on from the last one.
 
 ``WanPipeline`` pads prompts with zeros up to a length that the caller chooses (226 or 512 by default) and lets the
 network attend to the padding. Here the caption is short, and one padding token stands for a random number of them, by
@@ -147,14 +148,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--picture_steps", type=int, default=6500, help="first, updates of 64 pictures")
-    parser.add_argument("--mixed_steps", type=int, default=7000, help="then updates of 64 pictures or of 20 clips")
+    parser.add_argument(
+        "--picture_cycles", type=int, nargs="*", default=[6500, 6500], help="first, updates of 64 pictures"
+    )
+    parser.add_argument(
+        "--mixed_cycles", type=int, nargs="*", default=[14000], help="then updates of 64 pictures or of 20 clips"
+    )
     parser.add_argument("--pictures", type=int, default=16000, help="pictures encoded for training")
-    parser.add_argument("--clips", type=int, default=4000, help="clips encoded for training")
+    parser.add_argument("--clips", type=int, default=6000, help="clips encoded for training")
     parser.add_argument("--clip_share", type=float, default=0.4, help="share of mixed updates that train on clips")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for encoded scenes and the picture stage")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for encoded scenes and finished cycles")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     vae = AutoencoderKLWan.from_pretrained(arguments.autoencoder)
@@ -162,16 +167,18 @@ def main() -> None:
     pictures = encode_pool(vae, scenes.pictures, arguments.pictures, arguments.cache / "pictures.safetensors")
     tokenizer = make_tokenizer()
     model = Teacher(len(tokenizer))
-    after_pictures = arguments.cache / "after_pictures.safetensors"
-    if not after_pictures.exists():
-        model = train(model, tokenizer, [pictures], 0.0, arguments.picture_steps, arguments.lr)
-        save_model(model, str(after_pictures))  # the text encoder's embedding is one tensor under two names
-    load_model(model, after_pictures)
-    if arguments.mixed_steps:
-        clips = encode_pool(vae, scenes.clips, arguments.clips, arguments.cache / "clips.safetensors")
-        model = train(
-            model, tokenizer, [pictures, clips], arguments.clip_share, arguments.mixed_steps, 0.75 * arguments.lr
-        )
+    pools = [pictures]
+    for name, cycles in (("pictures", arguments.picture_cycles), ("mixed", arguments.mixed_cycles)):
+        if name == "mixed" and cycles:
+            pools.append(encode_pool(vae, scenes.clips, arguments.clips, arguments.cache / "clips.safetensors"))
+        for number, steps in enumerate(cycles):
+            state = arguments.cache / f"after_{name}_{number}.safetensors"
+            if not state.exists():
+                torch.manual_seed(arguments.seed + 10 * len(pools) + number)
+                share, lr = (0.0, arguments.lr) if name == "pictures" else (arguments.clip_share, 0.75 * arguments.lr)
+                model = train(model, tokenizer, pools, share, steps, lr)
+                save_model(model, str(state))  # the text encoder's embedding is one tensor under two names
+            load_model(model, state)
     for block in model.transformer.blocks:
         block.attn2.set_processor(WanAttnProcessor())
     pipeline = WanPipeline(
