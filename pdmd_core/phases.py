@@ -157,6 +157,35 @@ class PhasePlan:
         matches = all(math.isclose(a, b, rel_tol=BOUNDARY_TOLERANCE) for a, b in zip(sigmas, uniform, strict=True))
         return shift if matches else None
 
+    def refined(self, steps: int) -> PhasePlan:
+        """This plan with more steps: every trained sigma stays, the others are put between them, inside phases.
+
+        Each further step goes where the gap in raw time is widest (the noisier one of equals), and the steps of a gap
+        are uniform in raw time, under the shift of the plan (in sigma where no shift makes it uniform). Raises
+        PhasePlanError for fewer steps than the plan has.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < len(self.sigmas):
+            raise PhasePlanError(
+                f"a refined plan has at least the {len(self.sigmas)} steps of the plan, found {steps!r}"
+            )
+        shift = self.shift or 1.0
+        edges = [unshift_sigma(sigma, shift) for sigma in (*self.sigmas, 0.0)]
+        gaps = [high - low for high, low in zip(edges, edges[1:], strict=False)]
+        parts = [1] * len(gaps)
+        for _ in range(steps - len(parts)):
+            # rounded, so that gaps that are equal but for their last bits count as equal
+            widest = max(range(len(parts)), key=lambda i: (round(gaps[i] / parts[i], 9), -i))
+            parts[widest] += 1
+        phases, step = [], 0
+        for phase in self.phases:
+            sigmas: list[float] = []
+            for sigma in phase.sigmas:
+                between = (edges[step] - gaps[step] * i / parts[step] for i in range(1, parts[step]))
+                sigmas += [sigma, *(shift_sigma(raw, shift) for raw in between)]
+                step += 1
+            phases.append(Phase(phase.name, tuple(sigmas)))
+        return PhasePlan(tuple(phases))
+
     def to_dict(self) -> dict[str, Any]:
         """The one JSON form: ``{"phases": [{"name": ..., "sigmas": [...]}, ...]}``."""
         return {"phases": [{"name": phase.name, "sigmas": list(phase.sigmas)} for phase in self.phases]}

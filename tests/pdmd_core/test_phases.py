@@ -385,3 +385,39 @@ def test_importing_phases_needs_neither_torch_nor_matplotlib():
     code = "import sys, pdmd_core.phases; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# Refinement
+
+
+@given(plans(), st.integers(0, 9))
+def test_refining_adds_steps_inside_phases_and_keeps_the_trained_ones(plan, more):
+    steps = len(plan.sigmas) + more
+    try:
+        refined = plan.refined(steps)
+    except PhasePlanError as error:
+        assert "by at least 0.1 %" in str(error)  # a gap of the plan was too narrow for another sigma
+        return
+    assert len(refined.sigmas) == steps
+    assert refined.boundaries == plan.boundaries
+    assert set(plan.sigmas) <= set(refined.sigmas)
+    assert [phase.name for phase in refined.phases] == [phase.name for phase in plan.phases]
+    for k in range(len(plan)):
+        assert refined.interval(k) == plan.interval(k)
+        assert all(plan.phase_index(sigma) == k for sigma in refined.phases[k].sigmas)
+
+
+def test_refining_is_uniform_in_raw_time_and_starts_at_the_noisy_end():
+    plan = PhasePlan.from_steps([2, 2], shift=5.0)
+    assert plan.refined(8).sigmas == pytest.approx(PhasePlan.from_steps([4, 4], shift=5.0).sigmas, abs=1e-12)
+    assert plan.refined(5).phases[0].sigmas == pytest.approx((1.0, shift_sigma(0.875, 5.0), 0.9375))
+    assert plan.refined(5).phases[1] == plan.phases[1]
+    assert plan.refined(4) == plan
+    uneven = PhasePlan.from_sigmas([[1.0, 0.9], [0.3]]).refined(5)
+    assert uneven.sigmas == pytest.approx((1.0, 0.9, 0.7, 0.5, 0.3))
+
+
+@pytest.mark.parametrize("steps", [3, 0, -1, 4.0, True, None])
+def test_refining_to_fewer_steps_is_refused(steps):
+    with pytest.raises(PhasePlanError, match="at least the 4 steps of the plan, found"):
+        PhasePlan.from_steps([2, 2]).refined(steps)

@@ -147,7 +147,7 @@ def main() -> None:
             start_clips_from_frames(vae)
             fold_latent_statistics(vae, (scenes.pictures(32).pixels for _ in range(16)))
             vae.save_pretrained(arguments.output_dir / "pictures")
-        train(vae, scenes, arguments.clip_steps, arguments.lr / 2, clips=True)
+        train(vae, scenes, arguments.clip_steps, arguments.lr / 5, clips=True)
     vae.save_pretrained(arguments.output_dir)
 
 
