@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class PhasePlan:
             )
         shift = self.shift or 1.0
         edges = [unshift_sigma(sigma, shift) for sigma in (*self.sigmas, 0.0)]
-        gaps = [high - low for high, low in zip(edges, edges[1:], strict=False)]
+        gaps = [high - low for high, low in pairwise(edges)]
         parts = [1] * len(gaps)
         for _ in range(steps - len(parts)):
             # rounded, so that gaps that are equal but for their last bits count as equal
