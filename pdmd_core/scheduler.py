@@ -7,20 +7,20 @@ Pass it where the experts are used; a stock flow scheduler does not reproduce a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .flow import euler_step, like
 from .phases import PhasePlan
-
-DEFAULT_PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 
 
 @dataclass
@@ -31,9 +31,17 @@ class PhasedDMDSchedulerOutput(BaseOutput):
 
 
 class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
-    """Deterministic Euler steps over the sigmas that the experts were distilled for.
+    """Steps over the sigmas that the experts were distilled for.
 
-    plan: ``PhasePlan.to_dict()``; the 4-step plan of Wan (shift 5) when None. Timesteps are ``sigma * 1000``.
+    plan:         ``PhasePlan.to_dict()``. A scheduler made without one (from the config of another scheduler, say) is
+                  refused in ``set_timesteps``: sigmas of its own choice would be the wrong ones.
+    num_train_timesteps: timesteps are ``sigma * num_train_timesteps``.
+    refine:       allow more steps than the plan has; they are added inside phases (``PhasePlan.refined``).
+    sampler:      "euler" (deterministic, the default) or "renoise": jump to sigma 0, then add fresh noise up to the
+                  next sigma.
+    renoise_seed: of the noise of "renoise", which every ``set_timesteps`` starts again (pipelines give ``step`` no
+                  generator).
+
     ``scheduler.phase`` is the index of the expert that owns the current step.
     """
 
@@ -42,41 +50,66 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
     init_noise_sigma = 1.0
 
     @register_to_config
-    def __init__(self, plan: dict[str, Any] | None = None, num_train_timesteps: int = 1000) -> None:
-        self.plan = PhasePlan.from_dict(_plain(plan)) if plan is not None else DEFAULT_PLAN
+    def __init__(
+        self,
+        plan: dict[str, Any] | None = None,
+        num_train_timesteps: int = 1000,
+        refine: bool = False,
+        sampler: Literal["euler", "renoise"] = "euler",
+        renoise_seed: int = 0,
+    ) -> None:
+        if sampler not in ("euler", "renoise"):
+            raise ValueError(f"sampler is euler or renoise, found {sampler!r}")
+        self.plan = PhasePlan.from_dict(_plain(plan)) if plan is not None else None
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._use(torch.tensor(self.plan.sigmas, dtype=torch.float32), None)
+        self._use(self.plan, None)
 
     @classmethod
-    def from_plan(cls, plan: PhasePlan) -> PhasedDMDScheduler:
-        """A scheduler of this plan."""
-        return cls(plan=plan.to_dict())
+    def from_plan(cls, plan: PhasePlan, **config: Any) -> PhasedDMDScheduler:
+        """A scheduler of this plan; ``config`` as in the constructor."""
+        return cls(plan=plan.to_dict(), **config)
 
-    def _use(self, sigmas: Tensor, device: str | torch.device | None) -> None:
+    def _use(self, walked: PhasePlan | None, device: str | torch.device | None) -> None:
+        self._walked = walked
+        sigmas = torch.tensor(walked.sigmas if walked else (), dtype=torch.float32)
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
+        self._renoise = torch.Generator().manual_seed(self.config.renoise_seed)
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        sigmas: list[float] | np.ndarray | None = None,
+        sigmas: Sequence[float] | np.ndarray | None = None,
         mu: float | None = None,
-        timesteps: list[float] | None = None,
+        timesteps: Sequence[float] | np.ndarray | None = None,
     ) -> None:
-        """Prepare the plan's steps. Raises ValueError for a number of steps that the experts were not distilled for.
+        """Prepare the plan's steps, or a refinement of them.
 
-        ``sigmas``, ``mu`` and ``timesteps`` are what pipelines pass for stock flow schedulers; the plan takes their
-        place, so only their number is looked at.
+        Many pipelines pass uniform ``sigmas`` (raw times) and ``mu`` for stock flow schedulers to shift; the plan takes
+        their place. Raises ValueError for a number of steps that the experts were not distilled for, and for ``sigmas``
+        or ``timesteps`` of the caller's own that are not the plan's.
         """
+        if self.plan is None:
+            raise ValueError(
+                "this PhasedDMDScheduler has no phase plan: make it with PhasedDMDScheduler.from_plan(plan) or "
+                'PhasedDMDScheduler.from_pretrained(experts, subfolder="scheduler")'
+            )
         given = next((len(values) for values in (timesteps, sigmas) if values is not None), num_inference_steps)
         trained = len(self.plan.sigmas)
-        if given is not None and given != trained:
-            raise ValueError(f"these experts were distilled for {trained} steps, found {given}: ask for {trained}")
-        self.num_inference_steps = trained
-        self._use(torch.tensor(self.plan.sigmas, dtype=torch.float32), device)
+        steps = trained if given is None else int(given)
+        if steps < trained or (steps > trained and not self.config.refine):
+            more = "that or more" if self.config.refine else f"{trained}, or allow more with refine=True"
+            raise ValueError(f"these experts were distilled for {trained} steps, found {steps}: ask for {more}")
+        walked = self.plan.refined(steps)
+        if timesteps is not None:
+            _check_same("timesteps", np.asarray(timesteps, dtype=np.float64) / self.config.num_train_timesteps, walked)
+        elif sigmas is not None and not _uniform(np.asarray(sigmas, dtype=np.float64)):
+            _check_same("sigmas", np.asarray(sigmas, dtype=np.float64), walked)
+        self.num_inference_steps = steps
+        self._use(walked, device)
         self._step_index = self._begin_index = None
 
     @property
@@ -94,10 +127,20 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     @property
+    def sigma(self) -> float:
+        """Sigma of the current step; of the last one after a run."""
+        index = self._step_index if self._step_index is not None else (self._begin_index or 0)
+        return self._steps().sigmas[min(index, len(self.timesteps) - 1)]
+
+    @property
     def phase(self) -> int:
         """Index of the phase whose expert takes the current step."""
-        index = self._step_index if self._step_index is not None else (self._begin_index or 0)
-        return self.plan.phase_index(self.plan.sigmas[min(index, len(self.plan.sigmas) - 1)])
+        return self._steps().phase_index(self.sigma)
+
+    def _steps(self) -> PhasePlan:
+        if self._walked is None:
+            raise ValueError("this PhasedDMDScheduler has no phase plan")
+        return self._walked
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Flow models take samples as they are."""
@@ -117,20 +160,32 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> PhasedDMDSchedulerOutput | tuple[Tensor]:
-        """One Euler step of a velocity prediction from this timestep to the plan's next sigma."""
+        """One step of a velocity prediction from this timestep to the plan's next sigma.
+
+        generator: of fresh noise where the sampler is "renoise"; the config's ``renoise_seed`` otherwise.
+        """
         if self._step_index is None:
             begin = self._begin_index
             self._step_index = begin if begin is not None else self.index_for_timestep(timestep)
         i = self._step_index
-        moved = euler_step(sample.float(), model_output.float(), float(self.sigmas[i]), float(self.sigmas[i + 1]))
+        if i >= len(self.timesteps):
+            raise ValueError(f"all {len(self.timesteps)} steps are taken: call set_timesteps before another run")
+        sigma, following = float(self.sigmas[i]), float(self.sigmas[i + 1])
+        x, velocity = sample.float(), model_output.float()
+        if self.config.sampler == "renoise" and following > 0:
+            noise = randn_tensor(x.shape, generator or self._renoise, x.device, x.dtype)
+            x0 = euler_step(x, velocity, sigma, 0.0)
+            moved = (1 - following) * x0 + following * noise
+        else:
+            moved = euler_step(x, velocity, sigma, following)
         self._step_index += 1
         moved = moved.to(model_output.dtype)
         return PhasedDMDSchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
         """``(1 - sigma) * sample + sigma * noise`` at these timesteps, a number or of shape (batch,)."""
         values = torch.as_tensor(timestep).reshape(-1)
         indices = [self.index_for_timestep(value) for value in values]
@@ -143,6 +198,18 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+def _uniform(sigmas: np.ndarray) -> bool:
+    """Whether these are the raw times that pipelines pass by default: from 1 down in equal steps."""
+    return len(sigmas) > 0 and np.allclose(sigmas, np.linspace(1, sigmas[-1], len(sigmas)), atol=1e-6)
+
+
+def _check_same(what: str, sigmas: np.ndarray, plan: PhasePlan) -> None:
+    if not np.allclose(sigmas, plan.sigmas, atol=1e-3):
+        expected = ", ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
+        found = ", ".join(f"{sigma:.4f}" for sigma in sigmas)
+        raise ValueError(f"the {what} given are not the plan's: expected sigmas {expected}, found {found}; give none")
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan, PhasePlanError
-from pdmd_core.scheduler import DEFAULT_PLAN, PhasedDMDScheduler
+from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.tiny import CALL, LATENT_SHAPE, randn, wan_pipeline
 
 PLANS = {
@@ -59,11 +59,13 @@ def test_sigmas_and_timesteps_are_exactly_the_plan_s(plan: PhasePlan, scheduler:
         assert torch.equal(scheduler.timesteps, torch.tensor(plan.sigmas, dtype=torch.float32) * 1000)
 
 
-def test_the_known_plan_of_wan_comes_out() -> None:
-    scheduler = PhasedDMDScheduler()
-    scheduler.set_timesteps(4)
-    assert scheduler.plan == DEFAULT_PLAN
-    assert scheduler.timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+def test_without_a_plan_it_refuses_to_prepare_sigmas_of_its_own_choice() -> None:
+    stock = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    for scheduler in (PhasedDMDScheduler(), PhasedDMDScheduler.from_config(stock.config)):
+        with pytest.raises(ValueError, match="no phase plan: make it with PhasedDMDScheduler"):
+            scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="no phase plan"):
+            _ = scheduler.phase
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,8 @@ def test_the_known_plan_of_wan_comes_out() -> None:
         {"sigmas": np.linspace(1.0, 0.25, 4), "mu": 0.7},
         {"sigmas": [1.0, 0.75, 0.5, 0.25], "device": torch.device("cpu")},
         {"num_inference_steps": 4, "mu": 1.15},
-        {"timesteps": [900.0, 600.0, 300.0, 100.0]},
+        {"sigmas": [1.0, 0.9375, 0.8333, 0.625]},
+        {"timesteps": [1000, 937.5, 833.33, 625]},
         {},
     ],
     ids=lambda arguments: ",".join(arguments) or "nothing",
@@ -90,10 +93,72 @@ def test_however_a_pipeline_asks_the_plan_s_steps_are_prepared(arguments: dict[s
 def test_a_wrong_number_of_steps_is_an_error_that_names_the_right_one(wrong: int) -> None:
     scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
     for arguments in ({"num_inference_steps": wrong}, {"sigmas": [0.5] * wrong}, {"timesteps": [1.0] * wrong}):
-        with pytest.raises(ValueError, match=f"distilled for 4 steps, found {wrong}: ask for 4"):
+        with pytest.raises(ValueError, match=f"distilled for 4 steps, found {wrong}: ask for 4, or allow more with"):
             scheduler.set_timesteps(**arguments)
     with pytest.raises(ValueError, match="ask for 4"):
         run(wan_pipeline(scheduler), steps=wrong)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"sigmas": [1.0, 0.9, 0.75, 0.5]}, {"sigmas": [0.9, 0.7, 0.5, 0.3]}, {"timesteps": [1000, 750, 500, 250]}],
+    ids=["other sigmas", "uniform, but not from 1", "uniform timesteps"],
+)
+def test_sigmas_of_the_caller_s_own_that_are_not_the_plan_s_are_refused(arguments: dict[str, list[float]]) -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    with pytest.raises(ValueError, match=r"given are not the plan's: expected sigmas 1.0000, 0.9375, 0.8333, 0.6250"):
+        scheduler.set_timesteps(**arguments)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 8, 13])
+def test_refinement_walks_more_steps_when_it_is_asked_for(steps: int) -> None:
+    plan = PLANS["two phases"]
+    scheduler = PhasedDMDScheduler.from_plan(plan, refine=True)
+    scheduler.set_timesteps(steps)
+    assert torch.equal(scheduler.sigmas, torch.tensor([*plan.refined(steps).sigmas, 0.0]))
+    phases = []
+    for timestep in scheduler.timesteps:
+        phases.append(scheduler.phase)
+        scheduler.step(torch.zeros(1, 2), timestep, torch.zeros(1, 2))
+    assert phases == [plan.phase_index(sigma) for sigma in plan.refined(steps).sigmas]
+    with pytest.raises(ValueError, match="found 3: ask for that or more"):
+        scheduler.set_timesteps(3)
+    pipeline = wan_pipeline(scheduler)
+    torch.testing.assert_close(run(pipeline, steps), euler(pipeline, plan.refined(steps)), rtol=1e-5, atol=1e-5)
+
+
+def test_renoising_jumps_to_the_data_and_back_with_noise_of_its_own_seed() -> None:
+    plan = PLANS["two phases"]
+
+    def walk(seed: int, **arguments: object) -> Tensor:
+        scheduler = PhasedDMDScheduler.from_plan(plan, sampler="renoise", renoise_seed=seed)
+        scheduler.set_timesteps(4)
+        x = randn(3, 4)
+        for i, timestep in enumerate(scheduler.timesteps):
+            x = scheduler.step(randn(3, 4, seed=i + 1), timestep, x, **arguments).prev_sample
+        return x
+
+    for given in ({}, {"generator": torch.Generator().manual_seed(7)}):
+        generator, x = torch.Generator().manual_seed(7), randn(3, 4)
+        for i, (sigma, following) in enumerate(zip(plan.sigmas, [*plan.sigmas[1:], 0.0], strict=True)):
+            x0 = x - sigma * randn(3, 4, seed=i + 1)
+            x = x0 if following == 0 else (1 - following) * x0 + following * torch.randn(3, 4, generator=generator)
+        torch.testing.assert_close(walk(8 if given else 7, **given), x)
+    assert not torch.equal(walk(7), walk(8))
+    scheduler = PhasedDMDScheduler.from_plan(plan, sampler="renoise")
+    pipeline = wan_pipeline(scheduler)
+    assert torch.equal(run(pipeline, 4), run(pipeline, 4)), "set_timesteps starts the noise again"
+    with pytest.raises(ValueError, match="euler or renoise, found 'ddim'"):
+        PhasedDMDScheduler.from_plan(plan, sampler="ddim")
+
+
+def test_a_step_after_the_last_is_an_error() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["one phase"])
+    scheduler.set_timesteps(3)
+    for timestep in scheduler.timesteps:
+        scheduler.step(torch.zeros(1, 2), timestep, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="all 3 steps are taken"):
+        scheduler.step(torch.zeros(1, 2), scheduler.timesteps[-1], torch.zeros(1, 2))
 
 
 def test_step_is_euler_to_the_next_sigma(plan: PhasePlan, scheduler: PhasedDMDScheduler) -> None:
@@ -258,7 +323,6 @@ def test_from_config_keeps_the_plan(plan: PhasePlan, scheduler: PhasedDMDSchedul
 def test_it_takes_the_place_of_a_stock_scheduler(plan: PhasePlan, stock: FlowMatchEulerDiscreteScheduler) -> None:
     given = PhasedDMDScheduler.from_config(stock.config, plan=plan.to_dict())
     assert given.plan == plan and given.timesteps[0] == 1000
-    assert PhasedDMDScheduler.from_config(stock.config).plan == DEFAULT_PLAN
 
 
 def test_a_plan_that_cannot_be_is_refused_when_the_scheduler_is_made() -> None:
@@ -267,6 +331,7 @@ def test_a_plan_that_cannot_be_is_refused_when_the_scheduler_is_made() -> None:
 
 
 def test_the_number_of_train_timesteps_scales_the_timesteps_only() -> None:
-    scheduler = PhasedDMDScheduler(num_train_timesteps=1)
-    assert scheduler.timesteps.tolist() == pytest.approx(DEFAULT_PLAN.sigmas)
-    assert scheduler.sigmas.tolist() == pytest.approx([*DEFAULT_PLAN.sigmas, 0.0])
+    plan = PLANS["two phases"]
+    scheduler = PhasedDMDScheduler.from_plan(plan, num_train_timesteps=1)
+    assert scheduler.timesteps.tolist() == pytest.approx(plan.sigmas)
+    assert scheduler.sigmas.tolist() == pytest.approx([*plan.sigmas, 0.0])
