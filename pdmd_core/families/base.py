@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..flow import Sigma
+from ..phases import PhasePlan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,3 +59,23 @@ class ModelFamily(ABC):
     @abstractmethod
     def diffusers_module_name(self, native_name: str) -> str:
         """The inverse of ``native_module_name``."""
+
+    @abstractmethod
+    def native_weight_name(self, diffusers_name: str) -> str:
+        """The name of any of the network's weights in the original layout, which ComfyUI loads.
+
+        Raises ValueError for a weight that has no counterpart there.
+        """
+
+    def comfyui_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What ComfyUI would guess wrong about a network with this diffusers config; empty for released sizes."""
+        return {}
+
+    def stock_routing(self, plan: PhasePlan, components: Sequence[str]) -> dict[str, Any]:
+        """Entries of model_index.json with which the stock pipeline runs phase k on ``components[k]``.
+
+        Raises ValueError when it cannot.
+        """
+        if set(components) == {"transformer"}:
+            return {}
+        raise ValueError(f"a stock pipeline of {self.name} holds one network, these experts take {len(components)}")

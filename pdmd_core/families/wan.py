@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..flow import Sigma
+from ..phases import PhasePlan
 from .base import Conditioning, ModelFamily
 
 if TYPE_CHECKING:
@@ -29,6 +31,44 @@ _NATIVE_IN_BLOCK = {
 }
 _DIFFUSERS_IN_BLOCK = {native: diffusers for diffusers, native in _NATIVE_IN_BLOCK.items()}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+_NATIVE_WEIGHTS_IN_BLOCK = {
+    f"{diffusers}.{kind}": f"{native}.{kind}"
+    for diffusers, native in (
+        _NATIVE_IN_BLOCK
+        | {
+            "attn1.norm_q": "self_attn.norm_q",
+            "attn1.norm_k": "self_attn.norm_k",
+            "attn2.norm_q": "cross_attn.norm_q",
+            "attn2.norm_k": "cross_attn.norm_k",
+            "attn2.add_k_proj": "cross_attn.k_img",
+            "attn2.add_v_proj": "cross_attn.v_img",
+            "attn2.norm_added_k": "cross_attn.norm_k_img",
+            "norm2": "norm3",  # the one norm with weights; the layouts number them in another order
+        }
+    ).items()
+    for kind in ("weight", "bias")
+} | {"scale_shift_table": "modulation"}
+_NATIVE_WEIGHTS = {
+    f"{diffusers}.{kind}": f"{native}.{kind}"
+    for diffusers, native in {
+        "patch_embedding": "patch_embedding",
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+        "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+        "proj_out": "head.head",
+    }.items()
+    for kind in ("weight", "bias")
+} | {
+    "scale_shift_table": "head.modulation",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+}
 
 
 class WanFamily(ModelFamily):
@@ -84,6 +124,50 @@ class WanFamily(ModelFamily):
 
     def diffusers_module_name(self, native_name: str) -> str:
         return _rename(native_name, _DIFFUSERS_IN_BLOCK)
+
+    def native_weight_name(self, diffusers_name: str) -> str:
+        match = _BLOCK.fullmatch(diffusers_name)
+        if match and match[2] in _NATIVE_WEIGHTS_IN_BLOCK:
+            return f"blocks.{match[1]}.{_NATIVE_WEIGHTS_IN_BLOCK[match[2]]}"
+        if diffusers_name not in _NATIVE_WEIGHTS:
+            raise ValueError(f"{diffusers_name!r} is not a weight of {self.architecture}")
+        return _NATIVE_WEIGHTS[diffusers_name]
+
+    def comfyui_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        heads = config["num_attention_heads"]
+        true = {
+            "num_heads": heads,
+            "text_dim": config["text_dim"],
+            "freq_dim": config["freq_dim"],
+            "eps": config["eps"],
+            "cross_attn_norm": config["cross_attn_norm"],
+            "patch_size": list(config["patch_size"]),
+            "out_dim": config["out_channels"],
+        }
+        patch = math.prod(config["patch_size"])
+        guessed = {
+            "num_heads": heads * config["attention_head_dim"] // 128,
+            "text_dim": 4096,
+            "freq_dim": 256,
+            "eps": 1e-6,
+            "cross_attn_norm": True,
+            "patch_size": [1, 2, 2],
+            "out_dim": config["out_channels"] * patch // 4,
+        }
+        return {key: value for key, value in true.items() if value != guessed[key]}
+
+    def stock_routing(self, plan: PhasePlan, components: Sequence[str]) -> dict[str, Any]:
+        if set(components) == {"transformer"}:
+            return {"boundary_ratio": None}
+        later = list(components).index("transformer_2") if "transformer_2" in components else 0
+        names = ["transformer"] * later + ["transformer_2"] * (len(components) - later)
+        if not later or list(components) != names:
+            raise ValueError(
+                f"a stock WanPipeline runs transformer, then transformer_2, found {', '.join(components)}: sample "
+                "these experts with this package"
+            )
+        # WanPipeline gives a timestep on the boundary to the earlier network: keep clear of both phases' sigmas.
+        return {"boundary_ratio": (plan.phases[later - 1].sigmas[-1] + plan.phases[later].sigmas[0]) / 2}
 
 
 def _rename(name: str, names: dict[str, str]) -> str:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
 from pdmd_core.families import FAMILIES, family, family_of
 from pdmd_core.families.wan import WanFamily
+from pdmd_core.phases import PhasePlan
 from tests.tiny import CALL, LATENT_CHANNELS, LATENT_SHAPE, randn, save_wan_pipeline, transformer, wan_pipeline
 
 WAN = WanFamily()
@@ -26,6 +28,20 @@ NATIVE = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
+
+
+SECOND = ["transformer_2", "transformer_2"]
+RELEASED = {
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "eps": 1e-6,
+    "cross_attn_norm": True,
+    "patch_size": (1, 2, 2),
+    "out_channels": 16,
+}
+"""What matters of Wan 14B's config."""
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +213,107 @@ def test_a_native_module_that_is_no_target_is_an_error_that_names_it() -> None:
     for name in ("blocks.0.attn1.to_q", "head.head", "blocks.0.self_attn.norm_q", "time_embedding.0"):
         with pytest.raises(ValueError, match=re.escape(repr(name))):
             WAN.diffusers_module_name(name)
+
+
+@pytest.fixture(scope="module")
+def image_to_video_network() -> WanTransformer3DModel:
+    """With the weights that only image-to-video models have."""
+    config = {k: v for k, v in transformer().config.items() if k != "_use_default_values"}
+    config |= {"added_kv_proj_dim": 24, "image_dim": 20, "in_channels": 36}
+    torch.manual_seed(1)
+    return WanTransformer3DModel.from_config(config)
+
+
+def native(network: WanTransformer3DModel) -> dict[str, Tensor]:
+    return {WAN.native_weight_name(name): value for name, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_diffusers_own_converter_turns_all_native_weight_names_back(
+    kind: str, image_to_video_network: WanTransformer3DModel
+) -> None:
+    network = transformer() if kind == "text" else image_to_video_network
+    state = network.state_dict()
+    assert ("condition_embedder.image_embedder.norm1.weight" in state) == (kind == "image")
+    names = native(network)
+    assert len(names) == len(state)
+    back = convert_wan_transformer_to_diffusers(names)
+    assert set(back) == set(state)
+    assert all(back[name] is value or torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_native_weight_names_are_those_of_the_original_code() -> None:
+    names = {
+        "patch_embedding.weight": "patch_embedding.weight",
+        "condition_embedder.time_embedder.linear_1.weight": "time_embedding.0.weight",
+        "condition_embedder.time_embedder.linear_2.bias": "time_embedding.2.bias",
+        "condition_embedder.time_proj.weight": "time_projection.1.weight",
+        "condition_embedder.text_embedder.linear_1.bias": "text_embedding.0.bias",
+        "condition_embedder.text_embedder.linear_2.weight": "text_embedding.2.weight",
+        "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+        "condition_embedder.image_embedder.norm2.weight": "img_emb.proj.4.weight",
+        "blocks.39.attn1.to_out.0.bias": "blocks.39.self_attn.o.bias",
+        "blocks.0.attn2.norm_q.weight": "blocks.0.cross_attn.norm_q.weight",
+        "blocks.0.attn2.add_k_proj.weight": "blocks.0.cross_attn.k_img.weight",
+        "blocks.0.attn2.norm_added_k.weight": "blocks.0.cross_attn.norm_k_img.weight",
+        "blocks.0.norm2.weight": "blocks.0.norm3.weight",
+        "blocks.0.ffn.net.0.proj.weight": "blocks.0.ffn.0.weight",
+        "blocks.0.scale_shift_table": "blocks.0.modulation",
+        "scale_shift_table": "head.modulation",
+        "proj_out.bias": "head.head.bias",
+    }
+    assert {name: WAN.native_weight_name(name) for name in names} == names
+
+
+def test_lora_names_and_weight_names_agree() -> None:
+    for module in WAN.lora_targets:
+        name = f"blocks.3.{module}"
+        assert WAN.native_weight_name(f"{name}.weight") == f"{WAN.native_module_name(name)}.weight"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "blocks.0.norm3.weight", "blocks.0.attn1.to_q", "blocks.0.self_attn.q.weight", "x.proj_out.weight"]
+)
+def test_a_weight_that_wan_does_not_have_is_an_error_that_names_it(name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        WAN.native_weight_name(name)
+
+
+# --- other tools ------------------------------------------------------------
+
+
+def test_comfyui_is_told_what_the_shapes_of_a_small_network_do_not_tell() -> None:
+    assert WAN.comfyui_config(RELEASED) == {}
+    assert WAN.comfyui_config(transformer().config) == {"num_heads": 2, "text_dim": 32, "freq_dim": 32}
+    changes = {"eps": 1e-5, "cross_attn_norm": False, "patch_size": (1, 1, 1)}
+    told = {"eps": 1e-5, "cross_attn_norm": False, "patch_size": [1, 1, 1], "out_dim": 16}
+    assert WAN.comfyui_config(RELEASED | changes) == told
+
+
+@pytest.mark.parametrize("steps", [[2, 2], [1, 1], [3, 1]])
+def test_the_stock_boundary_lies_strictly_between_the_phases(steps: list[int]) -> None:
+    plan = PhasePlan.from_steps(steps, shift=5.0)
+    ratio = WAN.stock_routing(plan, ["transformer", "transformer_2"])["boundary_ratio"]
+    assert plan.phases[0].sigmas[-1] > ratio > plan.phases[1].sigmas[0]
+
+
+def test_several_phases_can_share_a_stock_network() -> None:
+    plan = PhasePlan.from_steps([1, 1, 1], shift=5.0)
+    for components, later in ((["transformer", "transformer", "transformer_2"], 2), (["transformer", *SECOND], 1)):
+        ratio = WAN.stock_routing(plan, components)["boundary_ratio"]
+        assert plan.phases[later - 1].sigmas[-1] > ratio > plan.phases[later].sigmas[0]
+    assert WAN.stock_routing(plan, ["transformer"] * 3) == {"boundary_ratio": None}
+
+
+@pytest.mark.parametrize(
+    "components",
+    [["transformer", "transformer_2", "transformer_3"], ["transformer_2", "transformer"], ["transformer_2"]],
+)
+def test_what_a_stock_pipeline_cannot_route_is_one_line(components: list[str]) -> None:
+    plan = PhasePlan.from_steps([1] * len(components), shift=5.0)
+    with pytest.raises(ValueError, match=", ".join(components)) as caught:
+        WAN.stock_routing(plan, components)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # --- the registry -----------------------------------------------------------
