@@ -1,0 +1,11 @@
+"""Phased experts in diffusers pipelines.
+
+Three lines::
+
+    pipe = load_phased_pipeline("user/experts")
+    pictures = pipe("a panda on a blue background").images
+"""
+
+from .attach import attach_experts, detach_experts, load_phased_pipeline
+
+__all__ = ["attach_experts", "detach_experts", "load_phased_pipeline"]

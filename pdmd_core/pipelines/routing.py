@@ -1,0 +1,125 @@
+"""Forward hooks of a pipeline's networks: the expert of the scheduler's current step runs, or an error is raised.
+
+Routing goes by the scheduler's step. The timestep that a network is called with is only compared with it: rounded to
+bfloat16 it may lie on the other side of a boundary, and its units differ from model to model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scheduler import PhasedDMDScheduler
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class Route:
+    """Which phase is on turn: the scheduler that every hook of one pipeline looks at."""
+
+    def __init__(self, scheduler: PhasedDMDScheduler) -> None:
+        self.scheduler = scheduler
+
+
+class PhaseGuard:
+    """Refuses a forward of a network that is not on turn, or at another sigma than the scheduler's current one.
+
+    phases: those in which this network may run. A forward pre-hook (``register_forward_pre_hook(guard,
+    with_kwargs=True)``): such hooks run outside whatever replaces ``forward`` (offloading does) and stay when it goes.
+    Raises RuntimeError.
+    """
+
+    def __init__(self, route: Route, phases: frozenset[int]) -> None:
+        self.route = route
+        self.phases = phases
+
+    @torch.compiler.disable
+    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scheduler = self.route.scheduler
+        timestep = _timestep(network, args, kwargs)
+        if not _at_sigma(timestep, scheduler.sigma):
+            raise RuntimeError(
+                f"the network is called at timestep {float(timestep.max()):.4g}, the phased scheduler is at sigma "
+                f"{scheduler.sigma:.4g}: another scheduler walks this pipeline; give it the experts' PhasedDMDScheduler"
+            )
+        if scheduler.phase not in self.phases:
+            name = scheduler.plan.phases[scheduler.phase].name if scheduler.plan else scheduler.phase
+            raise RuntimeError(
+                f"sigma {scheduler.sigma:.4g} belongs to the expert {name!r}, another expert was called: this pipeline "
+                "does not switch experts; call attach_experts(pipeline, phased_pipeline) on it"
+            )
+        self.prepare(network, scheduler.phase)
+
+    def prepare(self, network: nn.Module, phase: int) -> None:
+        """Called before each forward that is allowed."""
+
+
+class AdapterSwitch(PhaseGuard):
+    """Also activates the LoRA adapter of the phase; adapters of the user's own stay active beside it.
+
+    adapters: phase index to the name of its adapter on this network.
+    """
+
+    def __init__(self, route: Route, network: nn.Module, adapters: dict[int, str]) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        super().__init__(route, frozenset(adapters))
+        self.adapters = adapters
+        self.own = frozenset(adapters.values())
+        self.layers = [
+            module
+            for module in network.modules()
+            if isinstance(module, BaseTunerLayer) and self.own & set(module._all_available_adapter_names())
+        ]
+
+    def prepare(self, network: nn.Module, phase: int) -> None:
+        adapter = self.adapters[phase]
+        if adapter not in getattr(network, "peft_config", {}):
+            raise RuntimeError(
+                f"the adapter {adapter!r} of the phased experts was removed: call detach_experts, then attach_experts"
+            )
+        for layer in self.layers:
+            if self.own & set(layer.merged_adapters):
+                raise RuntimeError(
+                    "phased experts cannot be fused, each phase has its own: call unfuse_lora() on the pipeline"
+                )
+            active = layer.active_adapters
+            wanted = [name for name in active if name not in self.own] + [adapter]
+            if active != wanted:
+                layer.set_adapter(wanted, inference_mode=True)
+
+
+def guard_networks(networks: Sequence[nn.Module], route: Route) -> list[RemovableHandle]:
+    """Full experts in the order of the phases: each may run in its own phase only."""
+    return [
+        network.register_forward_pre_hook(PhaseGuard(route, frozenset({k})), with_kwargs=True)
+        for k, network in enumerate(networks)
+    ]
+
+
+def _timestep(network: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """The timestep argument of a call, whatever it is called."""
+    for name in ("timestep", "t"):
+        if name in kwargs:
+            return torch.as_tensor(kwargs[name])
+    names = list(inspect.signature(type(network).forward).parameters)[1:]
+    for name in ("timestep", "t"):
+        if name in names and names.index(name) < len(args):
+            return torch.as_tensor(args[names.index(name)])
+    raise RuntimeError(f"a {type(network).__name__} was called without a timestep: phased experts are routed by it")
+
+
+def _at_sigma(timestep: Tensor, sigma: float) -> bool:
+    """Whether a timestep is sigma * 1000, sigma or 1 - sigma, as far as its dtype can tell.
+
+    The largest entry counts: image-to-video models give the tokens of the known frame timestep 0.
+    """
+    value = float(timestep.max())
+    tolerance = 1e-4 if timestep.dtype in (torch.float32, torch.float64) else 8e-3
+    candidates = ((sigma * 1000, 1000.0), (sigma, 1.0), (1 - sigma, 1.0))
+    return any(abs(value - candidate) <= tolerance * unit for candidate, unit in candidates)
