@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test environment clean
+.PHONY: demo test test-comfyui environment clean
 
 demo: environment
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
@@ -16,6 +16,13 @@ test: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(MAKE) test-comfyui
+
+# In an environment of its own, with the real ComfyUI and Chromium; clones share it by setting PHASED_DMD_COMFYUI
+export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui
+test-comfyui:
+	$(PYTHON) tests/comfyui/install.py --browser
+	$(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest -c tests/comfyui/pytest.ini --rootdir . tests/comfyui
 
 environment: $(VENV)/.installed
 

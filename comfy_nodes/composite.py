@@ -1,0 +1,289 @@
+"""One MODEL that carries the experts of all phases and hands over inside a sampler run.
+
+The MODEL is a clone of the first expert's ModelPatcher with an attachment (the other experts) and two wrappers. When a
+run starts, the expert that owns its first sigma takes the place of the guider's model before anything is loaded; at the
+first prediction in another phase the next expert is loaded instead. Which one runs is the phase plan's decision alone.
+Nobody's MODEL is changed; the guider is as it was when the run ends, also by an error or an interrupt.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+from ..pdmd_core.phases import PhasePlan
+from .additions import copied, with_additions
+from .errors import NodeError
+
+KEY = "phased_dmd"
+_BOUND_TO_RUN = frozenset({"to_load_options", "registered_hooks"})
+_BOUND_TO_MODULES = frozenset({"torch.compile"})  # compiled blocks of one network must not run in another's place
+
+
+@dataclass(frozen=True)
+class Expert:
+    """What runs in one phase. ``cfg`` takes the place of the sampler's cfg there; None leaves the sampler's."""
+
+    model: Any
+    cfg: float | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """The first expert's patches when the composite was made; what is there beyond them is meant for all experts."""
+
+    options: dict[str, Any]
+    wrappers: dict[str, Any]
+    callbacks: dict[str, Any]
+    patches: dict[Any, list[Any]]
+
+    @classmethod
+    def of(cls, model: Any) -> Made:
+        return cls(*(copied(part) for part in (model.model_options, model.wrappers, model.callbacks, model.patches)))
+
+
+class Composite:
+    """The attachment: plan, experts (the first one's ``model`` is only its origin), state when made."""
+
+    def __init__(self, plan: PhasePlan, experts: Sequence[Expert], made: Made) -> None:
+        self.plan, self.experts, self.made = plan, tuple(experts), made
+
+    def on_model_patcher_clone(self) -> Composite:
+        """ComfyUI calls this for the attachment of a clone. Experts are never changed, so they can be shared."""
+        return self
+
+    def patcher(self, carrier: Any, k: int) -> Any:
+        """Expert k as this MODEL uses it: what was patched onto the MODEL after it was made goes to every expert."""
+        if k == 0:
+            return carrier
+        expert = self.experts[k].model.clone()
+        expert.add_object_patch("model_sampling", carrier.get_model_object("model_sampling"))
+        skip = _BOUND_TO_RUN if expert.model is carrier.model else _BOUND_TO_RUN | _BOUND_TO_MODULES
+        made = self.made
+        expert.model_options = with_additions(expert.model_options, carrier.model_options, made.options, skip)
+        expert.wrappers = with_additions(expert.wrappers, carrier.wrappers, made.wrappers, skip)
+        expert.callbacks = with_additions(expert.callbacks, carrier.callbacks, made.callbacks, skip)
+        patches = with_additions(expert.patches, carrier.patches, made.patches)
+        if any(len(entries) != len(expert.patches.get(key, ())) for key, entries in patches.items()):
+            expert.patches = patches
+            # equal patches, equal name: ComfyUI then knows in the next run that the weights are the same
+            expert.patches_uuid = uuid.uuid5(expert.patches_uuid, str(carrier.patches_uuid))
+        return expert
+
+
+class Run:
+    """The state of one sampler run; lives on its guider."""
+
+    def __init__(self, guider: Any, composite: Composite) -> None:
+        self.guider, self.composite, self.carrier = guider, composite, guider.model_patcher
+        self.options_at_start = guider.model_options
+        self.active = 0
+        self._patchers: dict[int, Any] = {0: self.carrier}
+        self._options: dict[int, dict[str, Any]] = {}
+
+    def index(self, sigma: float) -> int:
+        """The plan's rule; samplers may step to exactly 0, where the last expert ends."""
+        return self.composite.plan.phase_index(sigma) if sigma > 0 else len(self.composite.plan) - 1
+
+    def start(self, sigma: float) -> None:
+        """Before ComfyUI loads the guider's model: only the expert that is needed first is to be loaded."""
+        self.active = self.index(sigma)
+        self.guider.model_patcher = self._patcher(self.active)
+
+    def use(self, sigma: float, shape: Sequence[int]) -> None:
+        """Load the expert of this sigma unless it is the active one."""
+        k = self.index(sigma)
+        if k == self.active:
+            return
+        guider = self.guider
+        guider.model_patcher.cleanup()
+        guider.model_patcher = self._patcher(k)
+        options = self._own_options(k)
+        guider.inner_model, _, guider.loaded_models = comfy.sampler_helpers.prepare_sampling(
+            guider.model_patcher, shape, guider.conds, options
+        )
+        guider.model_patcher.pre_run()
+        self.active = k
+
+    def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
+        """Of the active expert: its own, and what the sampler has set for this run."""
+        if self.active == 0:
+            return model_options
+        return with_additions(self._own_options(self.active), model_options, self.options_at_start, _BOUND_TO_RUN)
+
+    def cfg(self) -> float | None:
+        """Of the active expert; None is the sampler's."""
+        cfg = self.composite.experts[self.active].cfg
+        if cfg is None:
+            return None
+        if not hasattr(self.guider, "cfg"):
+            raise NodeError(
+                f"expert {self._name()} has a cfg of its own, {cfg:g}, but {type(self.guider).__name__} has no single "
+                "cfg to set: use a CFGGuider or KSampler, or leave the experts' cfg empty"
+            )
+        if cfg != 1 and not self.guider.conds.get("negative"):
+            raise NodeError(
+                f"expert {self._name()} has cfg {cfg:g}, which needs negative conditioning, and this guider has none: "
+                "use a CFGGuider or KSampler with a negative prompt"
+            )
+        return cfg
+
+    def wrappers(self) -> list[Callable[..., Any]]:
+        """Around the prediction of the active expert alone: what was on its MODEL before it was made an expert."""
+        return self.composite.experts[self.active].model.get_all_wrappers(WrappersMP.PREDICT_NOISE)
+
+    def end(self) -> None:
+        """Leave guider and experts as they were."""
+        for k, options in self._options.items():
+            patcher = self._patchers[k]
+            comfy.samplers.cast_to_load_options(options, device=patcher.offload_device)
+            patcher.restore_hook_patches()
+        self.guider.model_patcher = self.carrier
+
+    def _name(self) -> str:
+        return self.composite.plan.phases[self.active].name
+
+    def _patcher(self, k: int) -> Any:
+        if k not in self._patchers:
+            patcher = self._patchers[k] = self.composite.patcher(self.carrier, k)
+            patcher.hook_mode = self.carrier.hook_mode
+        return self._patchers[k]
+
+    def _own_options(self, k: int) -> dict[str, Any]:
+        if k not in self._options:
+            patcher = self._patcher(k)
+            options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+            comfy.sampler_helpers.prepare_model_patcher(patcher, self.guider.conds, options)
+            comfy.samplers.cast_to_load_options(options, device=patcher.load_device, dtype=patcher.model_dtype())
+            self._options[k] = options
+        return self._options[k]
+
+
+def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True) -> Any:
+    """One MODEL of these experts, one for each phase of the plan, high noise first.
+
+    set_shift: give the MODEL the plan's shift, so that the scheduler ``simple`` with the plan's number of steps gives
+    exactly the plan's sigmas. Raises NodeError when the MODELs do not fit the plan or each other.
+    """
+    check(plan, experts)
+    model = experts[0].model.clone()
+    if set_shift and plan.shift is not None:
+        _set_shift(model, plan, plan.shift)
+    model.wrappers.pop(WrappersMP.PREDICT_NOISE, None)  # the first expert's own: its run calls them, not all runs
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    model.set_attachments(KEY, Composite(plan, experts, Made.of(model)))
+    return model
+
+
+def composite_of(model: Any) -> Composite | None:
+    """What a MODEL carries; None when it is no composite."""
+    return model.get_attachment(KEY)
+
+
+def check(plan: PhasePlan, experts: Sequence[Expert]) -> None:
+    """Raises NodeError unless the MODELs fit the plan and each other."""
+    if len(experts) != len(plan):
+        names = ", ".join(phase.name for phase in plan.phases)
+        raise NodeError(f"the plan has {len(plan)} phase(s) ({names}), found {len(experts)} MODEL(s): connect one each")
+    first = experts[0].model
+    for k, expert in enumerate(experts):
+        name, model = plan.phases[k].name, expert.model
+        if composite_of(model) is not None:
+            raise NodeError(f"the MODEL of expert {name} already carries phased experts: connect a plain MODEL")
+        sampling = model.get_model_object("model_sampling")
+        if not isinstance(sampling, comfy.model_sampling.CONST):
+            raise NodeError(
+                f"the MODEL of expert {name} is a {type(model.model).__name__}, which is not a flow matching model: "
+                "phase plans are in the sigmas of flow matching (Wan, Qwen-Image, Flux, SD3 ...)"
+            )
+        if type(model.model) is not type(first.model) or _shapes(model) != _shapes(first):
+            raise NodeError(
+                f"the experts are networks of one architecture, found {_described(first)} for {plan.phases[0].name} "
+                f"and {_described(model)} for {name}"
+            )
+        if expert.cfg is not None and not 0 <= expert.cfg <= 100:
+            raise NodeError(f"cfg is a number from 0 to 100, found {expert.cfg} for expert {name}")
+
+
+def _shapes(model: Any) -> dict[str, Any]:
+    """What must be the same in all experts. Precision and device need not be."""
+    config = model.model.model_config.unet_config
+    return {key: value for key, value in config.items() if key not in ("dtype", "device", "operations")}
+
+
+def _described(model: Any) -> str:
+    config = model.model.model_config.unet_config
+    known = ("model_type", "dim", "num_layers", "in_dim", "in_channels", "hidden_size", "depth")
+    return f"{type(model.model).__name__} ({', '.join(f'{key} {config[key]}' for key in known if key in config)})"
+
+
+def _set_shift(model: Any, plan: PhasePlan, shift: float) -> None:
+    """As ModelSamplingSD3 and ModelSamplingAuraFlow do, but exact for any number of steps.
+
+    The scheduler ``simple`` picks from a table. One of a thousand entries holds no thirds, and just above a boundary
+    the wrong expert would run.
+    """
+    sampling = model.get_model_object("model_sampling")
+    multiplier = float(sampling.timestep(torch.tensor(1.0)))
+    linear = float(sampling.timestep(torch.tensor(0.5))) == multiplier / 2
+    if not linear or type(sampling).calculate_denoised is not comfy.model_sampling.CONST.calculate_denoised:
+        return  # sampling of another kind; Phased Sigmas are exact with any
+    shifted = _Sampling(model.model.model_config)
+    steps = len(plan.sigmas)
+    shifted.set_parameters(shift=shift, timesteps=steps * math.ceil(1000 / steps), multiplier=multiplier)
+    if hasattr(sampling, "noise_scale"):
+        shifted.set_noise_scale(sampling.noise_scale)
+    model.add_object_patch("model_sampling", shifted)
+
+
+class _Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    pass
+
+
+def _outer_sample(
+    executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kw: Any
+) -> Any:
+    guider = executor.class_obj
+    composite = composite_of(guider.model_patcher)
+    if composite is None:  # the wrappers went to a MODEL of which the attachment was removed
+        return executor(noise, latent_image, sampler, sigmas, *args, **kw)
+    if guider.model_patcher.get_additional_models_with_key("multigpu"):
+        raise NodeError("phased experts run on one GPU: take the multi-GPU node out of this MODEL")
+    run = Run(guider, composite)
+    setattr(guider, KEY, run)
+    try:
+        run.start(float(sigmas[0]))
+        return executor(noise, latent_image, sampler, sigmas, *args, **kw)
+    finally:
+        delattr(guider, KEY)
+        run.end()
+
+
+def _predict_noise(
+    executor: Callable[..., Any], x: Any, timestep: Any, model_options: dict[str, Any] | None = None, seed: Any = None
+) -> Any:
+    guider = executor.class_obj  # type: ignore[attr-defined]
+    run: Run | None = getattr(guider, KEY, None)
+    if run is None:
+        return executor(x, timestep, model_options or {}, seed)
+    run.use(float(timestep.flatten()[0]), x.shape)  # samplers work in sigma, whatever the network's timestep is
+    options, cfg = run.options(model_options or {}), run.cfg()
+    predict = WrapperExecutor.new_class_executor(executor, guider, run.wrappers())
+    if cfg is None:
+        return predict.execute(x, timestep, options, seed)
+    saved, guider.cfg = guider.cfg, cfg
+    try:
+        return predict.execute(x, timestep, options, seed)
+    finally:
+        guider.cfg = saved

@@ -1,0 +1,485 @@
+"""The composite MODEL inside the real ComfyUI: same numbers as hand-written loops and as wiring by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pdmd_core.phases import PhasePlan
+from tests.comfyui.tiny_models import lora
+
+FAMILIES = ["wan", "qwen"]
+PLANS = {
+    "two experts": PhasePlan.from_steps([2, 2], shift=5.0),
+    "three experts": PhasePlan.from_steps([1, 1, 2], shift=3.0),
+    "uneven": PhasePlan.from_sigmas([[1.0, 0.9], [0.7], [0.5, 0.2]]),
+}
+TWO = PLANS["two experts"]
+SEED = 42
+
+
+def sigmas_of(plan: PhasePlan) -> Tensor:
+    return torch.tensor([*plan.sigmas, 0.0])
+
+
+@pytest.fixture(scope="module")
+def composite(pack):
+    return pack.module("comfy_nodes.composite")
+
+
+@pytest.fixture
+def build(pack, composite, models):
+    """``build(family, plan, kind)`` gives the composite and its experts' MODELs."""
+
+    def build(family: str, plan: PhasePlan, kind: str = "full", cfgs: list[float | None] | None = None) -> Any:
+        plan = pack.module("pdmd_core.phases").PhasePlan.from_json(plan.to_json())
+        if kind == "full":
+            experts = [models.load(family, seed) for seed in range(len(plan))]
+        else:
+            import comfy.sd
+
+            base = models.load(family)
+            files = [lora(family, seed + 1) for seed in range(len(plan))]
+            experts = [comfy.sd.load_lora_for_models(base, None, file, 1.0, 0.0)[0] for file in files]
+        cfgs = cfgs or [None] * len(plan)
+        entries = [composite.Expert(model, cfg) for model, cfg in zip(experts, cfgs, strict=True)]
+        return composite.compose(plan, entries), experts
+
+    return build
+
+
+def sample(
+    pack: Any,
+    models: Any,
+    model: Any,
+    family: str,
+    sigmas: Tensor,
+    sampler: str = "euler",
+    cfg: float = 1.0,
+    latent: dict[str, Tensor] | None = None,
+    guider: Any = None,
+) -> Tensor:
+    """SamplerCustomAdvanced, as a graph would call it."""
+    (noise,) = pack.call("RandomNoise", noise_seed=SEED)
+    if guider is None:
+        positive, negative = models.conditioning(family), models.conditioning(family, seed=8)
+        (guider,) = pack.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)
+    (choice,) = pack.call("KSamplerSelect", sampler_name=sampler)
+    latent = latent or models.latent(family)
+    output, _ = pack.call(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=choice, sigmas=sigmas, latent_image=latent
+    )
+    return output["samples"]
+
+
+def euler_by_hand(
+    experts: list[Any], plan: PhasePlan, x: Tensor, context: Tensor, negative: Tensor, cfgs: list[float]
+) -> Tensor:
+    """x <- x + (next - sigma) (x - x0) / sigma, with the network of the expert whose phase it is."""
+    import comfy.model_management
+
+    steps = [(k, sigma) for k, phase in enumerate(plan.phases) for sigma in phase.sigmas]
+    following = [sigma for _, sigma in steps[1:]] + [0.0]
+    for (k, sigma), after in zip(steps, following, strict=True):
+        comfy.model_management.load_models_gpu([experts[k]])
+        network, t = experts[k].model, torch.tensor([sigma] * len(x))
+        with torch.no_grad():
+            x0 = network.apply_model(x, t, c_crossattn=context)
+            if cfgs[k] != 1:
+                without = network.apply_model(x, t, c_crossattn=negative)
+                x0 = without + (x0 - without) * cfgs[k]
+        sigma, after = torch.tensor(sigma), torch.tensor(after)
+        x = x + (x - x0) / sigma * (after - sigma)
+    return experts[0].model.process_latent_out(x.float())
+
+
+def noise_of(latent: dict[str, Tensor]) -> Tensor:
+    return torch.randn(latent["samples"].shape, generator=torch.manual_seed(SEED))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_one_run_equals_a_hand_written_euler_loop(pack, models, build, family: str, kind: str, plan: PhasePlan) -> None:
+    model, experts = build(family, plan, kind)
+    found = sample(pack, models, model, family, sigmas_of(plan))
+    context = models.conditioning(family)[0][0]
+    expected = euler_by_hand(experts, plan, noise_of(models.latent(family)), context, context, [1.0] * len(plan))
+    assert torch.equal(found, expected)
+    alone = sample(pack, models, experts[0], family, sigmas_of(plan))
+    assert (alone - found).abs().max() > 1e-3  # the other experts do make a difference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_expert_runs_with_its_own_cfg(pack, models, build, family: str) -> None:
+    plan, cfgs = PLANS["three experts"], [3.5, 1.0, 2.0]
+    model, experts = build(family, plan, "lora", [3.5, None, 2.0])
+    context, negative = (models.conditioning(family, seed=seed)[0][0] for seed in (7, 8))
+    expected = euler_by_hand(experts, plan, noise_of(models.latent(family)), context, negative, cfgs)
+    found = sample(pack, models, model, family, sigmas_of(plan))
+    # ComfyUI puts both prompts into one batch, which rounds differently
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (found - sample(pack, models, build(family, plan, "lora")[0], family, sigmas_of(plan))).abs().max() > 1e-3
+
+
+def advanced(pack: Any, models: Any, model: Any, family: str, start: int, end: int, latent: dict[str, Tensor]) -> Any:
+    """KSamplerAdvanced on steps start..end of 4, with ``simple``."""
+    (output,) = pack.call(
+        "KSamplerAdvanced",
+        model=model,
+        add_noise="enable" if start == 0 else "disable",
+        noise_seed=SEED,
+        steps=4,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=models.conditioning(family),
+        negative=models.conditioning(family, seed=8),
+        latent_image=latent,
+        start_at_step=start,
+        end_at_step=end,
+        return_with_leftover_noise="enable" if end < 4 else "disable",
+    )
+    return output
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_partial_runs_equal_two_samplers_wired_by_hand_and_one_run_differs_by_their_hand_over(
+    pack, models, build, family: str, kind: str
+) -> None:
+    model, experts = build(family, TWO, kind)
+    shifted = [pack.call("ModelSamplingSD3", model=expert, shift=5.0)[0] for expert in experts]
+    if family == "qwen":
+        shifted = [pack.call("ModelSamplingAuraFlow", model=expert, shift=5.0)[0] for expert in experts]
+    empty = models.latent(family)
+    by_hand = advanced(pack, models, shifted[1], family, 2, 4, advanced(pack, models, shifted[0], family, 0, 2, empty))
+    parts = advanced(pack, models, model, family, 2, 4, advanced(pack, models, model, family, 0, 2, empty))
+    whole = advanced(pack, models, model, family, 0, 4, empty)
+    assert torch.equal(parts["samples"], by_hand["samples"])
+    # The two-sampler pattern divides by 1 - sigma and multiplies again where it hands over. What that costs is measured
+    # where nothing is handed over: one network, in one run and in two.
+    one = advanced(pack, models, shifted[0], family, 0, 4, empty)["samples"]
+    split = advanced(pack, models, shifted[0], family, 2, 4, advanced(pack, models, shifted[0], family, 0, 2, empty))
+    round_trip = (one - split["samples"]).abs().max()
+    assert round_trip < 1e-4
+    assert (whole["samples"] - by_hand["samples"]).abs().max() <= 4 * round_trip + 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_ksampler_with_simple_takes_the_steps_of_the_plan(pack, models, build, family: str) -> None:
+    import comfy.samplers
+
+    model, experts = build(family, TWO)
+    sampling = model.get_model_object("model_sampling")
+    torch.testing.assert_close(
+        comfy.samplers.calculate_sigmas(sampling, "simple", 4), sigmas_of(TWO), atol=1e-6, rtol=1e-6
+    )
+    positive, negative = models.conditioning(family), models.conditioning(family, seed=8)
+    common = {"seed": SEED, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    common |= {"positive": positive, "negative": negative, "latent_image": models.latent(family)}
+    (found,) = pack.call("KSampler", model=model, steps=4, denoise=1.0, **common)
+    torch.testing.assert_close(found["samples"], sample(pack, models, model, family, sigmas_of(TWO)), atol=1e-5, rtol=0)
+    # denoise 0.5 of two steps are the two last steps of four: the second expert's alone
+    image = {"samples": torch.randn(models.latent(family)["samples"].shape)}
+    node = "ModelSamplingSD3" if family == "wan" else "ModelSamplingAuraFlow"
+    (low,) = pack.call(node, model=experts[1], shift=5.0)
+    partly = {**common, "latent_image": image}
+    (found,) = pack.call("KSampler", model=model, steps=2, denoise=0.5, **partly)
+    (expected,) = pack.call("KSampler", model=low, steps=2, denoise=0.5, **partly)
+    assert torch.equal(found["samples"], expected["samples"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("steps", [[1, 2], [2, 4], [3, 2, 2], [4, 7]])
+def test_simple_is_exact_for_any_number_of_steps(pack, composite, models, family: str, steps: list[int]) -> None:
+    import comfy.samplers
+
+    plan = pack.module("pdmd_core.phases").PhasePlan.from_steps(steps, shift=5.0)
+    model = composite.compose(plan, [composite.Expert(models.load(family)) for _ in steps])
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", sum(steps))
+    assert [plan.phase_index(float(sigma)) for sigma in sigmas[:-1]] == [
+        k for k, n in enumerate(steps) for _ in range(n)
+    ]
+    torch.testing.assert_close(sigmas, sigmas_of(plan), atol=1e-6, rtol=1e-6)
+
+
+def routed_by_hand(experts: list[Any], boundary: float) -> Any:
+    """Another way to the same: the first MODEL calls the second one's network below the boundary."""
+    import comfy.model_management
+
+    def call(apply_model: Any, arguments: dict[str, Any]) -> Tensor:
+        sigma = float(arguments["timestep"][0])
+        if sigma > boundary * 1.0001:
+            return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+        comfy.model_management.load_models_gpu([experts[1]])
+        return experts[1].model.apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model = experts[0].clone()
+    model.set_model_unet_function_wrapper(call)
+    return model
+
+
+SAMPLERS = [
+    "heun",
+    "dpm_2",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "uni_pc",
+    "lms",
+    "res_multistep",
+    "deis",
+    "lcm",
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_keeps_its_history_across_the_switch(pack, models, build, sampler: str) -> None:
+    model, experts = build("wan", TWO)
+    sigmas = sigmas_of(TWO.refined(8))
+    found = sample(pack, models, model, "wan", sigmas, sampler)
+    (by_hand,) = pack.call("ModelSamplingSD3", model=routed_by_hand(experts, TWO.boundaries[0]), shift=5.0)
+    expected = sample(pack, models, by_hand, "wan", sigmas, sampler)
+    assert torch.equal(found, expected)
+    assert torch.isfinite(found).all()
+
+
+def test_every_other_sampler_of_this_comfyui_runs(pack, models, build) -> None:
+    import comfy.samplers
+
+    model, _ = build("wan", TWO, "lora")
+    for sampler in sorted(set(comfy.samplers.SAMPLER_NAMES) - set(SAMPLERS)):
+        assert torch.isfinite(sample(pack, models, model, "wan", sigmas_of(TWO), sampler)).all(), sampler
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inpaint_masks_and_batches(pack, models, build, family: str) -> None:
+    model, experts = build(family, TWO)
+    by_hand = routed_by_hand(experts, TWO.boundaries[0])
+    latent = models.latent(family, batch=3)
+    latent["samples"] = torch.randn(latent["samples"].shape)
+    latent["noise_mask"] = torch.zeros(latent["samples"].shape[-2:]).unsqueeze(0)
+    latent["noise_mask"][:, : latent["noise_mask"].shape[1] // 2] = 1
+    outputs = [sample(pack, models, each, family, sigmas_of(TWO), latent=latent) for each in (model, by_hand)]
+    assert torch.equal(*outputs)
+    kept = latent["noise_mask"][0] == 0
+    torch.testing.assert_close(outputs[0][..., kept], latent["samples"][..., kept], atol=1e-5, rtol=0)
+    assert (outputs[0] - latent["samples"])[..., ~kept].abs().mean() > 0.1
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The MODELs of every call that loads some."""
+    import comfy.model_management as management
+
+    seen: list[list[Any]] = []
+    original = management.load_models_gpu
+
+    def load(models: list[Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append([model.model for model in models])
+        return original(models, *args, **kwargs)
+
+    monkeypatch.setattr(management, "load_models_gpu", load)
+    return seen
+
+
+def test_only_the_needed_experts_are_loaded_each_once(pack, models, build, loads) -> None:
+    plan = PLANS["three experts"]
+    model, experts = build("wan", plan)
+    high, middle, low = (expert.model for expert in experts)
+    sample(pack, models, model, "wan", sigmas_of(plan))
+    assert loads == [[high], [middle], [low]]
+    loads.clear()
+    sample(pack, models, model, "wan", sigmas_of(plan)[2:])
+    assert loads == [[low]]
+    loads.clear()
+    sample(pack, models, model, "wan", sigmas_of(plan)[:3])
+    assert loads == [[high], [middle]]
+
+
+def state(model: Any) -> tuple[Any, ...]:
+    """All of a ModelPatcher that patching changes."""
+    parts = (model.model_options, model.wrappers, model.callbacks, model.patches, model.object_patches)
+    return model.patches_uuid, sorted(model.attachments), repr(parts), model.hook_mode
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_callers_models_are_not_changed(pack, models, composite, kind: str) -> None:
+    import comfy.model_management
+    import comfy.sd
+
+    phases = pack.module("pdmd_core.phases")
+    plan = phases.PhasePlan.from_steps([2, 2], shift=5.0)
+    base = models.wan()
+    experts = [base, models.wan(1)]
+    if kind == "lora":
+        experts = [comfy.sd.load_lora_for_models(base, None, lora("wan", k + 1), 1.0, 0.0)[0] for k in range(2)]
+        assert all(expert.model is base.model for expert in experts)  # the base is in memory once
+    before, alone = [state(expert) for expert in experts], sample(pack, models, base, "wan", sigmas_of(TWO))
+    comfy.model_management.unload_all_models()
+    originals = [weights(expert) for expert in experts]
+    model = composite.compose(plan, [composite.Expert(expert) for expert in experts])
+    sample(pack, models, model, "wan", sigmas_of(TWO))
+    assert [state(expert) for expert in experts] == before
+    assert torch.equal(sample(pack, models, base, "wan", sigmas_of(TWO)), alone)
+    comfy.model_management.unload_all_models()
+    for expert, original in zip(experts, originals, strict=True):
+        assert all(torch.equal(value, original[name]) for name, value in weights(expert).items())
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_an_interrupted_run_leaves_everything_as_it_was(pack, models, build, kind: str, step: int) -> None:
+    import comfy.model_management
+    import comfy.samplers
+
+    model, _ = build("wan", TWO, kind)
+    expected = sample(pack, models, model, "wan", sigmas_of(TWO))
+    positive, negative = models.conditioning("wan"), models.conditioning("wan", seed=8)
+    (guider,) = pack.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=1.0)
+    before, attributes = state(model), set(vars(guider))
+
+    def interrupt(i: int, *rest: Any) -> None:
+        if i == step:
+            raise comfy.model_management.InterruptProcessingException
+
+    latent = models.latent("wan")["samples"]
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        guider.sample(
+            noise_of({"samples": latent}),
+            latent,
+            comfy.samplers.sampler_object("euler"),
+            sigmas_of(TWO),
+            callback=interrupt,
+        )
+    assert guider.model_patcher is model
+    assert state(model) == before
+    assert set(vars(guider)) - attributes <= {"inner_model", "conds", "loaded_models"}  # which core leaves, too
+    assert torch.equal(sample(pack, models, model, "wan", sigmas_of(TWO), guider=guider), expected)
+    assert torch.equal(sample(pack, models, model, "wan", sigmas_of(TWO)), expected)
+
+
+def test_two_composites_in_one_graph(pack, models, build) -> None:
+    first, _ = build("wan", TWO)
+    second, _ = build("qwen", PLANS["three experts"], "lora")
+    inputs = [(first, "wan", sigmas_of(TWO)), (second, "qwen", sigmas_of(PLANS["three experts"]))]
+    alone = [sample(pack, models, *each) for each in inputs]
+    again = [sample(pack, models, *each) for each in (*inputs, *inputs)]
+    assert all(torch.equal(a, b) for a, b in zip(again, [*alone, *alone], strict=True))
+
+
+def test_one_run_reports_one_progress(pack, models, build) -> None:
+    import comfy.samplers
+
+    model, _ = build("wan", TWO)
+    positive, negative = models.conditioning("wan"), models.conditioning("wan", seed=8)
+    (guider,) = pack.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=1.0)
+    latent, seen = models.latent("wan")["samples"], []
+    guider.sample(
+        noise_of({"samples": latent}),
+        latent,
+        comfy.samplers.sampler_object("euler"),
+        sigmas_of(TWO),
+        callback=lambda step, x0, x, total: seen.append((step, total, tuple(x0.shape))),
+    )
+    assert seen == [(step, 4, tuple(latent.shape)) for step in range(4)]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_users_lora_after_the_composite_is_on_all_experts(pack, models, composite, build, loads, kind: str) -> None:
+    import comfy.sd
+
+    model, experts = build("wan", TWO, kind)
+    users = lora("wan", seed=9)
+    after, _ = comfy.sd.load_lora_for_models(model, None, users, 0.7, 0.0)
+    before = [comfy.sd.load_lora_for_models(expert, None, users, 0.7, 0.0)[0] for expert in experts]
+    expected = composite.compose(composite.composite_of(model).plan, [composite.Expert(each) for each in before])
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (after, expected, model)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert torch.equal(sample(pack, models, after, "wan", sigmas_of(TWO)), outputs[0])
+
+
+def test_guidance_nodes_after_the_composite_are_on_all_experts_and_before_it_on_theirs(
+    pack, models, composite, build
+) -> None:
+    model, experts = build("wan", TWO)
+    (after,) = pack.call("CFGZeroStar", model=model)
+    zero_star = [pack.call("CFGZeroStar", model=expert)[0] for expert in experts]
+    compose, plan = composite.compose, composite.composite_of(model).plan
+    both = compose(plan, [composite.Expert(each) for each in zero_star])
+    first = compose(plan, [composite.Expert(each) for each in (zero_star[0], experts[1])])
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO), cfg=3.0) for each in (after, both, first, model)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[2], outputs[3])
+
+
+def test_a_wrapper_around_one_experts_predictions_stays_with_that_expert(pack, models, composite, build) -> None:
+    from comfy.patcher_extension import WrappersMP
+
+    model, experts = build("wan", TWO)
+    seen: dict[str, list[float]] = {"first": [], "second": [], "all": []}
+
+    def watched(patcher: Any, name: str) -> Any:
+        def wrapper(executor: Any, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen[name].append(round(float(sigma[0]), 4))
+            return executor(x, sigma, *args, **kwargs)
+
+        clone = patcher.clone()
+        clone.add_wrapper(WrappersMP.PREDICT_NOISE, wrapper)
+        return clone
+
+    watching = [watched(experts[0], "first"), watched(experts[1], "second")]
+    made = composite.compose(composite.composite_of(model).plan, [composite.Expert(each) for each in watching])
+    sample(pack, models, watched(made, "all"), "wan", sigmas_of(TWO))
+    assert seen == {"first": [1.0, 0.9375], "second": [0.8333, 0.625], "all": [1.0, 0.9375, 0.8333, 0.625]}
+
+
+def test_errors_are_in_words(pack, models, composite, build) -> None:
+    import comfy.model_sampling
+
+    phases, errors = pack.module("pdmd_core.phases"), pack.module("comfy_nodes.errors")
+    plan = phases.PhasePlan.from_steps([2, 2], shift=5.0)
+    wan, qwen, made = models.wan(), models.qwen(), build("wan", TWO)[0]
+
+    class Epsilon(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    not_flow = wan.clone()
+    not_flow.add_object_patch("model_sampling", Epsilon())
+    cases = [
+        ([wan], "2 phase(s) (high_noise, low_noise), found 1 MODEL"),
+        ([wan, qwen], "of one architecture, found WAN21 (.+) for high_noise and QwenImage"),
+        ([made, wan], "high_noise already carries phased experts"),
+        ([wan, not_flow], "low_noise is a WAN21, which is not a flow matching model"),
+    ]
+    for experts, message in cases:
+        with pytest.raises(
+            errors.NodeError, match=message.replace("(s)", r"\(s\)").replace("(h", r"\(h").replace("e),", r"e\),")
+        ):
+            composite.compose(plan, [composite.Expert(expert) for expert in experts])
+    guided, _ = build("wan", TWO, cfgs=[3.0, None])
+    (guider,) = pack.call("BasicGuider", model=guided, conditioning=models.conditioning("wan"))
+    with pytest.raises(errors.NodeError, match="high_noise has cfg 3, which needs negative conditioning"):
+        sample(pack, models, guided, "wan", sigmas_of(TWO), guider=guider)
+    positive, negative = models.conditioning("wan"), models.conditioning("wan", seed=8)
+    (guider,) = pack.call(
+        "DualCFGGuider",
+        model=guided,
+        cond1=positive,
+        cond2=negative,
+        negative=negative,
+        cfg_conds=2.0,
+        cfg_cond2_negative=2.0,
+        style="regular",
+    )
+    assert torch.isfinite(sample(pack, models, build("wan", TWO)[0], "wan", sigmas_of(TWO), guider=guider)).all()
