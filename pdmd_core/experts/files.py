@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "diffusion_model."
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) -> dict[str, Tensor]:
@@ -128,11 +132,36 @@ class PhasedExperts:
                 raise ExpertsError(f"{path}: a link that leaves the folder is not followed")
         return cls(folder, manifest)
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """All tensors of an expert's file, by its keys. Raises ExpertsError for another file than the manifest's."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    @classmethod
+    def from_pretrained(
+        cls,
+        experts: str | Path,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> PhasedExperts:
+        """Open an experts folder, or download one from the Hub. Raises ExpertsError.
 
+        experts: a folder, or a Hub id ``user/name``. A folder of that name goes before a Hub id of the same text.
+        revision: branch, tag or commit hash on the Hub. cache_dir: the Hub client's own when None.
+        token: for private repositories; the one of ``hf auth login`` or HF_TOKEN when None.
+        local_files_only: use the cache alone, as HF_HUB_OFFLINE=1 does.
+        """
+        from .hub import download_experts
+
+        if str(experts) and Path(experts).is_dir():
+            if revision is not None:
+                raise ExpertsError(f"{experts} is a folder here, which has no revision {revision!r}: leave it out")
+            return cls.open(experts)
+        if isinstance(experts, Path) or not _HUB_ID.fullmatch(experts):
+            raise ExpertsError(
+                f"{str(experts)!r} is neither a folder nor a Hub id user/name; give one that holds {MANIFEST_NAME}"
+            )
+        return cls.open(download_experts(experts, revision, cache_dir, token, local_files_only))
+
+    def verify(self, name: str) -> Path:
+        """The path of an expert's file, which has the manifest's hash. Raises ExpertsError when it has not."""
         expert = self.manifest.expert(name)
         path = self.folder / expert.file
         found = sha256_of(path)
@@ -141,6 +170,14 @@ class PhasedExperts:
                 f"{path}: sha256 is {found[:12]}..., the manifest says {expert.sha256[:12]}...: the file was "
                 "changed or cut off, download it again"
             )
+        return path
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All tensors of an expert's file, by its keys. Raises ExpertsError for another file than the manifest's."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.verify(name)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
@@ -159,9 +196,15 @@ class PhasedExperts:
 
 
 def _is_hub_blob(path: Path) -> bool:
-    """The Hub's download cache links snapshots/<revision>/<file> to blobs/<hash> of the same repository."""
-    target = path.resolve()
-    return target.parent.name == "blobs" and any(
-        parent.name == "snapshots" and parent.parent.resolve() == target.parent.parent
-        for parent in path.absolute().parents
-    )
+    """The Hub's download cache links snapshots/<revision>/<file> to blobs/<hash> of the same repository.
+
+    That may be a link itself, to blobs/<two digits>/<hash>, which all repositories of the cache share.
+    """
+    target = (path.parent / path.readlink()).absolute()
+    blob = target.parent.resolve() / target.name
+    repository = blob.parent.parent
+    if blob.parent.name != "blobs" or repository / "snapshots" not in path.parent.resolve().parents:
+        return False
+    stored = blob.resolve()
+    shared = stored.parent.parent == repository.parent / "blobs" and bool(_SHARED_BLOB.fullmatch(stored.name))
+    return stored == blob or shared

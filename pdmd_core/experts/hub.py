@@ -1,33 +1,413 @@
-"""Experts folders on the Hugging Face Hub."""
+"""Experts folders on the Hugging Face Hub: push one, load one.
+
+Transfers, cache and tokens are those of ``huggingface_hub``. Here are the checks around them, attempts that follow a
+failure of server or network, and one line (ExpertsError) for what a user can solve.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .card import card_text
+from .card import card_text, is_generated
 from .files import PhasedExperts
-from .manifest import ExpertsError
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, ExpertsError, Manifest, read_manifest
 
-
-def push_experts(folder: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> str:
-    """Check an experts folder, create the repository when needed, upload; returns its URL. Raises ExpertsError."""
+if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+ATTEMPTS = 4
+"""How often a step is tried while server or network fail, with pauses of 1, 2, 4 s."""
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+MAX_EXPERT_BYTES = {"lora": 16 * 2**30, "full": 128 * 2**30}
+"""Larger files are not downloaded."""
+
+_SHOWN = ("samples/*.png", "samples/*.gif", "samples/*.mp4", "samples/*.txt", "report.json", "LICENSE*", "NOTICE*")
+_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+# --- push ------------------------------------------------------------
+
+
+def push_experts(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Phased experts",
+    timeout: float = 120.0,
+) -> str:
+    """Check an experts folder and put it on the Hub as one commit; returns the URL. Raises ExpertsError.
+
+    Manifest, expert files, scheduler, samples/, report.json and licence files are pushed with a model card that loads
+    the experts from there (a README.md of your own is kept). Files that the Hub already has are not sent again, so a
+    push that failed goes on where it was.
+
+    repo_id: ``user/name``; created when it does not exist.
+    private: the repository is made private; refused for one that exists and is public.
+    token: with write access; the one of ``hf auth login`` or HF_TOKEN when None.
+    revision: branch for the commit, created when it does not exist.
+    timeout: seconds without any answer after which an attempt is given up.
+    """
+    from huggingface_hub import HfApi
 
     experts = PhasedExperts.open(folder)
+    for expert in experts.manifest.experts:
+        experts.verify(expert.name)
+    _check_scheduler(experts)
+    _check_access(repo_id, token)
+    card_text(experts.manifest, repo_id, experts.folder)  # a report that is none is found before anything is sent
+    files = _files(experts)
     api = HfApi(token=token)
+    with _one_line(f"cannot push {experts.folder} to {repo_id!r}", revision):
+        repo = _persistently("creating the repository", timeout, lambda: _create(api, repo_id, private))
+        if revision:
+            _persistently(
+                "creating the branch", timeout, lambda: api.create_branch(repo, branch=revision, exist_ok=True)
+            )
+        card = _card(experts, repo, api)
+        # new operations for each attempt: they ask the Hub what it has, also after an answer that was lost
+        _persistently(
+            "uploading",
+            timeout,
+            lambda: api.create_commit(
+                repo, _operations(experts.folder, files, card), commit_message=commit_message, revision=revision
+            ),
+        )
+        return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+
+
+def check_push(repo_id: str, token: str | None = None) -> None:
+    """What can be known before there is anything to push: a valid id and a token that the Hub takes.
+
+    Raises ExpertsError. A Hub that does not answer now is only logged.
+    """
+    from huggingface_hub import HfApi
+
+    _check_access(repo_id, token)
+    with _one_line(f"cannot push to {repo_id!r}", None), _patience(10.0):
+        try:
+            HfApi(token=token).whoami()
+        except Exception as error:
+            if not _is_passing(error):
+                raise
+            logger.warning("%s; the push will be tried all the same", _explain(error, None))
+
+
+def _check_access(repo_id: str, token: str | None) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, commit_message="Phased experts", ignore_patterns="README.md"
-        )
-        card = card_text(experts.manifest, url.repo_id).encode()
-        api.upload_file(
-            path_or_fileobj=card, path_in_repo="README.md", repo_id=url.repo_id, commit_message="Model card"
-        )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        validate_repo_id(repo_id)
+    except HFValidationError:
         raise ExpertsError(
-            f"cannot push {folder} to {repo_id!r}: {' '.join(str(error).split())[:300]}; the folder is complete, push "
-            "it again when this is solved"
+            f"a Hub repository is named user/name (letters, digits, '-', '_', '.'), found {repo_id!r}"
         ) from None
-    return str(url)
+    if not (token or get_token()):
+        raise ExpertsError(
+            f"no token to push to {repo_id!r}: run `hf auth login`, set HF_TOKEN or give token=, with write access"
+        )
+
+
+def _check_scheduler(experts: PhasedExperts) -> None:
+    path, plan = experts.folder / SCHEDULER_CONFIG, experts.manifest.plan.to_dict()
+    advice = f"write it with PhasedDMDScheduler.from_plan(manifest.plan).save_pretrained({str(path.parent)!r})"
+    if not path.is_file():
+        raise ExpertsError(f"{path} is missing: {advice}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExpertsError(f"{path}: not JSON ({error}): {advice}") from None
+    if not isinstance(config, dict) or config.get("plan") != plan:
+        raise ExpertsError(f"{path}: not the plan of the manifest: {advice}")
+
+
+def _create(api: HfApi, repo_id: str, private: bool) -> str:
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo).private:
+        raise ExpertsError(f"{repo!r} exists and is public: make it private in its settings, or choose another id")
+    return repo
+
+
+def _card(experts: PhasedExperts, repo: str, api: HfApi) -> bytes:
+    path = experts.folder / "README.md"
+    if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
+        return path.read_bytes()
+    text = card_text(experts.manifest, repo, experts.folder, licence=_licence_of_base(experts.manifest, api))
+    return text.encode()
+
+
+def _licence_of_base(manifest: Manifest, api: HfApi) -> dict[str, str]:
+    """Licence fields of the base's own card, in its folder or on the Hub; empty where there is none to read."""
+    from huggingface_hub import ModelCard
+
+    base, own = manifest.base, Path(manifest.base.model) / "README.md"
+    try:
+        with _one_line("base", base.revision), _patience(10.0):
+            card: Any = (
+                ModelCard.load(own).data
+                if own.is_file()
+                else api.model_info(base.model, revision=base.revision).card_data
+            )
+    except ExpertsError:
+        return {}
+    fields = {key: getattr(card, key, None) for key in ("license", "license_name", "license_link")}
+    found = {key: value for key, value in fields.items() if isinstance(value, str)}
+    link = found.get("license_link", "")
+    if link and "://" not in link:
+        found["license_link"] = f"{api.endpoint}/{base.model}/blob/{base.revision or 'main'}/{link}"
+    return found
+
+
+def _files(experts: PhasedExperts) -> list[Path]:
+    folder = experts.folder
+    named = [MANIFEST_NAME, SCHEDULER_CONFIG, *(expert.file for expert in experts.manifest.experts)]
+    files = [folder / name for name in named]
+    files += [path for pattern in _SHOWN for path in sorted(folder.glob(pattern)) if path.is_file()]
+    present = (path for path in folder.rglob("[!.]*") if path.is_file() and path != folder / "README.md")
+    if others := sorted(path.relative_to(folder).as_posix() for path in set(present) - set(files)):
+        logger.warning("not pushed: %s", ", ".join(others[:10]) + (" ..." if len(others) > 10 else ""))
+    return files
+
+
+def _operations(folder: Path, files: list[Path], card: bytes) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    return [*operations, CommitOperationAdd("README.md", card)]
+
+
+# --- load ------------------------------------------------------------
+
+
+def download_experts(
+    repo_id: str,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder in the Hub's cache that holds manifest, expert files and scheduler of a repository.
+
+    The manifest is downloaded and checked first, then only the files that it names; sizes and hashes are looked at
+    before and after. Without a connection, a copy in the cache is used. Raises ExpertsError.
+    """
+    from huggingface_hub import constants
+
+    experts = _Download(repo_id, revision, cache_dir, token)
+    with _one_line(f"cannot load experts from {repo_id!r}", revision):
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            return experts.from_cache()
+        try:
+            with _patience(experts.timeout):
+                size = experts.sizes([MANIFEST_NAME], revision)
+        except Exception as error:
+            if not _is_passing(error):
+                raise
+            try:
+                folder = experts.from_cache()
+            except ExpertsError:
+                size = experts.persistently(lambda: experts.sizes([MANIFEST_NAME], revision))
+            else:
+                logger.warning("%s: %s; using the copy in the cache, %s", repo_id, _explain(error, None), folder)
+                return folder
+        return experts.from_hub(size)
+
+
+class _Download:
+    """One repository at one revision."""
+
+    def __init__(self, repo_id: str, revision: str | None, cache_dir: str | Path | None, token: str | None) -> None:
+        from huggingface_hub import HfApi, constants
+
+        self.repo_id, self.revision, self.cache_dir = repo_id, revision, cache_dir
+        self.api, self.timeout = HfApi(token=token), float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+    def from_hub(self, manifest_size: dict[str, tuple[int, str | None]]) -> Path:
+        if MANIFEST_NAME not in manifest_size:
+            raise ExpertsError(f"{self.repo_id!r} holds no {MANIFEST_NAME}: it is not a repository of phased experts")
+        self.check_size(MANIFEST_NAME, manifest_size[MANIFEST_NAME][0], MAX_MANIFEST_BYTES)
+        folder = self.fetch(MANIFEST_NAME, self.revision).parent
+        manifest = read_manifest(folder)
+        commit, expected = folder.name, {expert.file: expert for expert in manifest.experts}
+        found = self.persistently(lambda: self.sizes([*expected, SCHEDULER_CONFIG], commit))
+        for file, expert in expected.items():
+            if file not in found:
+                raise ExpertsError(f"{self.repo_id!r} lacks {file}, which its manifest names: ask its author")
+            size, sha256 = found[file]
+            self.check_size(file, size, MAX_EXPERT_BYTES[expert.kind])
+            if sha256 not in (None, expert.sha256):
+                raise ExpertsError(
+                    f"{self.repo_id!r}: {file} has sha256 {str(sha256)[:12]}..., its manifest says "
+                    f"{expert.sha256[:12]}...: the repository is broken, ask its author"
+                )
+        if SCHEDULER_CONFIG in found:
+            self.check_size(SCHEDULER_CONFIG, found[SCHEDULER_CONFIG][0], MAX_MANIFEST_BYTES)
+        for file in found:
+            self.fetch(file, commit)
+        experts = PhasedExperts.open(folder)
+        for expert in manifest.experts:
+            try:
+                experts.verify(expert.name)
+            except ExpertsError as error:
+                logger.warning("%s", error)
+                self.fetch(expert.file, commit, force_download=True)
+                experts.verify(expert.name)
+        return folder
+
+    def from_cache(self) -> Path:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        def cached(file: str, revision: str | None) -> Path:
+            path = self.api.hf_hub_download(
+                self.repo_id, file, revision=revision, cache_dir=self.cache_dir, local_files_only=True
+            )
+            return Path(path)
+
+        try:
+            folder = cached(MANIFEST_NAME, self.revision).parent
+            manifest = read_manifest(folder)
+            for expert in manifest.experts:
+                cached(expert.file, folder.name)
+        except EntryNotFoundError:
+            wanted = self.repo_id + (f" at {self.revision}" if self.revision else "")
+            raise ExpertsError(
+                f"{wanted} is not, or not wholly, in the cache: load it once with a connection"
+            ) from None
+        experts = PhasedExperts.open(folder)
+        for expert in manifest.experts:
+            experts.verify(expert.name)
+        return folder
+
+    def sizes(self, paths: list[str], revision: str | None) -> dict[str, tuple[int, str | None]]:
+        """Path to size in bytes and, where the Hub knows it, SHA-256; without those that are not there."""
+        from huggingface_hub.hf_api import RepoFile
+
+        found = self.api.get_paths_info(self.repo_id, paths, revision=revision)
+        return {
+            entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else None)
+            for entry in found
+            if isinstance(entry, RepoFile)
+        }
+
+    def check_size(self, file: str, size: int, most: int) -> None:
+        if size > most:
+            raise ExpertsError(f"{self.repo_id!r}: {file} has {size} bytes, such a file has at most {most}")
+
+    def fetch(self, file: str, revision: str | None, force_download: bool = False) -> Path:
+        path = self.persistently(
+            lambda: self.api.hf_hub_download(
+                self.repo_id, file, revision=revision, cache_dir=self.cache_dir, force_download=force_download
+            )
+        )
+        return Path(path)
+
+    def persistently(self, call: Callable[[], T]) -> T:
+        return _persistently("downloading", self.timeout, call)
+
+
+# --- failures ------------------------------------------------------------
+
+
+def _persistently(what: str, timeout: float, call: Callable[[], T]) -> T:
+    """Call, again after a failure of server or network, at most ATTEMPTS times."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            with _patience(timeout):
+                return call()
+        except Exception as error:
+            if not _is_passing(error):
+                raise
+            wait = 2 ** (attempt - 1)
+            logger.warning(
+                "%s: %s; attempt %d of %d follows in %d s", what, _explain(error, None), attempt + 1, ATTEMPTS, wait
+            )
+            time.sleep(wait)
+    with _patience(timeout):
+        return call()
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """The client waits for ever on most requests; within this block, so long for each answer or packet."""
+    from huggingface_hub.utils import get_session
+
+    session: Any = get_session()
+    before, session.timeout = getattr(session, "timeout", None), seconds
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def _is_passing(error: BaseException) -> bool:
+    """A failure of server or network that another attempt may not meet."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _PASSING_STATUS
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # JSONDecodeError: the error page of a gateway; the client's size check is an OSError without a number
+    cut_off = isinstance(error, OSError) and "Consistency check failed" in str(error)
+    return isinstance(error, HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError) or cut_off
+
+
+@contextmanager
+def _one_line(doing: str, revision: str | None) -> Iterator[None]:
+    """What the client raises, in words. Bugs of this package are not hidden: other types pass."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except ExpertsError:
+        raise
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet
+        raise ExpertsError(f"{doing}: {_explain(error, revision)}") from None
+
+
+def _explain(error: BaseException, revision: str | None) -> str:
+    """What was found and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    login = "run `hf auth login`, set HF_TOKEN or give token="
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on: unset HF_HUB_OFFLINE"
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: accept its conditions on its page, then {login} of that account"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"no such repository, or it is private and your token may not see it: check the id, or {login}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision!r}: give a branch, a tag or a commit hash of it"
+    if isinstance(error, HfHubHTTPError):
+        status, said = error.response.status_code, error.server_message or text
+        if status == 401:
+            return f"the Hub refuses the token (401): make a new one in your settings there and {login}"
+        if status == 403:
+            return f"the token may not do this (403, {said}): {login} with write access"
+        later = "; try again later" if status in _PASSING_STATUS else ""
+        return f"the Hub answers {status}: {said}{later}"
+    if isinstance(error, LocalEntryNotFoundError) or _is_passing(error):
+        cause = error.__cause__ or error
+        return f"no usable answer from {constants.ENDPOINT} ({type(cause).__name__}): check the connection, try again"
+    return text or type(error).__name__

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
-from huggingface_hub import ModelCard
+from diffusers import WanPipeline
 from safetensors import safe_open
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from pdmd_core.experts import (
     MANIFEST_NAME,
@@ -30,7 +28,6 @@ from pdmd_core.experts import (
     read_manifest,
     write_experts,
 )
-from pdmd_core.experts.card import write_card
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
@@ -41,7 +38,6 @@ from tests.tiny import (
     lora_roles,
     randn,
     randomise,
-    save_wan_pipeline,
     transformer,
     wan_pipeline,
     write_lora_experts,
@@ -537,84 +533,3 @@ def test_a_stock_pipeline_with_the_lora_files_equals_a_loop_over_roles(tmp_path:
         generator=torch.Generator().manual_seed(7),
     ).frames
     assert (teacher - expected).abs().max() > 0.01
-
-
-# --- the card ---------------------------------------------------------------
-
-
-def folder_with_card(tmp_path: Path, base: str, **training: object) -> Path:
-    folder = tmp_path / "experts"
-    manifest = write_lora_experts(folder, PLAN, lora_roles(PLAN, RANK, ALPHA), base, training)
-    PhasedDMDScheduler.from_plan(PLAN).save_pretrained(folder / "scheduler")
-    assert write_card(folder, manifest) == folder / "README.md"
-    return folder
-
-
-def python_block(folder: Path) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    return code
-
-
-def test_the_card_s_metadata_is_valid_and_names_the_base(tmp_path: Path) -> None:
-    folder = folder_with_card(tmp_path, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.base_model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert card.data.library_name == "diffusers"
-    assert {"phased-dmd", "lora"} <= set(card.data.tags)
-
-
-def test_the_card_of_a_local_base_names_no_hub_model(tmp_path: Path) -> None:
-    folder = folder_with_card(tmp_path, str(tmp_path))
-    assert ModelCard.load(folder / "README.md").data.base_model is None
-
-
-def test_the_card_shows_the_plan_the_files_and_the_training(tmp_path: Path) -> None:
-    folder = folder_with_card(tmp_path, "tiny/wan", updates=1234)
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    assert PLAN.describe() in text and '"updates": 1234' in text
-    for expert in read_manifest(folder).experts:
-        assert f"| {expert.file} | {expert.name} | lora | `{expert.sha256}` |" in text
-
-
-def test_the_card_s_code_runs_as_written_and_uses_each_expert_in_its_phase(tmp_path: Path) -> None:
-    base = save_wan_pipeline(tmp_path / "base")
-    size = [CALL["width"], CALL["height"], CALL["num_frames"]]
-    folder = folder_with_card(tmp_path, str(base), size=size, max_sequence_length=CALL["max_sequence_length"])
-    variables: dict[str, Any] = {}
-    used: list[str] = []
-
-    def note(module: nn.Module, _: object) -> None:
-        if isinstance(module, WanTransformer3DModel):
-            used.extend(module.active_adapters())
-
-    handle = register_module_forward_pre_hook(note)
-    try:
-        exec(python_block(folder), variables)  # noqa: S102 - the code that users are told to run
-    finally:
-        handle.remove()
-    pipe = variables["pipe"]
-    assert used == ["high_noise", "high_noise", "low_noise", "low_noise"]
-    assert variables["result"].frames.shape == (1, CALL["num_frames"], CALL["height"], CALL["width"], 3)
-
-    assert type(pipe) is WanPipeline and isinstance(pipe.scheduler, PhasedDMDScheduler)
-
-    pipe.set_adapters(variables["names"][0])
-    latents = pipe(
-        **CALL,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(7),
-        callback_on_step_end=variables["use_expert_of_next_step"],
-    ).frames
-    expected = loop_over_roles(folder, pipe, randn(1, *LATENT_SHAPE, seed=7))
-    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_card_s_code_is_python_whatever_the_prompt_and_the_folder(tmp_path: Path) -> None:
-    folder = tmp_path / 'a "quoted" folder'
-    manifest = write_lora_experts(folder, PLAN, lora_roles(PLAN, RANK, ALPHA))
-    write_card(folder, manifest, prompt='a sign that says "hello"\\ and {braces}')
-    code = compile(python_block(folder), "card", "exec")
-    assert 'a sign that says "hello"\\ and {braces}' in code.co_consts
-    assert folder.as_posix() in code.co_consts

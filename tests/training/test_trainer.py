@@ -111,7 +111,7 @@ def test_full_copies_train_too(config: DistillConfig) -> None:
     high, low = experts.tensors("high_noise"), experts.tensors("low_noise")
     assert experts.manifest.experts[0].kind == "full"
     assert any(not torch.equal(high[name], low[name]) for name in high)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     variables: dict[str, Any] = {}
     exec(code, variables)  # noqa: S102 - the code that users are told to run
     assert variables["pipe"].transformer is variables["networks"][1]
