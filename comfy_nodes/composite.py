@@ -8,6 +8,7 @@ Nobody's MODEL is changed; the guider is as it was when the run ends, also by an
 
 from __future__ import annotations
 
+import inspect
 import math
 import uuid
 from collections.abc import Callable, Sequence
@@ -126,7 +127,7 @@ class Run:
         cfg = self.composite.experts[self.active].cfg
         if cfg is None:
             return None
-        if not hasattr(self.guider, "cfg"):
+        if "cfg" not in inspect.signature(self.guider.set_cfg).parameters:
             raise NodeError(
                 f"expert {self._name()} has a cfg of its own, {cfg:g}, but {type(self.guider).__name__} has no single "
                 "cfg to set: use a CFGGuider or KSampler, or leave the experts' cfg empty"

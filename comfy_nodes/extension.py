@@ -1,10 +1,55 @@
-"""The node list that ComfyUI asks for."""
+"""What ComfyUI asks the pack for: the nodes; and one route, on which the front end asks for the plan of widgets."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from aiohttp import web
 from comfy_api.latest import ComfyExtension, io
+
+from ..pdmd_core.experts import ExpertsError
+from ..pdmd_core.phases import PhasePlanError
+from .errors import NodeError
+from .loading import register_folder
+from .timeline import timeline
+
+PLAN_ROUTE = "/phased_dmd/plan"
 
 
 class PhasedDMDExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from server import PromptServer
+
+        register_folder()
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            server.routes.post(PLAN_ROUTE)(_plan)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return _nodes()
+
+
+def _nodes() -> list[type[io.ComfyNode]]:
+    from .expert_nodes import ExpertsFromLoRAs, ExpertsFromModels, LoadExperts
+    from .plan_nodes import PlanFromExperts, PlanFromSigmas, PlanFromSteps, PlanReport, Sigmas
+    from .sampler_node import PhasedSampler
+
+    plans = [PlanFromSteps, PlanFromSigmas, PlanFromExperts]
+    return [LoadExperts, ExpertsFromModels, ExpertsFromLoRAs, *plans, Sigmas, PhasedSampler, PlanReport]
+
+
+async def _plan(request: web.Request) -> web.Response:
+    """The plan of a plan node with these widget values, before anything is queued."""
+    from .plan_nodes import PlanNode
+
+    try:
+        asked = await request.json()
+        kinds = {kind.define_schema().node_id: kind for kind in _nodes() if issubclass(kind, PlanNode)}
+        kind, inputs = kinds[asked["node"]], asked["inputs"]
+        known = {entry.id for entry in kind.define_schema().inputs}
+        plan: Any = kind.plan(**{key: value for key, value in inputs.items() if key in known})
+    except (NodeError, PhasePlanError, ExpertsError) as error:
+        return web.json_response({"error": str(error)})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return web.json_response({"error": "not the widgets of a plan node"}, status=400)
+    return web.json_response(timeline(plan))

@@ -1,0 +1,198 @@
+"""Nodes that make one MODEL of several experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..pdmd_core.phases import PhasePlan
+from .composite import Expert, compose
+from .errors import NodeError
+from .loading import FROM_HUB, apply_lora, expert_model, experts_names, fingerprint, open_experts
+from .schema import Plan, cfg_input, plan_input, schema, shift_input
+from .timeline import timeline
+from .words import TRAINED, read_cfgs
+
+MAX_MODELS, MAX_LORAS, NO_LORA = 6, 4, "none"
+_MODEL = "Carries all experts and switches between them by sigma inside one sampler run; for any sampler node."
+
+
+class LoadExperts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PhasedDMDLoadExperts",
+            display_name="Load Phased Experts",
+            description="The experts of a folder (or of a Hub repository) on their base, as one MODEL for any sampler.",
+            search_aliases=["phased dmd", "lightning", "4 step lora", "wan moe", "high noise low noise", "distilled"],
+            inputs=[
+                io.Combo.Input(
+                    "experts",
+                    options=experts_names(hub=True),
+                    tooltip="A folder in models/phased_experts with its phased_experts.json, or (Hub id).",
+                ),
+                io.String.Input(
+                    "hub_id",
+                    default="",
+                    tooltip="user/name on the Hugging Face Hub, for (Hub id); is downloaded.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of LoRA experts; 1 is what was trained. No effect on full experts.",
+                ),
+                cfg_input(TRAINED),
+                shift_input(),
+                io.Model.Input(
+                    "base_1",
+                    optional=True,
+                    tooltip="The model that the experts were distilled from; of two networks the high-noise one. "
+                    "Needed for LoRA experts. Put LoRAs of your own after this node: they go to all experts.",
+                ),
+                io.Model.Input(
+                    "base_2", optional=True, tooltip="The low-noise network, when the base has two (Wan2.2 14B)."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip=_MODEL),
+                Plan.Output(display_name="plan", tooltip="The plan that the experts were distilled for."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, experts: str, **inputs: Any) -> str:
+        return fingerprint(experts)
+
+    @classmethod
+    def validate_inputs(cls, experts: str, hub_id: str) -> bool | str:
+        """Taking ``experts`` in turns off the check against a list that is older than the folder."""
+        if experts == FROM_HUB and not hub_id.strip():
+            return "give a Hub id (user/name) or pick an experts folder in models/phased_experts"
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        experts: str,
+        hub_id: str,
+        strength: float,
+        cfg: str,
+        set_shift: bool,
+        base_1: Any = None,
+        base_2: Any = None,
+    ) -> io.NodeOutput:
+        opened = open_experts(experts, hub_id)
+        manifest = opened.manifest
+        cfgs = read_cfgs(cfg, [phase.name for phase in manifest.plan.phases], manifest.guidance_scale)
+        given = {"transformer": base_1, "transformer_2": base_2}
+        bases = {component: model for component, model in given.items() if model is not None}
+        entries = [
+            Expert(expert_model(opened, expert, bases, strength), value)
+            for expert, value in zip(manifest.experts, cfgs, strict=True)
+        ]
+        model = compose(manifest.plan, entries, set_shift)
+        return io.NodeOutput(model, manifest.plan, ui={"phase_plan": [timeline(manifest.plan, cfgs)]})
+
+
+class ExpertsFromModels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        models = [
+            io.Model.Input(
+                f"model_{k}",
+                optional=k > 1,
+                tooltip=f"Runs in phase {k} of the plan{', the noisiest' if k == 1 else ''}. Any MODEL: full, GGUF or "
+                "fp8, with LoRAs.",
+            )
+            for k in range(1, MAX_MODELS + 1)
+        ]
+        return schema(
+            "PhasedDMDExperts",
+            display_name="Phased Experts (models)",
+            description="One MODEL of several: each runs in its phase of the plan. Wan2.2's high and low noise models "
+            "in one sampler, without splitting steps by hand.",
+            search_aliases=["phased dmd", "wan moe", "high noise low noise", "switch model", "two stage sampler"],
+            inputs=[plan_input(), cfg_input(), shift_input(), *models],
+            outputs=[io.Model.Output(tooltip=_MODEL)],
+        )
+
+    @classmethod
+    def execute(cls, plan: PhasePlan, cfg: str, set_shift: bool, **models: Any) -> io.NodeOutput:
+        connected = [models.get(f"model_{k}") for k in range(1, MAX_MODELS + 1)]
+        names = [phase.name for phase in plan.phases]
+        if len(names) > MAX_MODELS:
+            raise NodeError(f"this node takes up to {MAX_MODELS} MODELs, the plan has {len(names)} phases")
+        missing = [f"model_{k + 1} ({name})" for k, name in enumerate(names) if connected[k] is None]
+        if missing:
+            raise NodeError(f"the plan has {len(names)} phase(s), no MODEL is connected to {', '.join(missing)}")
+        extra = [f"model_{k + 1}" for k in range(len(names), MAX_MODELS) if connected[k] is not None]
+        if extra:
+            raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: disconnect it")
+        cfgs = read_cfgs(cfg, names)
+        model = compose(plan, [Expert(connected[k], cfgs[k]) for k in range(len(names))], set_shift)
+        return io.NodeOutput(model, ui={"phase_plan": [timeline(plan, cfgs)]})
+
+
+class ExpertsFromLoRAs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = [NO_LORA, *folder_paths.get_filename_list("loras")]
+        loras = []
+        for k in range(1, MAX_LORAS + 1):
+            loras += [
+                io.Combo.Input(
+                    f"lora_{k}",
+                    options=files,
+                    default=NO_LORA,
+                    tooltip=f"LoRA of phase {k}. none: the base itself runs there (an undistilled step wants a cfg of "
+                    "its own above).",
+                ),
+                io.Float.Input(
+                    f"strength_{k}", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=f"Strength of lora_{k}."
+                ),
+            ]
+        return schema(
+            "PhasedDMDExpertsLoRA",
+            display_name="Phased Experts (LoRA)",
+            description="One MODEL of one base and a LoRA for each phase; the base is in memory once.",
+            search_aliases=["phased dmd", "lightning lora", "lora schedule", "lora by step", "undistilled first step"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base of all LoRAs."),
+                plan_input(),
+                cfg_input(),
+                shift_input(),
+                *loras,
+            ],
+            outputs=[io.Model.Output(tooltip=_MODEL)],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, plan: PhasePlan, cfg: str, set_shift: bool, **loras: Any) -> io.NodeOutput:
+        names = [phase.name for phase in plan.phases]
+        if len(names) > MAX_LORAS:
+            raise NodeError(
+                f"up to {MAX_LORAS} phases fit this node, the plan has {len(names)}: use Phased Experts (models)"
+            )
+        chosen = [loras[f"lora_{k}"] for k in range(1, MAX_LORAS + 1)]
+        extra = [f"lora_{k + 1}" for k in range(len(names), MAX_LORAS) if chosen[k] != NO_LORA]
+        if extra:
+            raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: set it to none")
+        if all(name == NO_LORA for name in chosen):
+            raise NodeError("no LoRA is chosen for any phase: choose at least one")
+        cfgs = read_cfgs(cfg, names)
+        experts = []
+        for k, file in enumerate(chosen[: len(names)]):
+            expert = model if file == NO_LORA else _with_lora(model, file, loras[f"strength_{k + 1}"])
+            experts.append(Expert(expert, cfgs[k]))
+        return io.NodeOutput(compose(plan, experts, set_shift), ui={"phase_plan": [timeline(plan, cfgs)]})
+
+
+def _with_lora(model: Any, file: str, strength: float) -> Any:
+    path = folder_paths.get_full_path_or_raise("loras", file)
+    return apply_lora(model, comfy.utils.load_torch_file(path, safe_load=True), strength, file)

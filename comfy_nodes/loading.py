@@ -1,0 +1,165 @@
+"""Experts folders in ComfyUI: where they are, and their experts as MODELs. Nothing that does not fit is passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.sd
+import comfy.weight_adapter
+import folder_paths
+import torch
+
+from ..pdmd_core.experts import MANIFEST_NAME, Expert, PhasedExperts
+from ..pdmd_core.families import family
+from .errors import NodeError
+
+FOLDER = "phased_experts"
+FROM_HUB = "(Hub id)"
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_EXACT = (torch.float32, torch.float16, torch.bfloat16)
+_TEXT_ENCODER = ("lora_te", "text_encoders.", "text_encoder.")
+
+
+def register_folder() -> None:
+    """``models/phased_experts``, and what this repository ships or distils, when it is a clone."""
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    for part in ("training", "runs"):
+        if (_REPOSITORY / part).is_dir():
+            folder_paths.add_model_folder_path(FOLDER, str(_REPOSITORY / part))
+
+
+def _folders() -> dict[str, Path]:
+    """Name, as users pick it, to folder; at most three levels deep. The first of equal names is used."""
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
+        for pattern in ("*", "*/*", "*/*/*"):
+            for manifest in sorted(root.glob(f"{pattern}/{MANIFEST_NAME}")):
+                found.setdefault(manifest.parent.relative_to(root).as_posix(), manifest.parent)
+    return found
+
+
+def experts_names(hub: bool = False) -> list[str]:
+    """The folders to pick from."""
+    return [*sorted(_folders()), *([FROM_HUB] if hub else [])]
+
+
+def open_experts(name: str, hub_id: str = "") -> PhasedExperts:
+    """A folder by its name, or from the Hub. Raises ExpertsError and NodeError."""
+    if name == FROM_HUB:
+        if not hub_id.strip():
+            raise NodeError("give a Hub id (user/name) or pick an experts folder in models/phased_experts")
+        return PhasedExperts.from_pretrained(hub_id.strip())
+    folder = _folders().get(name)
+    if folder is None:
+        raise NodeError(f"no experts folder {name!r}: put it, with its {MANIFEST_NAME}, into models/phased_experts")
+    return PhasedExperts.open(folder)
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the manifest does, which has the hashes of all files."""
+    folder = _folders().get(name)
+    return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest() if folder else name
+
+
+def expert_model(experts: PhasedExperts, expert: Expert, bases: Mapping[str, Any], strength: float = 1.0) -> Any:
+    """The MODEL of one expert. bases: component of the base (``transformer``, ``transformer_2``) to its MODEL."""
+    what = f"{expert.file} of {experts.folder.name}"
+    base = bases.get(expert.component)
+    if expert.kind == "full":
+        return _full_model(experts, expert, base if base is not None else next(iter(bases.values()), None), what)
+    if base is None:
+        number = 2 if expert.component == "transformer_2" else 1
+        raise NodeError(
+            f"{what} belongs to the {expert.component} of {experts.manifest.base.model}: connect that network to "
+            f"base_{number}"
+        )
+    try:
+        return apply_lora(base, experts.tensors(expert.name), strength, what)
+    except NodeError as error:
+        origin = experts.manifest.base
+        raise NodeError(f"{error}; these experts belong to {origin.model} ({origin.architecture})") from None
+
+
+def apply_lora(model: Any, tensors: Mapping[str, Any], strength: float, what: str) -> Any:
+    """A clone of the MODEL with this LoRA on it. Raises NodeError unless every key of the file finds its place."""
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    lora = comfy.lora_convert.convert_lora({k: v for k, v in tensors.items() if not k.startswith(_TEXT_ENCODER)})
+    unknown = sorted(key for key in lora if not _known(key, keys))
+    network = type(model.model).__name__
+    if not lora or len(unknown) == len(lora):
+        found = f"its keys look like {unknown[0]!r}" if unknown else "it has none for a diffusion model"
+        raise NodeError(
+            f"{what}: no key of this LoRA belongs to a {network}, {found}: wrong base, or a LoRA not for ComfyUI"
+        )
+    if unknown:
+        raise NodeError(
+            f"{what}: {len(unknown)} of {len(lora)} keys of this LoRA do not belong to this {network}, for example "
+            f"{unknown[0]!r}: wrong base"
+        )
+    patches = comfy.lora.load_lora(lora, keys, log_missing=False)
+    _check_shapes(model, patches, what)
+    patched = model.clone()
+    missing = set(patches) - set(patched.add_patches(patches, strength))
+    if missing or not patches:
+        raise NodeError(f"{what}: {len(missing)} weights of this LoRA could not be put onto this {network}: wrong base")
+    return patched
+
+
+def _known(key: str, keys: Mapping[str, Any]) -> bool:
+    stem = key
+    while stem:
+        if stem in keys:
+            return True
+        stem = stem.rpartition(".")[0]
+    return False
+
+
+def _check_shapes(model: Any, patches: Mapping[Any, Any], what: str) -> None:
+    """ComfyUI would log a LoRA weight of another shape and go on without it."""
+    weights = model.model.state_dict()
+    for key, patch in patches.items():
+        weight = weights.get(key) if isinstance(key, str) else None
+        if weight is None or weight.dtype not in _EXACT or not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
+            continue
+        up, down, _, middle, _, reshape = patch.weights
+        found = (up.flatten(1).shape[0], down.flatten(1).shape[1])
+        expected = (weight.shape[0], weight[0].numel())
+        if middle is None and reshape is None and found != expected:
+            raise NodeError(
+                f"{what}: {key} is {expected[0]}x{expected[1]} in this MODEL and {found[0]}x{found[1]} in the LoRA: "
+                "a LoRA for a network of another size"
+            )
+
+
+def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) -> Any:
+    state, base_name = experts.tensors(expert.name), experts.manifest.base.family
+    try:
+        rename = family(base_name).native_weight_name
+        state = {rename(key): value for key, value in state.items()}
+    except ValueError:
+        pass  # no family of ours, or in native names already: as it is
+    metadata = None
+    if base is not None:  # sizes that a small network's shapes do not tell
+        known = {key: value for key, value in base.model.model_config.unet_config.items() if _plain(value)}
+        metadata = {"config": json.dumps({"transformer": known})}
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(dict(state), metadata=metadata)
+    except RuntimeError as error:
+        raise NodeError(f"{what}: does not load: {' '.join(str(error).split())[:300]}") from None
+    if model is None:
+        raise NodeError(f"{what}: ComfyUI does not know this network ({experts.manifest.base.architecture})")
+    names = set(model.model.diffusion_model.state_dict())
+    if names != set(state):
+        wrong = sorted(names ^ set(state))
+        raise NodeError(f"{what}: {len(wrong)} weights are missing or unknown, for example {wrong[0]!r}")
+    return model
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list | tuple)

@@ -1,0 +1,203 @@
+"""Nodes that make a phase plan, its sigmas, and the report on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import torch
+from comfy_api.latest import io, ui
+
+from ..pdmd_core.phases import PhasePlan
+from ..pdmd_core.sampling import sampling_sigmas, sigma_warnings
+from .composite import composite_of
+from .errors import NodeError
+from .loading import experts_names, fingerprint, open_experts
+from .schema import Plan, plan_input, schema
+from .timeline import draw, report, timeline
+from .words import read_names, read_sigmas, read_steps
+
+_NAMES = {
+    "default": "",
+    "optional": True,
+    "tooltip": "Names of the experts with commas between (high_noise, low_noise). Empty: default names.",
+}
+
+
+class PlanNode(io.ComfyNode):
+    """A plan from widgets alone; ``plan`` is also what the front end asks for while widgets move."""
+
+    @classmethod
+    def plan(cls, **inputs: Any) -> PhasePlan:
+        raise NotImplementedError
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        plan = cls.plan(**inputs)
+        return io.NodeOutput(plan, ui={"phase_plan": [timeline(plan)]})
+
+
+class PlanFromSteps(PlanNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PhasedDMDPlanFromSteps",
+            display_name="Phase Plan (steps)",
+            description="Which expert runs at which sigma: a number of steps for each phase, uniform in time, then "
+            "shifted. 2, 2 at shift 5 is the usual 4-step plan of Wan2.2; shift 3 that of Qwen-Image.",
+            search_aliases=["phased dmd", "moe boundary", "high noise low noise", "4 steps", "expert schedule"],
+            inputs=[
+                io.String.Input(
+                    "steps",
+                    default="2, 2",
+                    tooltip="Steps of each phase, high noise first: 2, 2 are two experts of two steps each.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=5.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Shift that the experts were trained with: Wan2.2 5, Qwen-Image 3. It is applied here and "
+                    "nowhere else.",
+                ),
+                io.String.Input("names", **_NAMES),
+            ],
+            outputs=[Plan.Output(display_name="plan", tooltip="The phase plan.")],
+        )
+
+    @classmethod
+    def plan(cls, steps: str, shift: float, names: str = "") -> PhasePlan:
+        return PhasePlan.from_steps(read_steps(steps), shift, read_names(names))
+
+
+class PlanFromSigmas(PlanNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PhasedDMDPlanFromSigmas",
+            display_name="Phase Plan (sigmas)",
+            description="Which expert runs at which sigma, given as the sigmas of each phase. The first sigma of a "
+            "phase is the boundary where its expert takes over.",
+            search_aliases=["phased dmd", "custom sigmas", "moe boundary", "expert schedule"],
+            inputs=[
+                io.String.Input(
+                    "sigmas",
+                    default="1, 0.9375 | 5/6, 0.625",
+                    tooltip="Sigmas or fractions, descending, commas between, | between phases. 0 is not written.",
+                ),
+                io.String.Input("names", **_NAMES),
+            ],
+            outputs=[Plan.Output(display_name="plan", tooltip="The phase plan.")],
+        )
+
+    @classmethod
+    def plan(cls, sigmas: str, names: str = "") -> PhasePlan:
+        return PhasePlan.from_sigmas(read_sigmas(sigmas), read_names(names))
+
+
+class PlanFromExperts(PlanNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PhasedDMDPlanFromExperts",
+            display_name="Phase Plan (experts folder)",
+            description="The plan that the experts of a folder were distilled for, without loading them.",
+            search_aliases=["phased dmd", "phased_experts.json", "expert schedule"],
+            inputs=[
+                io.Combo.Input(
+                    "experts", options=experts_names(), tooltip="A folder in models/phased_experts with its manifest."
+                )
+            ],
+            outputs=[Plan.Output(display_name="plan", tooltip="The phase plan.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, experts: str) -> str:
+        return fingerprint(experts)
+
+    @classmethod
+    def plan(cls, experts: str) -> PhasePlan:
+        return open_experts(experts).manifest.plan
+
+
+class Sigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PhasedDMDSigmas",
+            display_name="Phased Sigmas",
+            description="Exactly the sigmas that the experts were trained on, for SamplerCustomAdvanced.",
+            search_aliases=["phased dmd", "exact sigmas", "few step scheduler", "basic scheduler"],
+            inputs=[
+                plan_input(),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="0: the plan's own steps. More: further steps between the trained ones, which all stay.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="Descending, with the final 0.")],
+        )
+
+    @classmethod
+    def execute(cls, plan: PhasePlan, steps: int, denoise: float) -> io.NodeOutput:
+        sigmas = sampling_sigmas(plan, steps or None, denoise)
+        return io.NodeOutput(torch.tensor(sigmas, dtype=torch.float32), ui={"phase_plan": [timeline(plan)]})
+
+
+class PlanReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PhasedDMDPlanReport",
+            display_name="Phase Plan Report",
+            description="Which expert runs which step at which sigma and SNR, as picture and text, with a warning when "
+            "connected SIGMAS are not those that the experts were trained on.",
+            search_aliases=["phased dmd", "check sigmas", "debug sigmas", "moe boundary", "which expert"],
+            inputs=[
+                plan_input(optional=True),
+                io.Model.Input(
+                    "model", optional=True, tooltip="Or a MODEL that carries phased experts: its plan and cfg."
+                ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="SIGMAS of the run to check; without them the plan's own."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="The time line."),
+                io.String.Output(display_name="text", tooltip="The same in words; warnings come last."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, plan: PhasePlan | None = None, model: Any = None, sigmas: Any = None) -> io.NodeOutput:
+        carried = composite_of(model) if model is not None else None
+        if model is not None and carried is None and plan is None:
+            raise NodeError(
+                "this MODEL carries no phased experts: connect a plan, or the MODEL of a Phased Experts node"
+            )
+        if plan is None and carried is None:
+            raise NodeError("connect a plan or a MODEL that carries phased experts")
+        plan = plan or carried.plan
+        cfgs = [expert.cfg for expert in carried.experts] if carried and carried.plan == plan else None
+        run = None if sigmas is None else [float(sigma) for sigma in sigmas.flatten()]
+        warnings = [] if run is None else sigma_warnings(plan, run)
+        if carried and carried.plan != plan:
+            warnings.insert(0, "the MODEL's experts follow another plan than the connected one")
+        text = report(plan, run, warnings, cfgs)
+        pixels = numpy.asarray(draw(plan, text, run), dtype=numpy.float32) / 255
+        image = torch.from_numpy(pixels)[None]
+        shown = ui.PreviewImage(image, cls=cls).as_dict()
+        return io.NodeOutput(image, text, ui={**shown, "text": (text,), "phase_plan": [timeline(plan, cfgs)]})

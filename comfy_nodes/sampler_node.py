@@ -1,0 +1,110 @@
+"""The all-in-one sampler node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import nodes
+import torch
+from comfy_api.latest import io
+
+from ..pdmd_core.sampling import sampling_sigmas
+from .composite import composite_of
+from .errors import NodeError
+from .schema import schema
+from .timeline import timeline
+
+
+class PhasedSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PhasedDMDSampler",
+            display_name="Phased Sampler",
+            description="Samples a MODEL that carries phased experts, on exactly the sigmas they were trained on.",
+            search_aliases=["phased dmd", "ksampler", "wan moe sampler", "4 step sampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Phased Experts or a Phased Experts node."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Seed of the noise.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="0: the steps that the experts were trained for. More go between them.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance of experts without a cfg of their own. Distilled experts want 1.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.SAMPLER_NAMES,
+                    default="euler",
+                    tooltip="euler is what the experts were trained with.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What to show."),
+                io.Conditioning.Input("negative", tooltip="What to avoid; only cfg other than 1 looks at it."),
+                io.Latent.Input("latent_image", tooltip="Empty, or an image to start from with denoise below 1."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The sampled latent.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        denoise: float,
+    ) -> io.NodeOutput:
+        composite = composite_of(model)
+        if composite is None:
+            raise NodeError(
+                "this MODEL carries no phased experts: put a Phased Experts node before it, or use KSampler"
+            )
+        sigmas = sampling_sigmas(composite.plan, steps or None, denoise)
+        cfgs = [expert.cfg for expert in composite.experts]
+        shown = {"phase_plan": [timeline(composite.plan, cfgs)]}
+        if not sigmas:
+            return io.NodeOutput(latent_image, ui=shown)
+        core = nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
+        sample = core.execute if hasattr(core, "execute") else core().sample
+        output = sample(
+            model=model,
+            add_noise=True,
+            noise_seed=seed,
+            cfg=cfg,
+            positive=positive,
+            negative=negative,
+            sampler=comfy.samplers.sampler_object(sampler_name),
+            sigmas=torch.tensor(sigmas, dtype=torch.float32),
+            latent_image=latent_image,
+        )
+        return io.NodeOutput(output[0], ui=shown)

@@ -1,0 +1,45 @@
+"""What all nodes share: their category, the socket of plans, schemas that older versions of ComfyUI take, too."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "phased dmd"
+Plan = io.Custom("PHASE_PLAN")
+
+
+def schema(node_id: str, **values: Any) -> io.Schema:
+    """An ``io.Schema`` in our category, without the fields that this version of ComfyUI does not have yet."""
+    known = {field.name for field in fields(io.Schema)}
+    return io.Schema(
+        node_id=node_id, category=CATEGORY, **{key: value for key, value in values.items() if key in known}
+    )
+
+
+def plan_input(**values: Any) -> Any:
+    return Plan.Input(
+        "plan", tooltip="Which expert runs at which sigma; from a Phase Plan or Load Phased Experts node.", **values
+    )
+
+
+def cfg_input(default: str = "") -> Any:
+    """The widget of ``words.read_cfgs``."""
+    trained = " trained: the guidance that the experts were distilled for." if default else ""
+    return io.String.Input(
+        "cfg",
+        default=default,
+        tooltip=f"Guidance of each expert, in the place of the sampler's cfg.{trained} Empty: the sampler's for all. "
+        "3.5, 1, 1: one number for each phase; - is the sampler's.",
+    )
+
+
+def shift_input() -> Any:
+    return io.Boolean.Input(
+        "set_shift",
+        default=True,
+        tooltip="Give the MODEL the plan's shift: then any sampler with scheduler 'simple' and the plan's number of "
+        "steps takes exactly the trained sigmas. Switch off to set a shift yourself.",
+    )

@@ -1,0 +1,360 @@
+"""The nodes, called as a graph calls them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdmd_core.experts import BaseModel, Expert, Manifest, write_experts
+from pdmd_core.phases import PhasePlan
+from tests import tiny
+from tests.comfyui.test_composite import sample, sigmas_of
+from tests.comfyui.tiny_models import lora, qwen_state, save_lora
+
+TWO = PhasePlan.from_steps([2, 2], shift=5.0)
+NO_LORAS = {f"lora_{k}": "none" for k in range(1, 5)} | {f"strength_{k}": 1.0 for k in range(1, 5)}
+LOAD = {"hub_id": "", "strength": 1.0, "cfg": "trained", "set_shift": True}
+
+
+@pytest.fixture(scope="module")
+def our_nodes(pack) -> dict[str, Any]:
+    import nodes
+
+    found = {name: kind for name, kind in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("PhasedDMD")}
+    assert len(found) >= 9
+    return found
+
+
+@pytest.fixture
+def fails(pack):
+    """``fails(message, node, **inputs)``: the node ends with this line."""
+
+    def fails(message: str, node: str, **inputs: Any) -> None:
+        kinds = [
+            pack.module("comfy_nodes.errors").NodeError,
+            pack.module("pdmd_core.phases").PhasePlanError,
+            pack.module("pdmd_core.experts").ExpertsError,
+        ]
+        with pytest.raises(tuple(kinds)) as caught:
+            pack.call(node, **inputs)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    return fails
+
+
+def plan_of(pack: Any, steps: str = "2, 2", shift: float = 5.0) -> Any:
+    return pack.call("PhasedDMDPlanFromSteps", steps=steps, shift=shift, names="")[0]
+
+
+def test_every_node_and_socket_says_what_it_is(our_nodes) -> None:
+    from comfy_api.latest import io
+
+    for name, kind in our_nodes.items():
+        schema = kind.GET_SCHEMA()  # validates
+        assert schema.display_name and schema.description and schema.category == "phased dmd", name
+        assert {field.name for field in fields(io.Schema)}.isdisjoint({"search_aliases"}) or schema.search_aliases, name
+        for socket in [*schema.inputs, *schema.outputs]:
+            assert socket.tooltip, f"{name}.{socket.id}"
+
+
+def test_plans_from_steps_sigmas_and_folders(pack, fails) -> None:
+    assert plan_of(pack).to_dict() == TWO.to_dict()
+    (plan,) = pack.call("PhasedDMDPlanFromSigmas", sigmas="1, 0.9375 | 5/6, 0.625", names="high_noise, low_noise")
+    assert plan.to_dict() == TWO.to_dict()
+    (named,) = pack.call("PhasedDMDPlanFromSteps", steps="1,1,2", shift=5.0, names="first, high, low")
+    assert [phase.name for phase in named.phases] == ["first", "high", "low"]
+    fails("steps are whole numbers", "PhasedDMDPlanFromSteps", steps="2 2", shift=5.0, names="")
+    fails("sigmas must descend", "PhasedDMDPlanFromSigmas", sigmas="1, 0.5 | 0.7", names="")
+    fails("expected one name for each of the 2 phases", "PhasedDMDPlanFromSteps", steps="2, 2", shift=5.0, names="a")
+    fails("no experts folder 'gone'", "PhasedDMDPlanFromExperts", experts="gone")
+
+
+def test_sigmas_are_exact_refined_and_start_lower(pack) -> None:
+    plan = plan_of(pack)
+    (sigmas,) = pack.call("PhasedDMDSigmas", plan=plan, steps=0, denoise=1.0)
+    assert torch.equal(sigmas, sigmas_of(TWO))
+    (sigmas,) = pack.call("PhasedDMDSigmas", plan=plan, steps=6, denoise=1.0)
+    assert torch.equal(sigmas, sigmas_of(TWO.refined(6)))
+    (sigmas,) = pack.call("PhasedDMDSigmas", plan=plan, steps=0, denoise=0.5)
+    assert torch.equal(sigmas, sigmas_of(TWO)[2:])
+    assert pack.call("PhasedDMDSigmas", plan=plan, steps=0, denoise=0.0)[0].numel() == 0
+
+
+def test_experts_from_models(pack, models, fails) -> None:
+    plan, experts = plan_of(pack), [models.wan(0), models.wan(1)]
+    common = {"plan": plan, "cfg": "", "set_shift": True}
+    (model,) = pack.call("PhasedDMDExperts", model_1=experts[0], model_2=experts[1], **common)
+    composite = pack.module("comfy_nodes.composite")
+    expected = composite.compose(plan, [composite.Expert(expert) for expert in experts])
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (model, expected)]
+    assert torch.equal(*outputs)
+    fails("no MODEL is connected to model_2 (low_noise)", "PhasedDMDExperts", model_1=experts[0], **common)
+    three = {f"model_{k}": experts[0] for k in (1, 2, 3)}
+    fails("model_3 would never run", "PhasedDMDExperts", **three, **common)
+    fails(
+        "one number for each", "PhasedDMDExperts", model_1=experts[0], model_2=experts[1], **{**common, "cfg": "1,2,3"}
+    )
+    seven = plan_of(pack, "1, 1, 1, 1, 1, 1, 1")
+    fails("up to 6 MODELs", "PhasedDMDExperts", model_1=experts[0], **{**common, "plan": seven})
+
+
+@pytest.fixture(scope="module")
+def lora_files(base: Path) -> list[str]:
+    names = [f"tiny_{k}.safetensors" for k in (1, 2)]
+    for k, name in enumerate(names):
+        save_lora(base / "models/loras" / name, lora("wan", k + 1))
+    save_lora(base / "models/loras/partly.safetensors", {**lora("wan", 1), **lora("qwen", 1)})
+    save_lora(base / "models/loras/qwen.safetensors", lora("qwen", 1))
+    diffusers = {
+        key.replace("diffusion_model.", "transformer.").replace("self_attn.q", "attn1.to_q"): value
+        for key, value in lora("wan", 1, modules=1).items()
+    }
+    save_lora(base / "models/loras/diffusers.safetensors", diffusers)
+    larger = {key: torch.cat([value, value], -1) if "down" in key else value for key, value in lora("wan", 1).items()}
+    save_lora(base / "models/loras/larger.safetensors", larger)
+    save_lora(base / "models/loras/text.safetensors", {"lora_te_x.lora_up.weight": torch.ones(2, 2)})
+    return names
+
+
+def test_experts_from_loras_equal_core_lora_loaders_before_the_models_node(pack, models, lora_files) -> None:
+    base, plan = models.wan(), plan_of(pack)
+    chosen = {**NO_LORAS, "lora_1": lora_files[0], "lora_2": lora_files[1], "strength_1": 0.8}
+    (model,) = pack.call("PhasedDMDExpertsLoRA", model=base, plan=plan, cfg="", set_shift=True, **chosen)
+    by_hand = [
+        pack.call("LoraLoaderModelOnly", model=base, lora_name=name, strength_model=strength)[0]
+        for name, strength in zip(lora_files, (0.8, 1.0), strict=True)
+    ]
+    (expected,) = pack.call(
+        "PhasedDMDExperts", plan=plan, cfg="", set_shift=True, model_1=by_hand[0], model_2=by_hand[1]
+    )
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (model, expected)]
+    assert torch.equal(*outputs)
+
+
+def test_an_undistilled_first_step_with_cfg(pack, models, lora_files) -> None:
+    """The plan's first step becomes a phase of its own, without LoRA and with guidance; the sigmas stay."""
+    base, plan = models.wan(), plan_of(pack, "1, 1, 2")
+    assert plan.sigmas == TWO.sigmas
+    chosen = {**NO_LORAS, "lora_2": lora_files[0], "lora_3": lora_files[1]}
+    (model,) = pack.call("PhasedDMDExpertsLoRA", model=base, plan=plan, cfg="3.5, 1, 1", set_shift=True, **chosen)
+    found = sample(pack, models, model, "wan", sigmas_of(TWO))
+    distilled = {**NO_LORAS, "lora_1": lora_files[0], "lora_2": lora_files[1]}
+    (rest,) = pack.call("PhasedDMDExpertsLoRA", model=base, plan=plan_of(pack), cfg="1", set_shift=True, **distilled)
+    first = sample(pack, models, base, "wan", sigmas_of(TWO)[:2], cfg=3.5)
+    # by hand, with the hand-over of two samplers: noise once, then the other MODEL on what is left
+    positive, negative = models.conditioning("wan"), models.conditioning("wan", seed=8)
+    (guider,) = pack.call("CFGGuider", model=rest, positive=positive, negative=negative, cfg=1.0)
+    (none,) = pack.call("DisableNoise")
+    (euler,) = pack.call("KSamplerSelect", sampler_name="euler")
+    expected = pack.call(
+        "SamplerCustomAdvanced",
+        noise=none,
+        guider=guider,
+        sampler=euler,
+        sigmas=sigmas_of(TWO)[1:],
+        latent_image={"samples": first},
+    )[0]["samples"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - sample(pack, models, rest, "wan", sigmas_of(TWO))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "qwen.safetensors",
+            "no key of this LoRA belongs to a WAN21, its keys look like 'diffusion_model.tr",
+        ),
+        ("diffusers.safetensors", "no key of this LoRA belongs to a WAN21, its keys look like 'transformer.blocks.0"),
+        ("partly.safetensors", "6 of 18 keys of this LoRA do not belong to this WAN21"),
+        ("larger.safetensors", "is 24x24 in this MODEL and 24x48 in the LoRA"),
+        ("text.safetensors", "it has none for a diffusion model"),
+    ],
+)
+def test_loras_that_do_not_fit_are_refused_in_words(pack, models, lora_files, fails, file: str, message: str) -> None:
+    chosen = {**NO_LORAS, "lora_1": lora_files[0], "lora_2": file}
+    common = {"model": models.wan(), "plan": plan_of(pack), "cfg": "", "set_shift": True}
+    fails(message, "PhasedDMDExpertsLoRA", **common, **chosen)
+    fails(file, "PhasedDMDExpertsLoRA", **common, **chosen)
+
+
+def test_lora_slots_that_do_not_fit_the_plan(pack, models, lora_files, fails) -> None:
+    common = {"model": models.wan(), "plan": plan_of(pack), "cfg": "", "set_shift": True}
+    fails("no LoRA is chosen for any phase", "PhasedDMDExpertsLoRA", **common, **NO_LORAS)
+    extra = {**NO_LORAS, "lora_1": lora_files[0], "lora_3": lora_files[1]}
+    fails("lora_3 would never run", "PhasedDMDExpertsLoRA", **common, **extra)
+
+
+@pytest.fixture(scope="module")
+def experts_folders(base: Path) -> dict[str, Path]:
+    """LoRA and full experts of the tiny Wan, LoRA experts of two base networks, full experts of a tiny Qwen-Image."""
+    root, folders = base / "models/phased_experts", {}
+    folders["lora"] = root / "tiny/lora"
+    tiny.write_lora_experts(folders["lora"], TWO, tiny.lora_roles(TWO))
+    names = [phase.name for phase in TWO.phases]
+    folders["full"] = root / "tiny_full"
+    entries = tuple(Expert(name, f"{name}.safetensors", "full", "") for name in names)
+    states = {name: dict(tiny.transformer(seed).state_dict()) for seed, name in enumerate(names)}
+    origin = BaseModel("tiny/wan", "WanTransformer3DModel", "wan")
+    write_experts(folders["full"], Manifest(origin, TWO, entries), states)
+    folders["qwen"] = root / "tiny_qwen"
+    origin = BaseModel("tiny/qwen", "QwenImageTransformer2DModel", "qwen_image")
+    write_experts(
+        folders["qwen"], Manifest(origin, TWO, entries), {name: qwen_state(k) for k, name in enumerate(names)}
+    )
+    folders["two_networks"] = root / "tiny_two_networks"
+    entries = tuple(
+        Expert(name, f"{name}.safetensors", "lora", "", component, 2, 3.0, ("attn1.to_q",))
+        for name, component in zip(names, ("transformer", "transformer_2"), strict=True)
+    )
+    origin = BaseModel("tiny/wan22", "WanTransformer3DModel", "wan")
+    weights = {name: lora("wan", k + 1) for k, name in enumerate(names)}
+    write_experts(folders["two_networks"], Manifest(origin, TWO, entries, 1.0), weights)
+    return folders
+
+
+def test_load_phased_experts_gives_what_core_nodes_give_by_hand(pack, models, experts_folders) -> None:
+    import comfy.sd
+    import comfy.utils
+
+    base, second = models.wan(0), models.wan(5)
+    model, plan = pack.call("PhasedDMDLoadExperts", experts="tiny/lora", base_1=base, **LOAD)
+    assert plan.to_dict() == TWO.to_dict()
+    assert pack.call("PhasedDMDPlanFromExperts", experts="tiny/lora")[0] == plan
+
+    def by_hand(folder: str, *bases: Any) -> Any:
+        files = [experts_folders[folder] / f"{phase.name}.safetensors" for phase in TWO.phases]
+        loaded = [comfy.utils.load_torch_file(str(file)) for file in files]
+        adapted = [
+            comfy.sd.load_lora_for_models(each, None, file, 1.0, 0.0)[0]
+            for each, file in zip(bases, loaded, strict=True)
+        ]
+        common = {"plan": plan, "cfg": "1", "set_shift": True}
+        return pack.call("PhasedDMDExperts", model_1=adapted[0], model_2=adapted[1], **common)[0]
+
+    sigmas = sigmas_of(TWO)
+    outputs = [sample(pack, models, each, "wan", sigmas, cfg=6.0) for each in (model, by_hand("lora", base, base))]
+    assert torch.equal(*outputs)  # cfg 6 of the sampler gives way to the guidance of training, 1
+    (weak, _) = pack.call("PhasedDMDLoadExperts", experts="tiny/lora", base_1=base, **{**LOAD, "strength": 0.0})
+    assert torch.equal(sample(pack, models, weak, "wan", sigmas), sample(pack, models, base, "wan", sigmas))
+    (both, _) = pack.call("PhasedDMDLoadExperts", experts="tiny_two_networks", base_1=base, base_2=second, **LOAD)
+    outputs = [sample(pack, models, each, "wan", sigmas) for each in (both, by_hand("two_networks", base, second))]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", ["wan", "qwen"])
+def test_full_experts_are_the_networks_themselves(pack, models, experts_folders, family: str) -> None:
+    name = {"wan": "tiny_full", "qwen": "tiny_qwen"}[family]
+    base = {"base_1": models.wan()} if family == "wan" else {}
+    model, plan = pack.call("PhasedDMDLoadExperts", experts=name, **base, **LOAD)
+    composite = pack.module("comfy_nodes.composite")
+    expected = composite.compose(plan, [composite.Expert(models.load(family, seed)) for seed in (0, 1)])
+    outputs = [sample(pack, models, each, family, sigmas_of(TWO)) for each in (model, expected)]
+    assert torch.equal(*outputs)
+
+
+def test_experts_that_cannot_be_loaded_say_why(pack, models, experts_folders, fails, base: Path) -> None:
+    load = {"node": "PhasedDMDLoadExperts", **LOAD}
+    fails("connect that network to base_1", experts="tiny/lora", **load)
+    fails("connect that network to base_2", experts="tiny_two_networks", base_1=models.wan(), **load)
+    fails("these experts belong to tiny/wan (WanTransformer3DModel)", experts="tiny/lora", base_1=models.qwen(), **load)
+    fails("give a Hub id", experts="(Hub id)", **load)
+    fails("no experts folder 'x'", experts="x", **load)
+    fails("cfg is a number from 0 to 100", experts="tiny/lora", base_1=models.wan(), **{**load, "cfg": "high"})
+    broken = base / "models/phased_experts/broken"
+    tiny.write_lora_experts(broken, TWO, tiny.lora_roles(TWO))
+    with (broken / "low_noise.safetensors").open("ab") as file:
+        file.write(b"x")
+    fails("changed or cut off, download it again", experts="broken", base_1=models.wan(), **load)
+    (broken / "low_noise.safetensors").unlink()
+    fails("low_noise.safetensors of expert 'low_noise' is missing", experts="broken", base_1=models.wan(), **load)
+    (broken / "phased_experts.json").unlink()
+
+
+def test_a_changed_folder_is_loaded_again_and_a_new_one_is_listed(pack, our_nodes, base: Path) -> None:
+    folder = base / "models/phased_experts/appears"
+    kind = our_nodes["PhasedDMDLoadExperts"]
+
+    def listed() -> list[str]:
+        return next(entry for entry in kind.define_schema().inputs if entry.id == "experts").options
+
+    assert "appears" not in listed()
+    tiny.write_lora_experts(folder, TWO, tiny.lora_roles(TWO))
+    assert "appears" in listed()
+    before = kind.fingerprint_inputs(experts="appears")
+    tiny.write_lora_experts(folder, TWO, tiny.lora_roles(TWO, rank=2))
+    assert kind.fingerprint_inputs(experts="appears") != before
+
+
+def test_the_phased_sampler_equals_sampler_custom_advanced(pack, models, fails) -> None:
+    plan = plan_of(pack)
+    common = {"plan": plan, "cfg": "", "set_shift": True, "model_1": models.wan(0), "model_2": models.wan(1)}
+    (model,) = pack.call("PhasedDMDExperts", **common)
+    latent = {"samples": torch.randn(2, 16, 2, 4, 4), "noise_mask": torch.ones(1, 4, 4)}
+    inputs = {"seed": 42, "steps": 0, "cfg": 1.0, "sampler_name": "euler", "latent_image": latent, "denoise": 1.0}
+    inputs |= {"positive": models.conditioning("wan"), "negative": models.conditioning("wan", seed=8)}
+    (found,) = pack.call("PhasedDMDSampler", model=model, **inputs)
+    assert torch.equal(found["samples"], sample(pack, models, model, "wan", sigmas_of(TWO), latent=latent))
+    (found,) = pack.call(
+        "PhasedDMDSampler", model=model, **{**inputs, "steps": 7, "denoise": 0.5, "sampler_name": "heun"}
+    )
+    (sigmas,) = pack.call("PhasedDMDSigmas", plan=plan, steps=7, denoise=0.5)
+    assert torch.equal(found["samples"], sample(pack, models, model, "wan", sigmas, "heun", latent=latent))
+    (found,) = pack.call("PhasedDMDSampler", model=model, **{**inputs, "denoise": 0.0})
+    assert torch.equal(found["samples"], latent["samples"])
+    fails("this MODEL carries no phased experts", "PhasedDMDSampler", model=models.wan(), **inputs)
+    fails("at least the 4 steps of the plan", "PhasedDMDSampler", model=model, **{**inputs, "steps": 2})
+
+
+def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models, fails) -> None:
+    plan = plan_of(pack)
+    picture, text = pack.call("PhasedDMDPlanReport", plan=plan, sigmas=sigmas_of(TWO))
+    assert picture.ndim == 4 and picture.shape[-1] == 3 and 0 <= picture.min() < picture.max() <= 1
+    assert "Warning" not in text and text.count("expert low_noise") == 2
+    (simple,) = pack.call("BasicScheduler", model=models.wan(), scheduler="beta", steps=4, denoise=1.0)
+    _, text = pack.call("PhasedDMDPlanReport", plan=plan, sigmas=simple)
+    assert "was not trained to step" in text
+    model_inputs = {"plan": plan, "cfg": "3.5, 1", "set_shift": True, "model_1": models.wan(), "model_2": models.wan()}
+    (model,) = pack.call("PhasedDMDExperts", **model_inputs)
+    _, text = pack.call("PhasedDMDPlanReport", model=model)
+    assert "expert high_noise  cfg 3.5" in text
+    _, text = pack.call("PhasedDMDPlanReport", model=model, plan=plan_of(pack, "1, 1, 2"))
+    assert "Warning: the MODEL's experts follow another plan" in text
+    fails("connect a plan or a MODEL", "PhasedDMDPlanReport")
+    fails("this MODEL carries no phased experts", "PhasedDMDPlanReport", model=models.wan())
+
+
+def test_the_front_ends_question_is_answered_by_the_same_code(pack) -> None:
+    from aiohttp.test_utils import make_mocked_request
+
+    extension = pack.module("comfy_nodes.extension")
+
+    def ask(body: Any) -> Any:
+        import json
+
+        request = make_mocked_request("POST", extension.PLAN_ROUTE)
+
+        async def read() -> Any:
+            return body
+
+        request.json = read
+        response = asyncio.run(extension._plan(request))
+        return response.status, json.loads(response.text)
+
+    status, data = ask({"node": "PhasedDMDPlanFromSteps", "inputs": {"steps": "2, 2", "shift": 5, "names": "", "x": 1}})
+    assert (status, data) == (200, pack.module("comfy_nodes.timeline").timeline(plan_of(pack)))
+    status, data = ask({"node": "PhasedDMDPlanFromSteps", "inputs": {"steps": "0", "shift": 5}})
+    assert status == 200 and "steps are whole numbers of at least 1" in data["error"]
+    for body in (
+        {"node": "KSampler", "inputs": {}},
+        {"inputs": {}},
+        [],
+        {"node": "PhasedDMDPlanFromSteps", "inputs": {}},
+    ):
+        assert ask(body)[0] == 400
