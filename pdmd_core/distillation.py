@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .families import Conditioning
-from .flow import Sigma, at_least_float32, renoise
+from .flow import Sigma, renoise
 from .objectives import (
     FakeTarget,
     FakeWeighting,
@@ -31,9 +31,11 @@ ScoreRange = Literal["nested", "disjoint"]
 
 
 class VelocityOfRole(Protocol):
-    """What a distiller needs of ``Roles``: the velocity of a role at x, sigma."""
+    """What a distiller needs of ``Roles``: the velocity of a role at x, sigma, and how the teacher is guided."""
 
     def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor: ...
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class PhasedDistiller:
         self.phase = phase
         self.networks = networks
         self.objective = objective
-        self.sigma_end, self.sigma_start = plan.interval(phase)
+        self.sigma_end, _ = plan.interval(phase)
+        self.score_interval = score_interval(plan, phase, objective.score_range)
 
     @property
     def expert(self) -> str:
@@ -76,8 +79,7 @@ class PhasedDistiller:
     def draw_score_sigma(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Noise levels t, shape (batch,), inside the open range where fake and teacher are compared (CPU tensor)."""
         shift = self.objective.score_shift
-        low = unshift_sigma(self.sigma_end, shift)
-        high = unshift_sigma(self.sigma_start, shift) if self.objective.score_range == "disjoint" else 1.0
+        low, high = (unshift_sigma(sigma, shift) for sigma in self.score_interval)
         edge = 1e-4 * (high - low)
         margin = self.objective.margin * (high - low) if self.objective.fake_weighting == "margin" else 0.0
         start = low + max(margin, edge)
@@ -86,10 +88,10 @@ class PhasedDistiller:
         return self._checked(shifted)
 
     def _checked(self, t: Tensor) -> Tensor:
-        high = self.sigma_start if self.objective.score_range == "disjoint" else 1.0
-        if not bool(((t > self.sigma_end) & (t < high + 1e-6)).all()):
+        low, high = self.score_interval
+        if not bool(((t > low) & (t < high + 1e-6)).all()):
             raise ValueError(
-                f"phase {self.expert!r} compares scores at sigmas in ({self.sigma_end}, {high}), "
+                f"phase {self.expert!r} compares scores at sigmas in ({low}, {high}), "
                 f"found {float(t.min())} to {float(t.max())}: the fake was never trained there"
             )
         return t
@@ -128,6 +130,12 @@ class PhasedDistiller:
         return guided_velocity(self.networks, x, sigma, conditioning, negative, self.objective.guidance_scale)
 
 
+def score_interval(plan: PhasePlan, phase: int, score_range: ScoreRange) -> tuple[float, float]:
+    """(low, high), both excluded: the sigmas at which the teacher and the fake of this phase are compared."""
+    end, start = plan.interval(phase)
+    return end, start if score_range == "disjoint" else 1.0
+
+
 def expert_velocities(networks: VelocityOfRole, plan: PhasePlan, conditioning: Conditioning) -> list[Velocity]:
     """The experts of a plan as velocities of (x, sigma), the conditioning bound."""
 
@@ -145,14 +153,13 @@ def guided_velocity(
     negative: Conditioning,
     guidance_scale: float,
 ) -> Tensor:
-    """``v_negative + guidance_scale * (v - v_negative)`` of the teacher; one evaluation without guidance at scale 1."""
+    """The teacher's velocity, guided away from the negative conditioning; one evaluation without it at scale 1."""
     if guidance_scale == 1:
         return networks.velocity(TEACHER, x, sigma, conditioning)
     both = {name: torch.cat([value, negative[name]]) for name, value in conditioning.items()}
     twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
     positive, negative_velocity = networks.velocity(TEACHER, torch.cat([x, x]), twice, both).chunk(2)
-    positive, negative_velocity = at_least_float32(positive), at_least_float32(negative_velocity)
-    return negative_velocity + guidance_scale * (positive - negative_velocity)
+    return networks.guide(positive, negative_velocity, guidance_scale)
 
 
 def evaluations_per_update(plan: PhasePlan, phase: int, fake_updates: int, fake_draws: int) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Roles: which weights a forward pass uses. Teacher, one expert for each phase, and the fake score network.
 
 With ``lora`` a role is an adapter on the one frozen base network (the teacher is the base with adapters off), so memory
-is one base plus adapters. With ``full`` a role owns a copy. Which of the two is chosen for each role.
+is one base plus adapters. With ``full`` a role owns a copy. Which of the two is chosen for each role. A teacher of two
+networks is a mixture: each sample goes to the network that runs at its sigma. So is a role that stands on both.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from .families import Conditioning, ModelFamily
+from .families import Conditioning, ModelFamily, TeacherRouting
 from .flow import Sigma, at_least_float32
 
 if TYPE_CHECKING:
@@ -35,66 +36,131 @@ class RoleSpec:
     alpha: float = 8.0
     targets: tuple[str, ...] | None = None
     """Module name suffixes to adapt; None for those of the family."""
+    components: tuple[str, ...] | None = None
+    """Networks of the teacher that it stands on, at all sigmas if it is one; None for all of them."""
 
 
 class Roles:
     """The networks of a distillation. Every role starts as the teacher; all weights start frozen.
 
-    base:  the teacher's network. It is taken over: adapters are put into it and its weights are frozen.
-    specs: role name to how it holds weights, for every role but the teacher.
+    base:    the teacher's network, or its two by component name. Taken over: adapters are put into it and its weights
+             are frozen.
+    specs:   role name to how it holds weights, for every role but the teacher.
+    routing: which of two networks runs where; names the one network where there is one.
     """
 
-    def __init__(self, base: nn.Module, family: ModelFamily, specs: Mapping[str, RoleSpec]) -> None:
+    def __init__(
+        self,
+        base: nn.Module | Mapping[str, nn.Module],
+        family: ModelFamily,
+        specs: Mapping[str, RoleSpec],
+        routing: TeacherRouting | None = None,
+    ) -> None:
         if TEACHER in specs:
             raise ValueError("the teacher is the base network itself and takes no specification")
         self.family = family
         self.specs = dict(specs)
-        self.base = base.requires_grad_(False).eval()
-        self._copies = {name: copy.deepcopy(self.base).float() for name, spec in specs.items() if spec.kind == "full"}
-        self._layers: dict[str, BaseTunerLayer] = {}
+        self.routing = routing or TeacherRouting()
+        bases = {self.routing.components[0]: base} if isinstance(base, nn.Module) else dict(base)
+        if set(bases) != set(self.routing.components):
+            raise ValueError(f"the teacher's networks are {_names(self.routing.components)}, found {_names(bases)}")
+        self.bases = {name: bases[name].requires_grad_(False).eval() for name in self.routing.components}
+        self._copies = {
+            (role, name): copy.deepcopy(self.bases[name]).float()
+            for role, spec in specs.items()
+            if spec.kind == "full"
+            for name in self.components(role)
+        }
+        self._layers: dict[str, dict[str, BaseTunerLayer]] = {name: {} for name in self.bases}
         self._own: dict[str, dict[str, nn.Parameter]] = {}
         self._trainable: frozenset[str] = frozenset()
-        self._active: str | None = None
-        for name, spec in specs.items():
+        self._active: dict[str, str] = {}
+        for role, spec in specs.items():
             if spec.kind == "lora":
-                self._add_adapter(name, spec)
+                self._add_adapter(role, spec)
         self.set_trainable(())
         self.activate(TEACHER)
 
-    def _add_adapter(self, name: str, spec: RoleSpec) -> None:
+    def _add_adapter(self, role: str, spec: RoleSpec) -> None:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         targets = list(spec.targets or self.family.lora_targets)
-        config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
-            inject_adapter_in_model(config, self.base, adapter_name=name)
-        self._layers = {path: m for path, m in self.base.named_modules() if isinstance(m, BaseTunerLayer)}
-        for parameter in self.parameters(name):  # Adam-sized updates vanish in half precision, whatever the base's
+        for name in self.components(role):
+            base = self.bases[name]
+            config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets)
+            with warnings.catch_warnings():  # several adapters are the point
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, base, adapter_name=role)
+            self._layers[name] = {path: m for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+        for parameter in self.parameters(role):  # Adam-sized updates vanish in half precision, whatever the base's
             parameter.data = at_least_float32(parameter.data)
 
-    def network(self, role: str) -> nn.Module:
-        """The module that computes this role, with the right adapter active. Valid until another role is asked for."""
-        self.activate(role)
-        return self._copies.get(role, self.base)
+    def components(self, role: str) -> tuple[str, ...]:
+        """The networks of the teacher that this role stands on, high noise first."""
+        self._check_known(role)
+        chosen = None if role == TEACHER else self.specs[role].components
+        if chosen is None:
+            return self.routing.components
+        if not chosen or not set(chosen) <= set(self.routing.components):
+            raise ValueError(
+                f"{role!r} stands on {_names(chosen)}, the teacher's networks are {_names(self.routing.components)}"
+            )
+        return tuple(name for name in self.routing.components if name in chosen)
+
+    def network(self, role: str, component: str | None = None) -> nn.Module:
+        """The module that computes this role, with the right adapter active. Valid until another role is asked for.
+
+        component: which one, of a role that stands on two; the first when None.
+        """
+        component = component or self.components(role)[0]
+        self._activate(role, component)
+        return self._copies.get((role, component), self.bases[component])
 
     def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
-        """The role's velocity at x of shape (batch, ...) and sigma (number or shape (batch,))."""
-        return self.family.velocity(self.network(role), x, sigma, conditioning)
+        """The role's velocity at x of shape (batch, ...) and sigma (number or shape (batch,)).
+
+        A role on two networks evaluates each on its part of the batch only.
+        """
+        components = self.components(role)
+        if len(components) == 1:
+            return self.family.velocity(self.network(role), x, sigma, conditioning)
+        sigma = torch.as_tensor(sigma)
+        high = self.routing.first_runs(sigma)
+        for component, everywhere in zip(components, (high.all(), ~high.any()), strict=True):
+            if everywhere:
+                return self.family.velocity(self.network(role, component), x, sigma, conditioning)
+        rows = [side.nonzero().flatten().to(x.device) for side in (high, ~high)]
+        parts = [
+            self.family.velocity(
+                self.network(role, component),
+                x[own],
+                sigma.to(x.device)[own],
+                {key: value[own] for key, value in conditioning.items()},
+            )
+            for component, own in zip(components, rows, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """The guided velocity from those with prompt and negative prompt, as the teacher's pipeline combines them."""
+        return self.family.guide(positive, negative, scale)
 
     def activate(self, role: str) -> None:
-        """Make the base network compute this role; does nothing for a role that owns a copy."""
-        self._check_known(role)
-        if role in self._copies or role == self._active:
+        """Make the base networks compute this role; does nothing for a role that owns copies."""
+        for component in self.components(role):
+            self._activate(role, component)
+
+    def _activate(self, role: str, component: str) -> None:
+        if (role, component) in self._copies or role == self._active.get(component):
             return
-        for layer in self._layers.values():
+        for layer in self._layers[component].values():
             if role == TEACHER:
                 layer.enable_adapters(False)
             else:
                 layer.set_adapter(role)
                 layer.enable_adapters(True)
-        self._active = role
+        self._active[component] = role
         self._restore_gradients()
 
     def _check_known(self, role: str) -> None:
@@ -106,19 +172,31 @@ class Roles:
         return list(self.named_parameters(role).values())
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The role's own weights by name: ``<module>.lora_A`` / ``.lora_B``, or the network's own names."""
+        """The role's own weights by name: ``<module>.lora_A`` / ``.lora_B``, or the network's own names.
+
+        Those of a role on two networks start with the component: ``transformer_2.<module>.lora_A``.
+        """
         if role == TEACHER:
             raise KeyError("the teacher has no weights of its own to train")
-        self._check_known(role)
         if role not in self._own:
-            self._own[role] = self._find_parameters(role)
+            named: dict[str, nn.Parameter] = {}
+            for component in self.components(role):
+                prefix = self._prefix(role, component)
+                named |= {prefix + name: p for name, p in self._find_parameters(role, component).items()}
+            self._own[role] = named
         return self._own[role]
 
-    def _find_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        if role in self._copies:
-            return dict(self._copies[role].named_parameters())
+    def _owns_copies(self, role: str) -> bool:
+        return (role, self.components(role)[0]) in self._copies
+
+    def _prefix(self, role: str, component: str) -> str:
+        return f"{component}." if len(self.components(role)) > 1 else ""
+
+    def _find_parameters(self, role: str, component: str) -> dict[str, nn.Parameter]:
+        if (role, component) in self._copies:
+            return dict(self._copies[role, component].named_parameters())
         named = {}
-        for path, layer in self._layers.items():
+        for path, layer in self._layers[component].items():
             if role in layer.lora_A:
                 named[f"{path}.lora_A"] = layer.lora_A[role].weight
                 named[f"{path}.lora_B"] = layer.lora_B[role].weight
@@ -141,9 +219,10 @@ class Roles:
                     parameter.requires_grad_(wanted)
 
     def reset(self, role: str, generator: torch.Generator | None = None) -> None:
-        """Make the role the teacher again: up-projections zero, fresh down-projections; or a copy of the base."""
-        if role in self._copies:
-            self._copies[role].load_state_dict(self.base_state_dict())
+        """Make the role the teacher again: up-projections zero, fresh down-projections; or copies of the base."""
+        if self._owns_copies(role):
+            for component in self.components(role):
+                self._copies[role, component].load_state_dict(self.base_state_dict(component))
             return
         with torch.no_grad():
             for name, parameter in self.named_parameters(role).items():
@@ -153,10 +232,10 @@ class Roles:
                     bound = 1 / parameter.shape[1] ** 0.5
                     parameter.uniform_(-bound, bound, generator=generator)
 
-    def base_state_dict(self) -> dict[str, Tensor]:
-        """The teacher's weights under the network's own names, without adapters."""
+    def base_state_dict(self, component: str | None = None) -> dict[str, Tensor]:
+        """A network of the teacher (the first when None) under its own names, without adapters."""
         state = {}
-        for name, value in self.base.state_dict().items():
+        for name, value in self.bases[component or self.routing.components[0]].state_dict().items():
             if ".lora_A." in name or ".lora_B." in name:
                 continue
             state[name.replace(".base_layer.", ".")] = value
@@ -164,8 +243,12 @@ class Roles:
 
     def state_dict(self, role: str) -> dict[str, Tensor]:
         """The role's own weights, detached, by the names of ``named_parameters`` (buffers too for a full copy)."""
-        if role in self._copies:
-            return self._copies[role].state_dict()
+        if self._owns_copies(role):
+            return {
+                self._prefix(role, component) + name: value
+                for component in self.components(role)
+                for name, value in self._copies[role, component].state_dict().items()
+            }
         return {name: parameter.detach() for name, parameter in self.named_parameters(role).items()}
 
     def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
@@ -184,6 +267,10 @@ class Roles:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
+
+
+def _names(components: Iterable[str]) -> str:
+    return " and ".join(components) or "none"
 
 
 def _few(names: set[str]) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .base import Conditioning, ModelFamily
+from .base import Conditioning, ModelFamily, TeacherRouting
 
-FAMILIES = {"wan": ("wan", "WanFamily")}
+FAMILIES = {
+    "qwen_image": ("qwen_image", "QwenImageFamily"),
+    "wan": ("wan", "WanFamily"),
+}
 """Name of a family to its module here and class there."""
 
 
@@ -26,4 +29,4 @@ def family_of(architecture: str) -> ModelFamily:
     return known[architecture]
 
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "family", "family_of"]
+__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "TeacherRouting", "family", "family_of"]

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from ..flow import Sigma
+from ..flow import Sigma, at_least_float32
 from ..phases import PhasePlan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
 Conditioning = Mapping[str, Tensor]
 """Named conditioning tensors, each of shape (batch, ...): ``{"prompt_embeds": (batch, tokens, features)}``."""
+
+
+@dataclass(frozen=True)
+class TeacherRouting:
+    """Which network of a teacher runs where: the first at sigma >= boundary, the second below.
+
+    A property of the teacher, apart from the phase plan. components: names in the pipeline, one or two.
+    """
+
+    components: tuple[str, ...] = ("transformer",)
+    boundary: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.components) != (1 if self.boundary is None else 2):
+            raise ValueError(
+                f"a teacher has one network, or two and a boundary in sigma, found {', '.join(self.components)} and "
+                f"boundary {self.boundary}"
+            )
+
+    def first_runs(self, sigma: Tensor) -> Tensor:
+        """Where the first network runs, of the shape of sigma."""
+        return sigma >= (self.boundary or 0.0)
+
+    def component_at(self, sigma: float) -> str:
+        """The network that runs at this sigma."""
+        return self.components[0 if self.first_runs(torch.as_tensor(sigma)) else 1]
+
+    def components_between(self, low: float, high: float) -> tuple[str, ...]:
+        """The networks that run somewhere in the open interval (low, high)."""
+        if self.boundary is None:
+            return self.components
+        used = (high > self.boundary, low < self.boundary)
+        return tuple(name for name, runs in zip(self.components, used, strict=True) if runs)
+
+
+def classifier_free_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """``negative + scale * (positive - negative)`` of two velocities, in float32 or better."""
+    positive, negative = at_least_float32(positive), at_least_float32(negative)
+    return negative + scale * (positive - negative)
 
 
 class ModelFamily(ABC):
@@ -39,11 +82,44 @@ class ModelFamily(ABC):
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         """The network's velocity at x of shape (batch, ...) and sigma in [0, 1] (number or shape (batch,))."""
 
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """The guided velocity from those with prompt and negative prompt, as the pipeline combines them."""
+        return classifier_free_guidance(positive, negative, scale)
+
+    def teacher_routing(self, config: Mapping[str, Any]) -> TeacherRouting:
+        """Which networks a pipeline with this config (model_index.json) runs where; one network by default."""
+        return TeacherRouting()
+
     @abstractmethod
     def encode_prompts(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        max_sequence_length: int,
+        images: Sequence[Image] | None = None,
     ) -> dict[str, Tensor]:
-        """Conditioning of these prompts, exactly as the pipeline's own call computes it."""
+        """Conditioning of these prompts, exactly as the pipeline's own call computes it.
+
+        Fewer tokens than max_sequence_length may be returned if zeros after them change nothing (a mask says so).
+        images: one for each prompt, for pipelines whose text encoder sees them (``prompts_see_images``).
+        """
+
+    def takes_image(self, pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+        """Whether the pipeline's call is given an image with each prompt."""
+        return "image" in inspect.signature(pipeline.__call__).parameters
+
+    def prompts_see_images(self, pipeline: DiffusionPipeline) -> bool:
+        """Whether the text encoder sees the image beside the prompt."""
+        return False
+
+    def encode_images(
+        self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
+    ) -> dict[str, Tensor]:
+        """Conditioning of these images beside that of the prompts, exactly as the pipeline's own call computes it.
+
+        height, width, frames: of the sample, in pixels. Only for pipelines that take an image.
+        """
+        raise ValueError(f"{type(pipeline).__name__} takes no image")
 
     @abstractmethod
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video and text-to-image: ``WanPipeline`` with one ``WanTransformer3DModel``."""
+"""Wan 2.1 and 2.2: ``WanPipeline`` and ``WanImageToVideoPipeline`` with one or two ``WanTransformer3DModel``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..flow import Sigma
+from ..flow import Sigma, like
 from ..phases import PhasePlan
-from .base import Conditioning, ModelFamily
+from .base import Conditioning, ModelFamily, TeacherRouting
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, WanTransformer3DModel
+    from PIL.Image import Image
 
 _NATIVE_IN_BLOCK = {
     "attn1.to_q": "self_attn.q",
@@ -72,7 +73,11 @@ _NATIVE_WEIGHTS = {
 
 
 class WanFamily(ModelFamily):
-    """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 8, width / 8)."""
+    """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 8, width / 8), 16 in Wan 2.2 5B.
+
+    Image to video: ``image_latents`` (of the clip that starts with the image) go beside the sample, with
+    ``image_embeds`` of CLIP in Wan 2.1. Wan 2.2 5B has ``first_frame`` instead, the latent that the clip starts with.
+    """
 
     name = "wan"
     architecture = "WanTransformer3DModel"
@@ -80,34 +85,79 @@ class WanFamily(ModelFamily):
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
         spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
-        if height % 16 or width % 16 or height < 16 or width < 16:
-            raise ValueError(f"Wan pictures have sides that are multiples of 16, found {width}x{height}")
+        side = math.lcm(16, spatial * pipeline.transformer.config.patch_size[1])
+        if height % side or width % side or height < side or width < side:
+            raise ValueError(f"Wan pictures have sides that are multiples of {side}, found {width}x{height}")
         if frames < 1 or (frames - 1) % temporal:
             raise ValueError(f"Wan clips have 1 + a multiple of {temporal} frames, found {frames}")
-        channels = pipeline.transformer.config.in_channels
+        channels = pipeline.transformer.config.out_channels  # image to video has more of them coming in
         return channels, 1 + (frames - 1) // temporal, height // spatial, width // spatial
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
-        embeds = conditioning["prompt_embeds"]
+        wan = cast("WanTransformer3DModel", network)
         # As pipelines ask for it; the first weight's would be wrong, since diffusers keeps some of Wan's in float32.
-        dtype = cast("WanTransformer3DModel", network).dtype
-        output = network(
-            hidden_states=x.to(dtype),
+        dtype = wan.dtype
+        sample, first_frame = x, conditioning.get("first_frame")
+        if first_frame is not None:
+            sample, timestep = _starting_with(first_frame.to(x.dtype), x), _of_tokens(timestep, x)
+        if "image_latents" in conditioning:
+            sample = torch.cat([x, _image_channels(conditioning["image_latents"], wan.config["in_channels"])], dim=1)
+        images = {}
+        if "image_embeds" in conditioning:
+            images["encoder_hidden_states_image"] = conditioning["image_embeds"].to(dtype)
+        velocity = wan(
+            hidden_states=sample.to(dtype),
             timestep=timestep,
-            encoder_hidden_states=embeds.to(dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
             return_dict=False,
-        )
-        return output[0]
+            **images,
+        )[0]
+        if first_frame is None:
+            return velocity
+        # The first frame is given: x_0 is known there, and with it the velocity.
+        known = (x[:, :, :1] - first_frame) / like(sigma, x)
+        return _starting_with(known, velocity)
+
+    def teacher_routing(self, config: Mapping[str, Any]) -> TeacherRouting:
+        second = config.get("transformer_2") or [None]
+        if config.get("boundary_ratio") is None or second[0] is None:
+            return TeacherRouting()
+        return TeacherRouting(("transformer", "transformer_2"), float(config["boundary_ratio"]))
 
     @torch.no_grad()
     def encode_prompts(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        max_sequence_length: int,
+        images: Sequence[Image] | None = None,
     ) -> dict[str, Tensor]:
         embeds, _ = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
         )
         return {"prompt_embeds": embeds}
+
+    @torch.no_grad()
+    def encode_images(
+        self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
+    ) -> dict[str, Tensor]:
+        device = pipeline.vae.device
+        found: dict[str, list[Tensor]] = {}
+        for image in images:
+            pixels = pipeline.video_processor.preprocess(image, height=height, width=width).to(device, torch.float32)
+            channels = pipeline.vae.config.z_dim
+            size = {"height": height, "width": width, "num_frames": frames}
+            _, latents, *masks = pipeline.prepare_latents(
+                pixels, 1, channels, **size, dtype=torch.float32, device=device
+            )
+            if masks:  # Wan 2.2 5B
+                found.setdefault("first_frame", []).append(latents)
+            else:  # the mask before the latents is the same for every image
+                found.setdefault("image_latents", []).append(latents[:, -channels:])
+            if pipeline.image_encoder is not None:
+                found.setdefault("image_embeds", []).append(pipeline.encode_image(image, device))
+        return {name: torch.cat(values) for name, values in found.items()}
 
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -168,6 +218,26 @@ class WanFamily(ModelFamily):
             )
         # WanPipeline gives a timestep on the boundary to the earlier network: keep clear of both phases' sigmas.
         return {"boundary_ratio": (plan.phases[later - 1].sigmas[-1] + plan.phases[later].sigmas[0]) / 2}
+
+
+def _image_channels(latents: Tensor, in_channels: int) -> Tensor:
+    """What goes beside the sample: a mask that is 1 in the given first frame, then the latents of the image's clip."""
+    given = in_channels - 2 * latents.shape[1]
+    mask = latents.new_zeros(len(latents), given, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], dim=1)
+
+
+def _starting_with(first_frame: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([first_frame, x[:, :, 1:]], dim=2)
+
+
+def _of_tokens(timestep: Tensor, x: Tensor) -> Tensor:
+    """Timesteps (batch,) as (batch, tokens): 0 in the first frame, which is clean."""
+    frames, height, width = x.shape[2], x.shape[3] // 2, x.shape[4] // 2
+    each = timestep[:, None, None].repeat(1, frames, height * width)
+    each[:, 0] = 0
+    return each.flatten(1)
 
 
 def _rename(name: str, names: dict[str, str]) -> str:

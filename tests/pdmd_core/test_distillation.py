@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pdmd_core.distillation import Objective, PhasedDistiller, evaluations_per_update, guided_velocity
+from pdmd_core.families.base import classifier_free_guidance
 from pdmd_core.flow import renoise, velocity_to_x0
 from pdmd_core.objectives import fake_score_loss, generator_direction
 from pdmd_core.phases import PhasePlan, unshift_sigma
@@ -31,6 +32,8 @@ class Call:
 
 class TinyNetworks:
     """One small linear network for each role, all of them trainable: only routing decides what gets gradient."""
+
+    guide = staticmethod(classifier_free_guidance)
 
     def __init__(self) -> None:
         torch.manual_seed(7)

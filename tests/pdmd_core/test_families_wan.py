@@ -10,10 +10,11 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
-from pdmd_core.families import FAMILIES, family, family_of
+from pdmd_core.families import FAMILIES, TeacherRouting, family, family_of
 from pdmd_core.families.wan import WanFamily
 from pdmd_core.phases import PhasePlan
 from tests.tiny import CALL, LATENT_CHANNELS, LATENT_SHAPE, randn, save_wan_pipeline, transformer, wan_pipeline
+from tests.tiny_families import wan_image_two_networks, wan_two_networks
 
 WAN = WanFamily()
 NATIVE = {
@@ -314,6 +315,16 @@ def test_what_a_stock_pipeline_cannot_route_is_one_line(components: list[str]) -
     with pytest.raises(ValueError, match=", ".join(components)) as caught:
         WAN.stock_routing(plan, components)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_two_networks_are_routed_as_the_pipeline_s_config_says() -> None:
+    for build, boundary in ((wan_two_networks, 0.875), (wan_image_two_networks, 0.9)):
+        assert WAN.teacher_routing(build().config) == TeacherRouting(("transformer", "transformer_2"), boundary)
+    stock = ["diffusers", "WanTransformer3DModel"]
+    one = TeacherRouting()
+    assert WAN.teacher_routing(wan_pipeline().config) == one
+    assert WAN.teacher_routing({"transformer": stock, "transformer_2": [None, None], "boundary_ratio": 0.9}) == one
+    assert WAN.teacher_routing({"transformer": stock, "transformer_2": stock, "boundary_ratio": None}) == one
 
 
 # --- the registry -----------------------------------------------------------

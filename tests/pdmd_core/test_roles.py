@@ -120,20 +120,22 @@ def test_roles_may_adapt_different_modules() -> None:
 
 def test_a_full_role_shares_no_memory_with_the_base() -> None:
     roles = Roles(transformer(), family("wan"), MIXES["mixed"])
-    base = {p.data_ptr() for p in roles.base.parameters()}
+    base = {p.data_ptr() for p in roles.bases["transformer"].parameters()}
     own = {p.data_ptr() for p in roles.parameters(FAKE)}
     assert own and not own & base
 
 
 def test_lora_roles_share_one_base_network(lora_roles: Roles) -> None:
-    assert all(lora_roles.network(role) is lora_roles.base for role in (TEACHER, *lora_roles.specs))
+    assert all(lora_roles.network(role) is lora_roles.bases["transformer"] for role in (TEACHER, *lora_roles.specs))
 
 
 @torch.no_grad()
 def test_the_weights_of_every_role_are_float32_on_a_base_in_half_precision() -> None:
     roles = Roles(transformer().to(torch.bfloat16), family("wan"), MIXES["mixed"])
     teacher = velocity(roles, TEACHER)
-    assert teacher.dtype == torch.bfloat16 and {p.dtype for p in roles.base.parameters()} >= {torch.bfloat16}
+    assert teacher.dtype == torch.bfloat16 and {p.dtype for p in roles.bases["transformer"].parameters()} >= {
+        torch.bfloat16
+    }
     assert torch.equal(velocity(roles, "high"), teacher)
     torch.testing.assert_close(velocity(roles, FAKE), teacher.float(), rtol=0.05, atol=0.05)
     for role in ("high", FAKE):
@@ -150,7 +152,7 @@ def test_the_weights_of_every_role_are_float32_on_a_base_in_half_precision() -> 
 
 def test_nothing_is_trainable_at_the_start(roles: Roles) -> None:
     assert not any(p.requires_grad for role in roles.specs for p in roles.parameters(role))
-    assert not any(p.requires_grad for p in roles.base.parameters())
+    assert not any(p.requires_grad for p in roles.bases["transformer"].parameters())
 
 
 @pytest.mark.parametrize("trainable", [("high",), ("low", FAKE), (FAKE,), ()])
@@ -198,7 +200,7 @@ def test_a_backward_pass_reaches_its_own_role_and_no_other(roles: Roles) -> None
             assert any(has) == (role == trained), (trained, role)
             for p in roles.parameters(role):
                 p.grad = None
-    assert all(p.grad is None for p in roles.base.parameters())
+    assert all(p.grad is None for p in roles.bases["transformer"].parameters())
 
 
 def test_a_frozen_role_passes_gradient_to_its_input_only(roles: Roles) -> None:

@@ -1,0 +1,163 @@
+"""Qwen-Image and Qwen-Image-Edit: ``QwenImagePipeline`` and ``QwenImageEditPipeline``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..flow import Sigma
+from .base import Conditioning, ModelFamily, classifier_free_guidance
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+    from PIL.Image import Image
+
+_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "img_mlp.net.0.proj",
+    "img_mlp.net.2",
+    "txt_mlp.net.0.proj",
+    "txt_mlp.net.2",
+)
+_MODULE = re.compile(rf"transformer_blocks\.\d+\.({'|'.join(map(re.escape, (*_TARGETS, 'img_mod.1', 'txt_mod.1')))})")
+_WEIGHT = re.compile(
+    r"transformer_blocks\.\d+\.(attn|img_mod|txt_mod|img_mlp|txt_mlp)\..+\.(weight|bias)"
+    r"|(img_in|txt_in|txt_norm|proj_out|norm_out\.linear|time_text_embed\.[\w.]+)\.(weight|bias)"
+)
+
+
+class QwenImageFamily(ModelFamily):
+    """The network's timestep is sigma; latents are (channels, 1, height / 8, width / 8), packed 2x2 for the network.
+
+    The native layout of the network is diffusers' own.
+    """
+
+    name = "qwen_image"
+    architecture = "QwenImageTransformer2DModel"
+    lora_targets = _TARGETS
+
+    def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
+        side = 2 * pipeline.vae_scale_factor
+        if height % side or width % side or height < side or width < side:
+            raise ValueError(f"Qwen-Image pictures have sides that are multiples of {side}, found {width}x{height}")
+        if frames != 1:
+            raise ValueError(f"Qwen-Image makes pictures, 1 frame, found {frames}")
+        channels = pipeline.transformer.config.in_channels // 4
+        return channels, 1, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
+        dtype = cast("QwenImageTransformer2DModel", network).dtype
+        # The pipeline rounds timesteps to the dtype of its latents before it divides.
+        timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
+        mask = conditioning["prompt_mask"].bool()
+        tokens, shapes = _pack(x), [_grid(x)]
+        own = tokens.shape[1]
+        if "image_latents" in conditioning:
+            image = conditioning["image_latents"]
+            tokens, shapes = torch.cat([tokens, _pack(image).to(tokens.dtype)], dim=1), [*shapes, _grid(image)]
+        output = network(
+            hidden_states=tokens.to(dtype),
+            timestep=timestep.to(dtype) / 1000,
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            img_shapes=[shapes] * len(x),
+            return_dict=False,
+        )
+        return _unpack(output[0][:, :own], x.shape)
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """True guidance: each token of the guided velocity keeps the length it has with the prompt."""
+        guided = _pack(classifier_free_guidance(positive, negative, scale))
+        length = _pack(positive).to(guided.dtype).norm(dim=-1, keepdim=True)
+        return _unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), positive.shape)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        max_sequence_length: int,
+        images: Sequence[Image] | None = None,
+    ) -> dict[str, Tensor]:
+        call: dict[str, Any] = {"max_sequence_length": max_sequence_length}
+        if images is not None:
+            call["image"] = [_resized(pipeline, image) for image in images]
+        embeds, mask = pipeline.encode_prompt(list(prompts), **call)
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
+
+    def prompts_see_images(self, pipeline: DiffusionPipeline) -> bool:
+        return self.takes_image(pipeline)
+
+    @torch.no_grad()
+    def encode_images(
+        self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
+    ) -> dict[str, Tensor]:
+        latents = []
+        for image in images:
+            resized = _resized(pipeline, image)
+            pixels = pipeline.image_processor.preprocess(resized, resized.height, resized.width).unsqueeze(2)
+            latents.append(pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None))
+        return {"image_latents": torch.cat(latents)}
+
+    @torch.no_grad()
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        latents = latents.to(vae.device, vae.dtype)
+        shape = (1, -1, 1, 1, 1)
+        mean = torch.tensor(vae.config.latents_mean, device=latents.device, dtype=latents.dtype).view(shape)
+        std = torch.tensor(vae.config.latents_std, device=latents.device, dtype=latents.dtype).view(shape)
+        pixels = vae.decode(latents * std + mean, return_dict=False)[0]
+        return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+
+    def native_module_name(self, diffusers_name: str) -> str:
+        if not _MODULE.fullmatch(diffusers_name):
+            raise ValueError(
+                f"a Qwen-Image module to adapt is transformer_blocks.<n>.<one of {', '.join(_TARGETS)}, img_mod.1, "
+                f"txt_mod.1>, found {diffusers_name!r}"
+            )
+        return diffusers_name
+
+    def diffusers_module_name(self, native_name: str) -> str:
+        return self.native_module_name(native_name)
+
+    def native_weight_name(self, diffusers_name: str) -> str:
+        if not _WEIGHT.fullmatch(diffusers_name):
+            raise ValueError(f"{diffusers_name!r} is not a weight of {self.architecture}")
+        return diffusers_name
+
+
+def _pack(x: Tensor) -> Tensor:
+    """(batch, channels, 1, height, width) to (batch, tokens, 4 * channels): one token for each 2x2 pixels."""
+    return functional.pixel_unshuffle(x[:, :, 0], 2).flatten(2).transpose(1, 2)
+
+
+def _unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of ``_pack``, to latents of this shape."""
+    grid = tokens.transpose(1, 2).unflatten(2, (shape[3] // 2, shape[4] // 2))
+    return functional.pixel_shuffle(grid, 2).unsqueeze(2)
+
+
+def _grid(x: Tensor) -> tuple[int, int, int]:
+    return 1, x.shape[3] // 2, x.shape[4] // 2
+
+
+def _resized(pipeline: DiffusionPipeline, image: Image) -> Image:
+    """As the edit pipeline resizes what it is given: about one megapixel, sides multiples of 32."""
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+
+    width, height, _ = calculate_dimensions(1024 * 1024, image.width / image.height)
+    return pipeline.image_processor.resize(image, height, width)
