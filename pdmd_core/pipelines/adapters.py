@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import MutableMapping
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -12,77 +13,100 @@ from ..experts import ExpertsError, PhasedExperts
 from .networks import COMPONENT, network_of
 from .routing import AdapterSwitch, Route
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
 PREFIX = "phased_"
 """Adapters of LoRA experts are called ``phased_<phase name>``."""
 
 
-def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route) -> list[RemovableHandle]:
-    """Load one adapter for each phase and hook the switch; on an error the pipeline is as it was."""
+def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route) -> dict[str, AdapterSwitch]:
+    """Load one adapter for each phase, and what switches them on each component.
+
+    Raises ExpertsError; the networks are then as they were.
+    """
     if not hasattr(pipe, "load_lora_weights"):
         raise ExpertsError(f"a {type(pipe).__name__} loads no LoRA files: convert the experts to full ones")
-    adapters: dict[str, dict[int, str]] = {}
-    active = {name: _active_adapters(network_of(pipe, name)) for name in (COMPONENT, f"{COMPONENT}_2")}
+    networks = {name: network_of(pipe, name) for name in dict.fromkeys(e.component for e in experts.manifest.experts)}
+    for network in networks.values():
+        _check_usable(network)
+    active = {name: _active_adapters(network) for name, network in networks.items()}
+    adapters: dict[str, dict[int, str]] = {name: {} for name in networks}
     try:
         for k, expert in enumerate(experts.manifest.experts):
-            adapter, network = PREFIX + expert.name, network_of(pipe, expert.component)
+            adapter, network = PREFIX + expert.name, networks[expert.component]
             tensors = experts.tensors(expert.name)
             second = {"load_into_transformer_2": True} if expert.component != COMPONENT else {}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
                 pipe.load_lora_weights(dict(tensors), adapter_name=adapter, **second)
             expected = sum(key.endswith((".lora_up.weight", ".lora_B.weight")) for key in tensors)
-            adapted = sum(adapter in layer._all_available_adapter_names() for layer in _tuner_layers(network))
+            adapted = sum(adapter in layer._all_available_adapter_names() for layer in _tuner_layers(network).values())
             if adapted < expected or not adapted:
                 raise ExpertsError(
                     f"{expert.file}: only {adapted} of its {expected} adapted modules exist in the pipeline's "
                     f"{type(network).__name__}: the file is of another model or layout"
                 )
-            adapters.setdefault(expert.component, {})[k] = adapter
+            adapters[expert.component][k] = adapter
     except Exception as error:
-        for name in active:
-            remove_adapters(network_of(pipe, name))
-            _activate(network_of(pipe, name), active[name])
+        for name, network in networks.items():
+            remove_adapters(network)
+            _activate(network, active[name])
         if isinstance(error, ExpertsError):
             raise
         raise ExpertsError(
             f"{experts.folder}: these experts do not fit the pipeline: {' '.join(str(error).split())[:300]}"
         ) from None
-    handles = []
-    for component, names in adapters.items():
-        network = network_of(pipe, component)
-        _activate(network, [*active[component], names[min(names)]])
-        switch = AdapterSwitch(route, network, names)
-        handles.append(network.register_forward_pre_hook(switch, with_kwargs=True))
-    return handles
+    for name, network in networks.items():
+        _activate(network, [*active[name], adapters[name][min(adapters[name])]])
+    return {name: AdapterSwitch(route, network, adapters[name]) for name, network in networks.items()}
 
 
-def _tuner_layers(network: nn.Module | None) -> list[Any]:
+def _check_usable(network: Any) -> None:
+    if any(name.startswith(PREFIX) for name in getattr(network, "peft_config", {})):
+        raise ExpertsError(
+            "the network of this pipeline carries the phased experts of another pipeline: call "
+            "attach_experts(this_pipeline, that_pipeline), or detach_experts(that_pipeline) first"
+        )
+    for layer in _tuner_layers(network).values():
+        if layer.merged_adapters:
+            raise ExpertsError("a LoRA is fused into this pipeline, which switches others off: unload_lora_weights()")
+        if layer.disable_adapters:
+            raise ExpertsError("LoRA is disabled in this pipeline: call enable_lora() first")
+
+
+def _tuner_layers(network: nn.Module) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)] if network is not None else []
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _active_adapters(network: nn.Module | None) -> list[str]:
-    return next((list(layer.active_adapters) for layer in _tuner_layers(network)), [])
+def _active_adapters(network: nn.Module) -> list[str]:
+    return list(dict.fromkeys(name for layer in _tuner_layers(network).values() for name in layer.active_adapters))
 
 
-def _activate(network: nn.Module | None, adapters: list[str]) -> None:
-    for layer in _tuner_layers(network):
+def _activate(network: nn.Module, adapters: list[str]) -> None:
+    for layer in _tuner_layers(network).values():
         layer.set_adapter(adapters, inference_mode=True)
 
 
 def remove_adapters(network: Any) -> None:
-    """Take the experts' adapters out; with the last adapter of all, peft's layers too."""
-    names = list(getattr(network, "peft_config", {}))
-    own = [name for name in names if name.startswith(PREFIX)]
-    if network is None or not own:
-        return
-    if len(own) == len(names):
-        network.unload_lora()
-    else:
-        active = [name for name in _active_adapters(network) if name not in own]
-        network.delete_adapters(own)
-        _activate(network, active)
+    """Take the experts' adapters out, and peft's layers that hold no other."""
+    active = [name for name in _active_adapters(network) if not name.startswith(PREFIX)]
+    network.delete_adapters([name for name in getattr(network, "peft_config", {}) if name.startswith(PREFIX)])
+    for name, layer in _tuner_layers(network).items():
+        if not layer._all_available_adapter_names():
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    _activate(network, active)
+    if not getattr(network, "peft_config", None):
+        network.__dict__.pop("peft_config", None)
+        network.__dict__.pop("_hf_peft_config_loaded", None)
+
+
+def without_adapters(network: nn.Module, state: MutableMapping[str, Any], prefix: str, _: dict[str, Any]) -> None:
+    """For ``register_state_dict_post_hook``: the names and weights of the network without peft's layers."""
+    layers = _tuner_layers(network)
+    for key in list(state):
+        layer, found, rest = key.removeprefix(prefix).partition(".base_layer.")
+        if found and layer in layers:
+            state[f"{prefix}{layer}.{rest}"] = state.pop(key)
+        elif any(key.startswith(f"{prefix}{name}.") for name in layers):
+            del state[key]

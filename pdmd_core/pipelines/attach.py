@@ -23,12 +23,12 @@ from .networks import (
     network_of,
     no_base,
 )
-from .phased import Attachment, Original, phased_class
+from .offload import is_offloaded_in_parts, offloaded_again
+from .phased import GUIDANCE, MISSING, SCHEDULER_FOLDER, Attachment, Original, phased_class, restore
 from .routing import Route, guard_networks
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-MISSING = object()
-"""Marks a component that the pipeline did not have."""
+_EXPERTS_ARGUMENTS = ("token", "cache_dir", "local_files_only")
+_HUB_ARGUMENTS = (*_EXPERTS_ARGUMENTS, "revision", "force_download", "proxies")
 
 
 def load_phased_pipeline(
@@ -37,35 +37,26 @@ def load_phased_pipeline(
     """A pipeline that samples with phased experts, from an experts folder, a Hub id, or a saved phased pipeline.
 
     base:   model folder or Hub id; the manifest's by default.
-    kwargs: go to ``DiffusionPipeline.from_pretrained`` of the base (``dtype``, ``device_map``, ``variant``, ...).
+    kwargs: go to ``DiffusionPipeline.from_pretrained`` of the base (``dtype``, ``device_map``, ``variant``, its
+            ``revision``, ...); token, cache_dir and local_files_only serve for the experts too.
 
     Full experts take the place of the base's network, which is not loaded. Raises ExpertsError.
     """
-    if not isinstance(experts, PhasedExperts):
-        folder = Path(experts)
-        if (folder / "model_index.json").is_file():
-            if not (folder / MANIFEST_NAME).is_file():
-                return _load_stock_folder(folder, **kwargs)
-            base = base or folder
-        return load_phased_pipeline(PhasedExperts.from_pretrained(experts), base, **kwargs)
-    manifest = experts.manifest
-    source = str(base if base is not None else manifest.base.model)
-    if base is None and manifest.base.revision:
-        kwargs.setdefault("revision", manifest.base.revision)
-    networks = None
-    if _kind(manifest) == "full":
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        empty = functools.partial(empty_network, manifest.base.architecture, source, hub)
-        networks = full_networks(experts, empty, kwargs.get("dtype"))
-        index = load_index(source, hub)
-        taken = [name for name in (COMPONENT, f"{COMPONENT}_2") if isinstance(index.get(name), list)]
-        kwargs |= dict(zip(taken, [*networks, None], strict=False))
-    scheduler = PhasedDMDScheduler.from_plan(manifest.plan)
+    if isinstance(experts, PhasedExperts):
+        return _load(experts, base, PhasedDMDScheduler.from_plan(experts.manifest.plan), **kwargs)
+    folder = Path(experts)
+    if (folder / "model_index.json").is_file():
+        if not (folder / MANIFEST_NAME).is_file():
+            return _load_stock(str(folder), **kwargs)
+        saved = PhasedDMDScheduler.from_pretrained(folder, subfolder=SCHEDULER_FOLDER)
+        return _load(PhasedExperts.open(folder), base or folder, saved, **kwargs)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, scheduler=scheduler, **kwargs)
-    except OSError as error:
-        raise no_base(source, error) from None
-    return _attach(pipe, experts, networks, keep_base=networks is None)
+        opened = PhasedExperts.from_pretrained(experts, **{k: kwargs[k] for k in _EXPERTS_ARGUMENTS if k in kwargs})
+    except ExpertsError:
+        if folder.is_dir() or not _is_phased_index(str(experts), kwargs):
+            raise
+        return _load_stock(str(experts), **kwargs)
+    return load_phased_pipeline(opened, base, **kwargs)
 
 
 def attach_experts(
@@ -73,7 +64,8 @@ def attach_experts(
 ) -> DiffusionPipeline:
     """Make this pipeline sample with phased experts; it is changed in place and returned.
 
-    experts: an experts folder, a Hub id, opened experts, or another phased pipeline whose full experts are then shared.
+    experts: an experts folder, a Hub id, opened experts, or another phased pipeline whose experts are then shared (with
+             a pipeline that was made from it by ``from_pipe``, say).
 
     Steps and guidance default to what the experts were distilled for. Adapters of the user's own stay. Raises
     ExpertsError when experts and pipeline do not fit; the pipeline is then as it was.
@@ -81,12 +73,7 @@ def attach_experts(
     if isinstance(getattr(pipe, "phased", None), Attachment):
         raise ExpertsError("this pipeline already has phased experts: call detach_experts first")
     if isinstance(experts, DiffusionPipeline):
-        shared = getattr(experts, "phased", None)
-        if not isinstance(shared, Attachment) or shared.experts is None:
-            raise ExpertsError("the pipeline given as experts has none: pass an experts folder or Hub id")
-        if shared.networks:
-            return _attach(pipe, shared.experts, shared.networks, shared.route)
-        experts = shared.experts
+        return _share(pipe, experts)
     return _attach(pipe, experts if isinstance(experts, PhasedExperts) else PhasedExperts.from_pretrained(experts))
 
 
@@ -96,72 +83,139 @@ def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if not isinstance(attachment, Attachment):
         raise ExpertsError("this pipeline has no phased experts to detach")
     original = attachment.original
-    if original.components.get(COMPONENT, MISSING) is None:
+    if original is None or original.components.get(COMPONENT, MISSING) is None:
         raise ExpertsError("this pipeline was loaded without its base network: load the base itself")
-    for handle in attachment.handles:
-        handle.remove()
-    if not attachment.networks:
-        for name in (COMPONENT, f"{COMPONENT}_2"):
-            remove_adapters(network_of(pipe, name))
-    del pipe.__dict__["phased"]
-    pipe.__class__ = original.kind
-    pipe._internal_dict = original.config
-    for name, component in original.components.items():
-        if component is MISSING:
-            pipe.__dict__.pop(name, None)
-        else:
-            pipe.__dict__[name] = component
+    if attachment.handles:
+        attachment.route.attached = False
+        for handle in attachment.handles:
+            handle.remove()
+        for switch in attachment.switches.values():
+            remove_adapters(switch.network)
+    with offloaded_again(pipe):
+        restore(pipe, original)
+        for network in original.components.values():
+            if isinstance(network, nn.Module) and attachment.networks:
+                _follow(network, attachment.networks[0])
     return pipe
 
 
-def _attach(
-    pipe: DiffusionPipeline,
-    experts: PhasedExperts,
-    networks: Sequence[nn.Module] | None = None,
-    route: Route | None = None,
-    keep_base: bool = True,
+def _follow(network: Any, expert: Any) -> None:
+    """Move a network that was put aside to where the pipeline has gone with its experts since."""
+    network.to(expert.device)
+    if network.dtype != expert.dtype:
+        network.to(expert.dtype)
+
+
+def _load(
+    experts: PhasedExperts, base: str | Path | None, scheduler: PhasedDMDScheduler, **kwargs: Any
 ) -> DiffusionPipeline:
-    """networks, route: full experts that are loaded already, and the route their guards look at."""
+    manifest = experts.manifest
+    source = str(base if base is not None else manifest.base.model)
+    if base is None and manifest.base.revision:
+        kwargs.setdefault("revision", manifest.base.revision)
+    networks = None
+    if _kind(manifest) == "full":
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        index = load_index(source, hub)
+        taken = [name for name in component_names(2) if isinstance(index.get(name), list)]
+        dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device_map")
+        if isinstance(dtype, dict):
+            dtype = dtype.get(COMPONENT, dtype.get("default"))
+        if device == "balanced":
+            raise ExpertsError("device_map='balanced' cannot place full experts: use a device, or offloading")
+        networks = full_networks(
+            experts, functools.partial(empty_network, manifest.base.architecture, source, hub), dtype
+        )
+        networks = [network.to(device) for network in networks]
+        kwargs |= dict(zip(taken, [*networks, None], strict=False))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, scheduler=scheduler, **kwargs)
+    except OSError as error:
+        raise no_base(source, error) from None
+    return _attach(pipe, experts, networks)
+
+
+def _attach(
+    pipe: DiffusionPipeline, experts: PhasedExperts, loaded: Sequence[nn.Module] | None = None
+) -> DiffusionPipeline:
+    """loaded: full experts that took the place of the base's network when the pipeline was loaded."""
     manifest = experts.manifest
     _check_fits(pipe, manifest)
     scheduler = pipe.scheduler
     if not isinstance(scheduler, PhasedDMDScheduler) or scheduler.plan != manifest.plan:
         scheduler = PhasedDMDScheduler.from_plan(manifest.plan)
-    original = Original(type(pipe), pipe._internal_dict, {"scheduler": pipe.scheduler})
-    route_or_new = route or Route(scheduler)
+    attachment = Attachment(manifest.plan, manifest.guidance_scale, Route(scheduler), experts)
     if _kind(manifest) == "lora":
-        handles, networks = load_adapters(pipe, experts, route_or_new), ()
-        later = [
-            phase
-            for phase, expert in zip(manifest.plan.phases, manifest.experts, strict=True)
-            if expert.component != COMPONENT
+        attachment.switches = load_adapters(pipe, experts, attachment.route)
+        attachment.handles = [
+            switch.network.register_forward_pre_hook(switch, with_kwargs=True)
+            for switch in attachment.switches.values()
         ]
-        second = later[0].sigmas[0] if later else None
     else:
-        like = network_of(pipe, COMPONENT)
+        networks = loaded
         if networks is None:
+            like = network_of(pipe, COMPONENT)
+            if is_offloaded_in_parts(like):
+                raise ExpertsError("this pipeline is offloaded in parts: attach full experts first, then offload")
             networks = full_networks(experts, lambda component: empty_like(network_of(pipe, component)), like.dtype)
             networks = [network.to(like.device) for network in networks]
-        handles = [] if route else guard_networks(networks, route_or_new)
-        names = component_names(len(networks))
-        if len(names) == 1 and getattr(pipe, f"{COMPONENT}_2", None) is not None:
-            names.append(f"{COMPONENT}_2")  # one expert for all noise: the base's second network has no turn
+        attachment.networks = tuple(networks)
+        attachment.handles = guard_networks(networks, attachment.route)
+    _install(pipe, attachment, scheduler)
+    if loaded is not None and attachment.original is not None:
+        attachment.original.components[COMPONENT] = None
+    return pipe
+
+
+def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeline:
+    """Experts of another pipeline: full ones always, LoRA ones where the network is the same."""
+    shared = getattr(owner, "phased", None)
+    if not isinstance(shared, Attachment):
+        raise ExpertsError("the pipeline given as experts has none: pass an experts folder, a Hub id or a phased one")
+    if not shared.route.attached:
+        raise ExpertsError("the pipeline given as experts has lost them to detach_experts: attach them to it again")
+    if not shared.networks:
+        same = [network_of(pipe, name) is switch.network for name, switch in shared.switches.items()]
+        if not all(same):
+            assert shared.experts is not None  # LoRA experts come from a folder
+            return _attach(pipe, shared.experts)
+    elif type(network_of(pipe, COMPONENT)) is not type(shared.networks[0]):
+        raise ExpertsError(
+            f"the experts to share are of a {type(shared.networks[0]).__name__}, the pipeline has a "
+            f"{type(network_of(pipe, COMPONENT)).__name__}"
+        )
+    attachment = Attachment(
+        shared.plan, shared.guidance_scale, shared.route, shared.experts, shared.networks, shared.switches
+    )
+    scheduler = pipe.scheduler
+    if not isinstance(scheduler, PhasedDMDScheduler) or scheduler.plan != shared.plan:
+        scheduler = PhasedDMDScheduler.from_plan(shared.plan)
+    _install(pipe, attachment, scheduler)
+    return pipe
+
+
+def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedDMDScheduler) -> None:
+    """Class, components and configuration of a phased pipeline."""
+    original = Original(type(pipe), pipe._internal_dict, {"scheduler": pipe.scheduler})
+    plan, networks = attachment.plan, attachment.networks
+    second = plan.boundaries[0] if len(networks) == 2 else None
+    with offloaded_again(pipe):
+        names = component_names(len(networks)) if networks else []
+        if len(names) == 1 and getattr(pipe, component_names(2)[1], None) is not None:
+            names = component_names(2)  # one expert for all noise: the base's second network has no turn
         for name, network in zip(names, [*networks, None], strict=False):
             original.components[name] = pipe.__dict__.get(name, MISSING)
             pipe.register_modules(**{name: network})
-        if not keep_base:
-            original.components[COMPONENT] = None
-        second = manifest.plan.boundaries[0] if len(networks) == 2 else None
-    if "boundary_ratio" in pipe.config:
-        # Wan's own rule is `timestep >= boundary_ratio * 1000` for its first network: strictly above the boundary
-        pipe.register_to_config(boundary_ratio=second * 1.0005 if second is not None else None)
-    pipe.register_modules(scheduler=scheduler)
-    pipe.__dict__["phased"] = Attachment(
-        manifest.plan, manifest.guidance_scale, route_or_new, original, experts, tuple(networks), handles
-    )
-    kind: type[DiffusionPipeline] = type(pipe)
-    pipe.__class__ = phased_class(kind, len(networks))
-    return pipe
+        for name, switch in attachment.switches.items():
+            if name != COMPONENT:
+                second = plan.phases[min(switch.phases)].sigmas[0]
+        if "boundary_ratio" in pipe.config:
+            # Wan's own rule is `timestep >= boundary_ratio * 1000` for its first network: strictly above the boundary
+            pipe.register_to_config(boundary_ratio=second * 1.0005 if second is not None else None)
+        pipe.register_modules(scheduler=scheduler)
+        attachment.original = original
+        pipe.__dict__["phased"] = attachment
+        pipe.__class__ = phased_class(original.kind, len(networks))
 
 
 def _kind(manifest: Manifest) -> str:
@@ -173,7 +227,7 @@ def _kind(manifest: Manifest) -> str:
 
 def _check_fits(pipe: DiffusionPipeline, manifest: Manifest) -> None:
     kind = type(pipe).__name__
-    network, second = network_of(pipe, COMPONENT), network_of(pipe, f"{COMPONENT}_2")
+    network = network_of(pipe, COMPONENT)
     if network is None:
         raise ExpertsError(f"a {kind} without a {COMPONENT} cannot take phased experts")
     if type(network).__name__ != manifest.base.architecture:
@@ -181,32 +235,49 @@ def _check_fits(pipe: DiffusionPipeline, manifest: Manifest) -> None:
             f"these experts are of a {manifest.base.architecture} ({manifest.base.model}), the pipeline has a "
             f"{type(network).__name__}"
         )
+    first, second = component_names(2)
+    components = [expert.component for expert in manifest.experts]
+    if not set(components) <= {first, second}:
+        raise ExpertsError(f"experts of a pipeline belong to {first} or {second}, found {', '.join(components)}")
+    has_two = network_of(pipe, second) is not None
     if _kind(manifest) == "full":
         return
-    components = [expert.component for expert in manifest.experts]
-    if components != sorted(components) or not set(components) <= {COMPONENT, f"{COMPONENT}_2"}:
-        raise ExpertsError(f"LoRA experts belong to {COMPONENT}, then {COMPONENT}_2, found {', '.join(components)}")
-    if second is None and len(set(components)) > 1:
+    if components != sorted(components):
+        raise ExpertsError(f"LoRA experts belong to {first}, then {second}, found {', '.join(components)}")
+    if not has_two and second in components:
         raise ExpertsError(f"these experts adapt two networks, this {kind} has one: use {manifest.base.model!r}")
-    if second is not None and len(set(components)) == 1:
+    if has_two and len(set(components)) == 1:
         raise ExpertsError(f"these experts adapt one network, this {kind} has two: use {manifest.base.model!r}")
 
 
-def _load_stock_folder(folder: Path, **kwargs: Any) -> DiffusionPipeline:
-    """A stock pipeline folder of full experts, as ``save_pretrained`` of a phased pipeline writes it."""
+def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a Hub repository holds a saved pipeline of full experts."""
+    try:
+        return GUIDANCE in load_index(source, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
+    except ExpertsError:
+        return False
+
+
+def _load_stock(source: str, **kwargs: Any) -> DiffusionPipeline:
+    """A stock pipeline of full experts, as ``save_pretrained`` of a phased pipeline writes it."""
     import diffusers
 
-    index = DiffusionPipeline.load_config(folder)
-    scheduler = PhasedDMDScheduler.from_pretrained(folder, subfolder="scheduler")
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    index = load_index(source, hub)
     names = [name for name in component_names(99) if isinstance(index.get(name), list) and index[name][0]]
-    if scheduler.plan is None or len(names) != len(scheduler.plan):
+    scheduler = PhasedDMDScheduler.from_pretrained(source, subfolder="scheduler", **hub)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if scheduler.plan is None or len(names) != len(scheduler.plan) or kind is None:
         found = f"a plan of {len(scheduler.plan)} phases" if scheduler.plan else "no phase plan in scheduler/"
-        raise ExpertsError(f"{folder}: no {MANIFEST_NAME}, {len(names)} network(s) and {found}: not phased experts")
-    kind = getattr(diffusers, index["_class_name"])
-    pipe = phased_class(kind, len(names)).from_pretrained(folder, scheduler=scheduler, **kwargs)
-    networks = tuple(network_of(pipe, name) for name in names)
-    route = Route(scheduler)
-    original = Original(kind, pipe._internal_dict, {COMPONENT: None})
-    handles = guard_networks(networks, route)
-    pipe.__dict__["phased"] = Attachment(scheduler.plan, 1.0, route, original, None, networks, handles)
+        raise ExpertsError(f"{source}: no {MANIFEST_NAME}, {len(names)} network(s) and {found}: not phased experts")
+    pipe = phased_class(kind, len(names)).from_pretrained(source, scheduler=scheduler, **kwargs)
+    networks, route = tuple(network_of(pipe, name) for name in names), Route(scheduler)
+    pipe.__dict__["phased"] = Attachment(
+        scheduler.plan,
+        float(index.get(GUIDANCE, 1.0)),
+        route,
+        None,
+        networks,
+        handles=guard_networks(networks, route),
+    )
     return pipe

@@ -22,6 +22,7 @@ def network_of(pipe: DiffusionPipeline, component: str) -> Any:
 
 
 def component_names(count: int) -> list[str]:
+    """The components of this many full experts, in the order of their phases."""
     return [COMPONENT, *(f"{COMPONENT}_{k}" for k in range(2, count + 1))]
 
 
@@ -48,10 +49,12 @@ def full_networks(
 
 
 def empty_like(network: Any) -> nn.Module:
+    """A network of the same class and config, without memory for its parameters."""
     return _without_weights(type(network), network.config)
 
 
 def load_index(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline folder or Hub id. Raises ExpertsError."""
     try:
         return DiffusionPipeline.load_config(source, **hub)
     except OSError as error:
@@ -59,11 +62,13 @@ def load_index(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def no_base(source: str, error: OSError) -> ExpertsError:
+    """The error for a base that cannot be loaded, in one line."""
     reason = " ".join(str(error).split())[:300]
     return ExpertsError(f"cannot load the base {source!r} of these experts: {reason}; pass another as base=")
 
 
 def empty_network(architecture: str, source: str, hub: Mapping[str, Any], component: str) -> nn.Module:
+    """A network of this class with the config of the base's component. Raises ExpertsError."""
     import diffusers
 
     kind = getattr(diffusers, architecture, None)

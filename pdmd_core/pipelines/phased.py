@@ -6,8 +6,9 @@ import functools
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,10 @@ from torch import nn
 from ..experts import MANIFEST_NAME, ExpertsError, PhasedExperts
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
-from .networks import COMPONENT, component_names
-from .routing import Route
+from .adapters import without_adapters
+from .networks import COMPONENT, component_names, network_of
+from .offload import check_disk_files, offload_groups
+from .routing import AdapterSwitch, Route
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -28,6 +31,12 @@ logger = logging.get_logger(__name__)
 
 STOCK_SCHEDULER = ("diffusers", "FlowMatchEulerDiscreteScheduler")
 """Written into model_index.json: ``from_pretrained`` cannot load a scheduler of a third package by its index."""
+
+SCHEDULER_FOLDER = "phased_scheduler"
+"""Holds the phased scheduler of a saved pipeline with LoRA experts, whose own scheduler stays the base's."""
+
+GUIDANCE = "_phased_guidance_scale"
+"""Key of model_index.json for the guidance of full experts."""
 
 
 @dataclass
@@ -46,71 +55,163 @@ class Attachment:
     plan: PhasePlan
     guidance_scale: float
     route: Route
-    original: Original
     experts: PhasedExperts | None
     """None for a pipeline loaded from a stock folder of full experts."""
-    networks: tuple[nn.Module, ...]
+    networks: tuple[nn.Module, ...] = ()
     """Full experts in the order of the phases; empty for LoRA experts."""
-    handles: list[RemovableHandle]
+    switches: Mapping[str, AdapterSwitch] = field(default_factory=dict)
+    """Of LoRA experts, by component."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    """Of the hooks on the networks; empty where the experts are shared from another pipeline."""
+    original: Original | None = None
     running: bool = False
-    """Inside a call, when ``pipe.transformer`` is the full expert on turn."""
+    """Inside a call, when ``pipe.transformer`` is the expert on turn."""
+
+    def on_turn(self, component: str, components: Mapping[str, Any]) -> Any:
+        """What this component of a running pipeline is now; LoRA experts are switched."""
+        phase = self.route.scheduler.phase
+        if component in self.switches:
+            self.switches[component].switch(phase)
+        elif component == COMPONENT and self.networks:
+            return components[component_names(len(self.networks))[phase]]
+        return components.get(component)
+
+    def check(self, pipe: DiffusionPipeline, given: Mapping[str, Any]) -> None:
+        """Raise ExpertsError where a call with these arguments would not sample with the experts."""
+        if not self.route.attached:
+            raise ExpertsError("the experts were detached from the pipeline that loaded them: attach_experts again")
+        scheduler = pipe.scheduler
+        if not isinstance(scheduler, PhasedDMDScheduler) or scheduler.plan != self.plan:
+            raise ExpertsError(
+                "phased experts walk the sigmas of their own plan, the pipeline's scheduler is a "
+                f"{type(scheduler).__name__}: set pipe.scheduler = PhasedDMDScheduler.from_plan(pipe.phased.plan)"
+            )
+        expected = {name: switch.network for name, switch in self.switches.items()}
+        expected |= dict(zip(component_names(len(self.networks)), self.networks, strict=True)) if self.networks else {}
+        for name, network in expected.items():
+            if network_of(pipe, name) is not network:
+                raise ExpertsError(f"pipe.{name} was replaced and is no phased expert: detach, replace, attach again")
+        for name in ("attention_kwargs", "joint_attention_kwargs"):
+            if self.switches and (given.get(name) or {}).get("scale", 1.0) != 1.0:
+                raise ExpertsError(f"{name}={given[name]} scales the experts too: weigh your LoRA with set_adapters")
+        check_disk_files(expected)
 
 
 @functools.cache
 def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[DiffusionPipeline]:
     """A subclass of a pipeline class that samples with phased experts.
 
+    It keeps the name of its base, by which diffusers looks up related pipelines.
     networks: number of full experts, which become its components; 0 for LoRA experts.
     """
     signature = inspect.signature(base.__call__)
 
     @functools.wraps(base.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attachment: Attachment = self.phased
-        if not isinstance(self.scheduler, PhasedDMDScheduler) or self.scheduler.plan != attachment.plan:
-            raise ExpertsError(
-                f"phased experts walk the sigmas of their own plan, the pipeline's scheduler is a "
-                f"{type(self.scheduler).__name__}: set pipe.scheduler = PhasedDMDScheduler.from_plan(pipe.phased.plan)"
-            )
+        attachment = _attachment(self)
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        attachment.check(self, given)
         attachment.route.scheduler = self.scheduler
-        kwargs |= _defaults(self, signature, signature.bind_partial(self, *args, **kwargs).arguments)
-        attachment.running = True
+        kwargs |= _defaults(self, signature, given)
+        attachment.running = attachment.route.switched = True
         try:
             return base.__call__(self, *args, **kwargs)
         finally:
-            attachment.running = False
+            attachment.running = attachment.route.switched = False
 
-    def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        hub = {name: kwargs.pop(name) for name in ("repo_id", "private", "token", "commit_message") if name in kwargs}
-        push = kwargs.pop("push_to_hub", False)
-        folder, attachment = Path(save_directory), self.phased
+    def maybe_free_model_hooks(self: Any) -> None:
+        if "phased" in self.__dict__:
+            self.phased.running = False  # every component by its own name again
+        base.maybe_free_model_hooks(self)
+
+    def get_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = base.get_timesteps(self, *args, **kwargs)
+        if self.scheduler.begin_index is None:  # not every pipeline says that it starts midway
+            self.scheduler.set_begin_index(len(self.scheduler.timesteps) - len(found[0]))
+        return found
+
+    def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        attachment, folder = _attachment(self), Path(save_directory)
         if networks:
-            base.save_pretrained(self, folder, *args, **kwargs)
-        else:  # the base without adapters, the experts' own files beside it
-            from .attach import attach_experts, detach_experts
-
-            experts, scheduler = attachment.experts, self.scheduler
-            detach_experts(self)
-            try:
-                self.save_pretrained(folder, *args, **kwargs)
-            finally:
-                attach_experts(self, experts)
-                self.scheduler = scheduler
+            base.save_pretrained(self, str(folder), *args, **kwargs)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        experts = attachment.experts
+        if experts is not None and experts.folder.resolve() != folder.resolve():
             for name in (MANIFEST_NAME, *(expert.file for expert in experts.manifest.experts)):
                 shutil.copyfile(experts.folder / name, folder / name)
-        if push:
-            return self.push_to_hub(hub.pop("repo_id", folder.name), **hub)
-        return None
+        self.scheduler.save_pretrained(folder / SCHEDULER_FOLDER)
+        with _as_it_was(self):  # the base without adapters; the experts are in their own files
+            self.save_pretrained(str(folder), *args, **kwargs)
 
-    namespace = {
+    namespace: dict[str, Any] = {
         "__module__": base.__module__,
+        "__qualname__": f"Phased{base.__qualname__}",
         "__doc__": base.__doc__,
         "__call__": __call__,
+        "maybe_free_model_hooks": maybe_free_model_hooks,
+        "enable_group_offload": offload_groups,
         "save_pretrained": save_pretrained,
     }
+    if hasattr(base, "get_timesteps"):
+        namespace["get_timesteps"] = get_timesteps
+    known = inspect.signature(base.__init__).parameters
+    namespace |= {name: _component(name) for name in component_names(2) if name == COMPONENT or name in known}
     if networks:
-        namespace |= _components_of_full_experts(base, networks)
-    return type(f"Phased{base.__name__}", (base,), namespace)
+        namespace |= _components_of_full_experts(base, component_names(networks))
+    return type(base.__name__, (base,), namespace)
+
+
+def _attachment(pipe: Any) -> Attachment:
+    if "phased" not in pipe.__dict__:
+        raise ExpertsError(
+            "this pipeline was made from a phased one: call attach_experts(this_pipeline, that_pipeline)"
+        )
+    return pipe.phased
+
+
+def _component(name: str) -> property:
+    def get(self: Any) -> Any:
+        attachment = self.__dict__.get("phased")
+        if attachment is not None and attachment.running:
+            return attachment.on_turn(name, self.__dict__)
+        return self.__dict__.get(name)
+
+    def replace(self: Any, network: Any) -> None:
+        self.__dict__[name] = network
+
+    return property(get, replace)
+
+
+@contextmanager
+def _as_it_was(pipe: Any) -> Iterator[None]:
+    """The pipeline with LoRA experts as the one they were attached to; adapters are left out of weights."""
+    attachment, kind, config, scheduler = pipe.phased, type(pipe), pipe._internal_dict, pipe.scheduler
+    hooks = [s.network.register_state_dict_post_hook(without_adapters) for s in attachment.switches.values()]
+    restore(pipe, attachment.original)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        pipe.__class__ = kind
+        pipe.__dict__ |= {"phased": attachment, "_internal_dict": config, "scheduler": scheduler}
+
+
+def restore(pipe: Any, original: Original) -> None:
+    """Class, configuration and components as they were."""
+    del pipe.__dict__["phased"]
+    pipe.__class__ = original.kind
+    pipe._internal_dict = original.config
+    for name, component in original.components.items():
+        if component is MISSING:
+            pipe.__dict__.pop(name, None)
+        else:
+            pipe.__dict__[name] = component
+
+
+MISSING = object()
+"""Marks a component that the pipeline did not have."""
 
 
 def _defaults(pipe: Any, signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +229,7 @@ def _defaults(pipe: Any, signature: inspect.Signature, given: Mapping[str, Any])
     wanted = attachment.guidance_scale - 1.0 + none
     if name not in given:
         defaults[name] = wanted
-    elif float(given[name]) > max(wanted, none):
+    elif given[name] is not None and float(given[name]) > max(wanted, none):
         logger.warning(
             f"{name}={given[name]}: these experts were distilled with the teacher's guidance in them. Guidance on top "
             f"applies it twice and doubles the work; leave it at {wanted:g}."
@@ -146,8 +247,7 @@ def _no_guidance(pipe: Any) -> float:
         pipe._guidance_scale = before
 
 
-def _components_of_full_experts(base: type[DiffusionPipeline], networks: int) -> dict[str, Any]:
-    names = component_names(networks)
+def _components_of_full_experts(base: type[DiffusionPipeline], names: list[str]) -> dict[str, Any]:
     signature = inspect.signature(base.__init__)
     annotation = signature.parameters[COMPONENT].annotation
     extra = [
@@ -163,24 +263,11 @@ def _components_of_full_experts(base: type[DiffusionPipeline], networks: int) ->
 
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra])  # type: ignore[attr-defined]
 
-    def on_turn(self: Any) -> Any:
-        attachment = self.__dict__.get("phased")
-        running = attachment is not None and attachment.running
-        return self.__dict__.get(names[attachment.route.scheduler.phase] if running else COMPONENT)
-
-    def replace(self: Any, network: Any) -> None:
-        self.__dict__[COMPONENT] = network
-
-    def maybe_free_model_hooks(self: Any) -> None:
-        if "phased" in self.__dict__:
-            self.phased.running = False  # every component by its own name again
-        base.maybe_free_model_hooks(self)
-
     def save_config(self: Any, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         base.save_config(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
-        index |= {"_class_name": base.__name__, "scheduler": list(STOCK_SCHEDULER)}
+        index |= {"scheduler": list(STOCK_SCHEDULER), GUIDANCE: _attachment(self).guidance_scale}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     sequence = base.model_cpu_offload_seq
@@ -190,8 +277,6 @@ def _components_of_full_experts(base: type[DiffusionPipeline], networks: int) ->
         sequence = "->".join([*parts[:at], *names[1:], *parts[at:]])
     return {
         "__init__": __init__,
-        COMPONENT: property(on_turn, replace),
-        "maybe_free_model_hooks": maybe_free_model_hooks,
         "save_config": save_config,
         "model_cpu_offload_seq": sequence,
         "_optional_components": [*base._optional_components, *(parameter.name for parameter in extra)],

@@ -7,7 +7,7 @@ bfloat16 it may lie on the other side of a boundary, and its units differ from m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 
 class Route:
-    """Which phase is on turn: the scheduler that every hook of one pipeline looks at."""
+    """Which phase is on turn: the scheduler that the hooks of one set of experts look at."""
 
     def __init__(self, scheduler: PhasedDMDScheduler) -> None:
         self.scheduler = scheduler
+        self.switched = False
+        """A phased pipeline is running; it switches experts whenever it takes its network."""
+        self.attached = True
 
 
 class PhaseGuard:
@@ -34,29 +37,36 @@ class PhaseGuard:
     Raises RuntimeError.
     """
 
-    def __init__(self, route: Route, phases: frozenset[int]) -> None:
+    def __init__(self, route: Route, network: nn.Module, phases: frozenset[int]) -> None:
         self.route = route
+        self.network = network
         self.phases = phases
 
-    @torch.compiler.disable
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() and self.route.switched:
+            return  # nothing to do inside the graph: the pipeline, which is outside, has switched
+        self.check(args, kwargs)
+
+    @torch.compiler.disable
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         scheduler = self.route.scheduler
-        timestep = _timestep(network, args, kwargs)
+        timestep = _timestep(self.network, args, kwargs)
         if not _at_sigma(timestep, scheduler.sigma):
             raise RuntimeError(
                 f"the network is called at timestep {float(timestep.max()):.4g}, the phased scheduler is at sigma "
-                f"{scheduler.sigma:.4g}: another scheduler walks this pipeline; give it the experts' PhasedDMDScheduler"
+                f"{scheduler.sigma:.4g}: another scheduler walks this pipeline; call attach_experts(this_pipeline, "
+                "phased_pipeline)"
             )
         if scheduler.phase not in self.phases:
             name = scheduler.plan.phases[scheduler.phase].name if scheduler.plan else scheduler.phase
             raise RuntimeError(
                 f"sigma {scheduler.sigma:.4g} belongs to the expert {name!r}, another expert was called: this pipeline "
-                "does not switch experts; call attach_experts(pipeline, phased_pipeline) on it"
+                "does not switch experts; call attach_experts(this_pipeline, phased_pipeline)"
             )
-        self.prepare(network, scheduler.phase)
+        self.switch(scheduler.phase)
 
-    def prepare(self, network: nn.Module, phase: int) -> None:
-        """Called before each forward that is allowed."""
+    def switch(self, phase: int) -> None:
+        """Make the network that of this phase, where it can run in several."""
 
 
 class AdapterSwitch(PhaseGuard):
@@ -65,10 +75,10 @@ class AdapterSwitch(PhaseGuard):
     adapters: phase index to the name of its adapter on this network.
     """
 
-    def __init__(self, route: Route, network: nn.Module, adapters: dict[int, str]) -> None:
+    def __init__(self, route: Route, network: nn.Module, adapters: Mapping[int, str]) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        super().__init__(route, frozenset(adapters))
+        super().__init__(route, network, frozenset(adapters))
         self.adapters = adapters
         self.own = frozenset(adapters.values())
         self.layers = [
@@ -77,27 +87,38 @@ class AdapterSwitch(PhaseGuard):
             if isinstance(module, BaseTunerLayer) and self.own & set(module._all_available_adapter_names())
         ]
 
-    def prepare(self, network: nn.Module, phase: int) -> None:
+    @torch.compiler.disable
+    def switch(self, phase: int) -> None:
+        if phase not in self.phases:
+            return
         adapter = self.adapters[phase]
-        if adapter not in getattr(network, "peft_config", {}):
+        if adapter not in getattr(self.network, "peft_config", {}):
             raise RuntimeError(
-                f"the adapter {adapter!r} of the phased experts was removed: call detach_experts, then attach_experts"
+                f"the adapter {adapter!r} of the phased experts was unloaded: call detach_experts, then "
+                "attach_experts; to unload a LoRA of your own, call delete_adapters with its name"
             )
         for layer in self.layers:
-            if self.own & set(layer.merged_adapters):
+            if layer.merged_adapters:
                 raise RuntimeError(
-                    "phased experts cannot be fused, each phase has its own: call unfuse_lora() on the pipeline"
+                    f"the LoRA {', '.join(layer.merged_adapters)} is fused into the network, which switches phased "
+                    "experts off: call unfuse_lora() on the pipeline; to fuse a LoRA of your own, do it before "
+                    "attach_experts and call unload_lora_weights() after it"
+                )
+            if layer.disable_adapters:
+                raise RuntimeError(
+                    "LoRA is disabled, and with it the phased experts: call enable_lora() on the pipeline; to do "
+                    "without a LoRA of your own, give it weight 0 in set_adapters"
                 )
             active = layer.active_adapters
-            wanted = [name for name in active if name not in self.own] + [adapter]
-            if active != wanted:
-                layer.set_adapter(wanted, inference_mode=True)
+            if adapter in active and self.own.intersection(active) == {adapter}:
+                continue
+            layer.set_adapter([*(name for name in active if name not in self.own), adapter], inference_mode=True)
 
 
 def guard_networks(networks: Sequence[nn.Module], route: Route) -> list[RemovableHandle]:
     """Full experts in the order of the phases: each may run in its own phase only."""
     return [
-        network.register_forward_pre_hook(PhaseGuard(route, frozenset({k})), with_kwargs=True)
+        network.register_forward_pre_hook(PhaseGuard(route, network, frozenset({k})), with_kwargs=True)
         for k, network in enumerate(networks)
     ]
 
