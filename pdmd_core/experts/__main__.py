@@ -1,0 +1,167 @@
+"""``phased-dmd``: look at expert files, check them, and convert them for other tools."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ..phases import PhasePlanError
+from .manifest import ExpertsError
+
+_EXAMPLES = """examples:
+  phased-dmd inspect experts                      what these experts are; also any single .safetensors file
+  phased-dmd verify experts --sample              whole, fitting their base, sampling the same in stock diffusers
+  phased-dmd convert experts --to full --output full_experts
+  phased-dmd convert full_experts --to lora --rank 32 --output lora_experts
+  phased-dmd convert experts --to diffusers --output pipeline
+  phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
+
+exit status: 0 when all is well, 1 for a failed check or an error (one line on standard error), 2 for wrong arguments
+"""
+_TARGETS = """what --to writes:
+  full        an experts folder of full experts; LoRA experts are merged into their base, in float32
+  lora        an experts folder of LoRA experts of --rank, by SVD of the difference to the base; the error is printed
+  diffusers   a stock pipeline folder: the base with the experts as transformer and transformer_2
+  comfyui     one file for each expert under the original names of all weights, for ComfyUI's Load Diffusion Model
+
+LoRA files of an experts folder load in ComfyUI and diffusers as they are. Weights are handled one at a time.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="phased-dmd", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="say what a folder or file is, from its headers alone")
+    inspect.add_argument("path", type=Path, help="experts folder, or any .safetensors file (LoRAs of others too)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="check hashes, fit to the base, values, and with --sample the result")
+    verify.add_argument("folder", type=Path, help="experts folder")
+    _add_base(verify)
+    verify.add_argument("--sample", action="store_true", help="sample once here and once in stock diffusers, compare")
+    verify.add_argument("--prompt", help="what to sample")
+    verify.add_argument("--size", type=_size, help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES (default: as distilled)")
+    verify.add_argument("--max_sequence_length", type=int, help="prompt padding (default: as distilled)")
+    verify.set_defaults(run=_verify)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write the experts for other tools, or between LoRA and full",
+        epilog=_TARGETS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("folder", type=Path, help="experts folder")
+    convert.add_argument("--to", required=True, choices=["comfyui", "diffusers", "full", "lora"], help="see below")
+    convert.add_argument(
+        "--output", type=Path, required=True, help="folder to write; it appears complete or not at all"
+    )
+    _add_base(convert)
+    convert.add_argument("--rank", type=_rank, help="of --to lora")
+    convert.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="how weights are stored (default: as in the files)"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace --output, once the new one is complete")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="folder or Hub id of the base pipeline (default: the one the experts name)")
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    numbers = [int(part) for part in text.lower().split("x")]
+    if len(numbers) not in (2, 3):
+        raise ValueError
+    width, height, frames = [*numbers, 1][:3]
+    return width, height, frames
+
+
+def _rank(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.ArgumentParser, argparse.Namespace], int] = options.run
+    try:
+        return run(parser, options)
+    except (ExpertsError, PhasePlanError) as error:
+        print(f"phased-dmd: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f'phased-dmd: {error.name} is needed for this: pip install "phased-dmd[diffusers]"', file=sys.stderr)
+    except BrokenPipeError:  # the reader has seen enough, as in `phased-dmd inspect x | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("phased-dmd: stopped, nothing was changed", file=sys.stderr)
+    return 1
+
+
+def _inspect(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from .inspect import inspect, report_text
+
+    report = inspect(options.path)
+    print(json.dumps(report, indent=2) if options.json else report_text(report))
+    return 0
+
+
+def _verify(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from .verify import SampleRequest, verify
+
+    request = None
+    if options.sample:
+        request = SampleRequest(
+            options.prompt or SampleRequest.prompt, options.size, options.max_sequence_length or None
+        )
+    elif options.prompt or options.size or options.max_sequence_length:
+        parser.error("--prompt, --size and --max_sequence_length are for --sample")
+    count = failures = 0
+    for check in verify(options.folder, options.base, request):
+        count, failures = count + 1, failures + (not check.passed)
+        print(f"{'pass' if check.passed else 'FAIL'}  {check.name.ljust(24)}  {check.detail}", flush=True)
+    print(f"{failures} of {count} checks failed" if failures else f"all {count} checks passed")
+    return 1 if failures else 0
+
+
+def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    if (options.rank is None) == (options.to == "lora"):
+        parser.error("--to lora needs --rank" if options.to == "lora" else "--rank is for --to lora")
+    import torch
+
+    from .convert import Conversion
+    from .files import PhasedExperts
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    conversion = Conversion(PhasedExperts.open(options.folder), options.output, options.base, dtype, options.overwrite)
+    if options.to == "lora":
+        summary = conversion.to_lora(options.rank).training["conversions"][-1]
+        for name, found in summary["experts"].items():
+            print(
+                f"{name}: relative error {found['relative_error_mean']:.2%} on average, "
+                f"{found['relative_error_worst']:.2%} at worst ({found['worst_module']}); left out "
+                f"{found['changed_weights_left_out']} changed weights that a LoRA does not hold, by at most "
+                f"{found['largest_change_left_out']:.2%}"
+            )
+    else:
+        written = {"full": conversion.to_full, "comfyui": conversion.to_comfyui, "diffusers": conversion.to_diffusers}
+        for name, dtypes in written[options.to]().training["conversions"][-1]["stored_as"].items():
+            print(f"{name}: stored as {', '.join(dtypes)}")
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The diffusers pipeline that experts belong to, as files: its configs, the shapes of its networks, their weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..families import ModelFamily, family
+from .manifest import BaseModel, ExpertsError
+from .weights import Weights, open_weights
+
+Shapes = Mapping[str, tuple[int, ...]]
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+_CONFIGS = ["model_index.json", "*/config.json"]
+_NETWORKS = ["transformer*/*.safetensors", "transformer*/*.index.json"]
+_NEVER = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.msgpack", "*.h5"]
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A pipeline folder whose networks are of the family that the experts name."""
+
+    folder: Path
+    family: ModelFamily
+
+    @classmethod
+    def find(cls, base: BaseModel, given: str | None, networks: bool, others: bool = False) -> BaseFiles:
+        """The base that the manifest names, or the folder or Hub id that the user gave. Raises ExpertsError.
+
+        From the Hub come its configs, and when asked for the weights of its networks and all other components.
+        """
+        model = given or base.model
+        if Path(model).is_dir():
+            folder = Path(model)
+        else:
+            allowed = None if others else _CONFIGS + (_NETWORKS if networks else [])
+            refused = _NEVER + ([] if networks else _NETWORKS)
+            folder = _download(model, None if given else base.revision, allowed, refused)
+        found = cls(folder, family_of_base(base))
+        found.index()
+        return found
+
+    def index(self) -> dict[str, Any]:
+        """The pipeline's model_index.json. Raises ExpertsError when the folder is not a pipeline's."""
+        try:
+            index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            index = None
+        if not isinstance(index, dict):
+            raise ExpertsError(
+                f"base {self.folder}: no readable model_index.json: give --base a folder or Hub id of a pipeline"
+            )
+        return index
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A network's config.json. Raises ExpertsError when it is not one of the family's."""
+        path = self.folder / component / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ExpertsError(f"base {self.folder}: {component} has no readable config.json ({error})") from None
+        found = config.get("_class_name") if isinstance(config, dict) else None
+        if found != self.family.architecture:
+            raise ExpertsError(
+                f"base {self.folder}: {component} is a {found}, the experts are of a {self.family.architecture}: "
+                "give their own base with --base"
+            )
+        return config
+
+    def shapes(self, component: str) -> Shapes:
+        """Name to shape of every weight of a network, from its config; no weight is read."""
+        return _shapes(self.family.architecture, json.dumps(self.config(component)))
+
+    def weights(self, component: str) -> Weights:
+        """A network's weights, in one file or in shards. Raises ExpertsError."""
+        self.config(component)
+        folder = self.folder / component
+        index = folder / f"{WEIGHTS_NAME}.index.json"
+        if not index.is_file():
+            return open_weights(folder / WEIGHTS_NAME)
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            raise ExpertsError(f"{index}: not a list of weight files: download the base again") from None
+        if any(Path(name).name != name for name in names):
+            raise ExpertsError(f"{index}: names a file of another folder: download the base again")
+        return open_weights(*(folder / name for name in sorted(names)))
+
+    @property
+    def float32_modules(self) -> Sequence[str]:
+        """Parts of weight names that diffusers keeps in float32 whatever the dtype of the network."""
+        import diffusers
+
+        return getattr(diffusers, self.family.architecture)._keep_in_fp32_modules or ()
+
+    def check_full(self, file: str, component: str, found: Shapes) -> None:
+        """Raises ExpertsError unless these are exactly the weights of the network."""
+        expected = self.shapes(component)
+        for name in sorted(set(expected) ^ set(found)):
+            what = "lacks" if name in expected else "has the unknown weight"
+            raise ExpertsError(f"{file} {what} {name}, it does not fit {component} of {self.folder}: give its own base")
+        for name, shape in found.items():
+            self._check_shape(file, component, name, shape, expected[name])
+
+    def check_lora(self, file: str, component: str, found: Shapes) -> None:
+        """``found``: shapes of ``<module>.lora_A`` / ``.lora_B``. Raises ExpertsError unless the network has them."""
+        expected = self.shapes(component)
+        for name, shape in found.items():
+            module, _, part = name.rpartition(".")
+            weight = expected.get(f"{module}.weight")
+            if weight is None or len(weight) != 2:
+                raise ExpertsError(f"{file} adapts {module}, which {component} of {self.folder} does not have")
+            wanted = (shape[0], weight[1]) if part == "lora_A" else (weight[0], shape[1])
+            self._check_shape(file, component, name, shape, wanted)
+
+    def _check_shape(
+        self, file: str, component: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]
+    ) -> None:
+        if found != expected:
+            raise ExpertsError(
+                f"{file}: {name} has shape {found}, {component} of {self.folder} takes {expected}: give its own base"
+            )
+
+
+def family_of_base(base: BaseModel) -> ModelFamily:
+    """The family that a manifest names. Raises ExpertsError when there is none or it has another architecture."""
+    try:
+        found = family(base.family)
+    except ValueError as error:
+        raise ExpertsError(str(error)) from None
+    if found.architecture != base.architecture:
+        raise ExpertsError(f"networks of the family {found.name} are {found.architecture}, found {base.architecture}")
+    return found
+
+
+@cache
+def _shapes(architecture: str, config: str) -> Shapes:
+    import diffusers
+
+    with torch.device("meta"):
+        network = getattr(diffusers, architecture).from_config(json.loads(config))
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def _download(model: str, revision: str | None, allowed: list[str] | None, refused: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=allowed, ignore_patterns=refused))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ExpertsError(
+            f"base {model!r} is neither a folder nor a Hub model that can be read ({text}): give --base"
+        ) from None

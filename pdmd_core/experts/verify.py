@@ -1,0 +1,245 @@
+"""Whether an experts folder is whole, fits its base, and samples the same here and in stock diffusers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base_files import BaseFiles
+from .files import PhasedExperts, lora_from_file, sha256_of
+from .manifest import Expert, ExpertsError, Manifest
+from .weights import Weights, is_finite, open_weights, progress, read_metadata
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+TOLERANCE = 1e-3
+"""Largest difference of two samples' pixels in [0, 1] that counts as the same: a quarter of an 8-bit step."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the result."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to sample: width, height and frames, and the prompt. Size and length None: as distilled."""
+
+    prompt: str = "a panda on a blue background"
+    size: tuple[int, int, int] | None = None
+    max_sequence_length: int | None = None
+
+
+def verify(folder: Path, base: str | None = None, request: SampleRequest | None = None) -> Iterator[Check]:
+    """Run the checks one by one. Raises ExpertsError when the manifest itself cannot be used.
+
+    base: folder or Hub id in place of the one that the manifest names.
+    """
+    experts = PhasedExperts.open(folder)
+    manifest = experts.manifest
+    failed = False
+
+    def run(name: str, check: Callable[[], str]) -> Check:
+        nonlocal failed
+        try:
+            return Check(name, True, check())
+        except ExpertsError as error:
+            failed = True
+            return Check(name, False, str(error))
+
+    yield Check("manifest", True, f"{len(manifest.experts)} expert(s), {len(manifest.plan.sigmas)} step(s)")
+    yield run("scheduler", lambda: _same_plan(experts))
+    files: list[BaseFiles] = []
+    yield run("base", lambda: _find_base(manifest, base, files, whole=request is not None))
+    for expert in manifest.experts:
+        path = folder / expert.file
+        yield run(f"{expert.name}: sha256", lambda e=expert: _hash(experts, e))  # type: ignore[misc]
+        yield run(f"{expert.name}: metadata", lambda e=expert, p=path: _metadata(manifest, e, p))  # type: ignore[misc]
+        if files:
+            yield run(f"{expert.name}: fits base", lambda e=expert, p=path: _fits(e, p, files[0]))  # type: ignore[misc]
+        yield run(f"{expert.name}: values", lambda p=path: _finite(open_weights(p), p))  # type: ignore[misc]
+    if request is not None:
+        if failed:
+            yield Check("sample", False, "not run, because of the failures above")
+        else:
+            yield run("sample", lambda: _samples_agree(experts, files[0], request))
+
+
+def _same_plan(experts: PhasedExperts) -> str:
+    path = experts.folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExpertsError(f"{path}: not readable ({error}): convert or download the experts again") from None
+    found = config.get("plan") if isinstance(config, dict) else None
+    if found != experts.manifest.plan.to_dict():
+        raise ExpertsError(f"{path}: its plan is not the manifest's: one of the two was changed")
+    return "has the manifest's plan"
+
+
+def _find_base(manifest: Manifest, given: str | None, found: list[BaseFiles], whole: bool) -> str:
+    base = BaseFiles.find(manifest.base, given, networks=whole, others=whole)
+    for component in {expert.component for expert in manifest.experts}:
+        base.config(component)
+    found.append(base)
+    return f"{given or manifest.base.model}: {base.family.architecture}"
+
+
+def _hash(experts: PhasedExperts, expert: Expert) -> str:
+    found = sha256_of(experts.folder / expert.file)
+    if found != expert.sha256:
+        says = f"the manifest says {expert.sha256[:12]}..."
+        raise ExpertsError(f"is {found[:12]}..., {says}: {expert.file} was changed or cut off, download it again")
+    return f"{found[:12]}..."
+
+
+def _metadata(manifest: Manifest, expert: Expert, path: Path) -> str:
+    unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
+    try:
+        carried = json.loads(read_metadata(path)["phased_experts"])
+        same = carried["expert"] == expert.name and Manifest.from_dict(carried["manifest"]) == unhashed
+    except (KeyError, TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise ExpertsError(f"{expert.file} does not carry this manifest: it is a file of other experts")
+    return "the file carries this manifest"
+
+
+def _fits(expert: Expert, path: Path, base: BaseFiles) -> str:
+    weights = open_weights(path)
+    if expert.kind == "full":
+        base.check_full(expert.file, expert.component, weights.shapes)
+        return f"{len(weights.specs)} weights of {expert.component}"
+    state = lora_from_file({name: weights.read(name) for name in weights.specs}, expert, base.family)
+    base.check_lora(expert.file, expert.component, {name: tuple(value.shape) for name, value in state.items()})
+    return f"{len(state) // 2} modules of {expert.component}, rank {expert.rank}, alpha {expert.alpha:g}"
+
+
+def _finite(weights: Weights, path: Path) -> str:
+    for name in progress(list(weights.specs), path.name):
+        if not is_finite(weights.read(name)):
+            raise ExpertsError(f"{name} has values that are not finite: these experts are damaged")
+    return f"{sum(spec.numel for spec in weights.specs.values()):,} finite values"
+
+
+def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleRequest) -> str:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    training = experts.manifest.training
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(base.folder, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        width, height, frames = request.size or training.get("size") or (256, 256, 1)
+        shape = base.family.latent_shape(pipeline, height, width, frames)
+        length = int(request.max_sequence_length or training.get("max_sequence_length", 512))
+    except (OSError, ValueError, TypeError) as error:
+        raise ExpertsError(f"cannot sample: {' '.join(str(error).split())[:300]}") from None
+    if "image" in inspect.signature(pipeline.__call__).parameters:
+        raise ExpertsError(f"cannot sample: {type(pipeline).__name__} takes an image, --sample has only a prompt")
+    conditioning = base.family.encode_prompts(pipeline, [request.prompt], length)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
+    call = {"height": height, "width": width, "num_frames": frames, "max_sequence_length": length}
+    accepted = inspect.signature(pipeline.__call__).parameters
+    call = {name: value for name, value in call.items() if name in accepted}
+    stock = _stock_sample(experts, base, pipeline, prompt=request.prompt, **call)
+    own = base.family.decode(pipeline, _own_sample(experts, base, pipeline, conditioning, noise))
+    difference = float((stock.reshape(own.shape).to(own.device) - own).abs().max())
+    text = f"{width}x{height}, {frames} frame(s): largest difference of a pixel {difference:.2g} (white is 1)"
+    if not difference <= TOLERANCE:
+        raise ExpertsError(f"{text}: stock diffusers does not sample what these experts do here")
+    return text
+
+
+@torch.no_grad()
+def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPipeline, **call: Any) -> Tensor:
+    """Pixels by diffusers' own loading and loop; the pipeline is left without adapters."""
+    from ..scheduler import PhasedDMDScheduler
+
+    manifest = experts.manifest
+    own = {component: getattr(pipeline, component) for component in {e.component for e in manifest.experts}}
+    try:
+        pipeline.register_to_config(**base.family.stock_routing(manifest.plan, [e.component for e in manifest.experts]))
+    except ValueError as error:
+        raise ExpertsError(str(error)) from None
+    pipeline.scheduler = PhasedDMDScheduler.from_plan(manifest.plan)
+    full: dict[str, torch.nn.Module] = {}
+    for expert in manifest.experts:
+        if expert.kind == "full":
+            full[expert.name] = type(own[expert.component]).from_config(own[expert.component].config).eval()
+            full[expert.name].load_state_dict(experts.tensors(expert.name))
+            full[expert.name].to(pipeline.device)
+        else:
+            second = {} if expert.component == "transformer" else {f"load_into_{expert.component}": True}
+            names = {"weight_name": expert.file, "adapter_name": expert.name}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
+                pipeline.load_lora_weights(experts.folder, **names, **second)
+
+    def use(expert: Expert) -> None:
+        if expert.kind == "full":
+            setattr(pipeline, expert.component, full[expert.name])
+        else:
+            setattr(pipeline, expert.component, own[expert.component])
+            own[expert.component].set_adapters(expert.name)
+
+    def use_expert_of_next_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        use(manifest.experts[pipe.scheduler.phase])
+        return tensors
+
+    use(manifest.experts[0])
+    output = pipeline(
+        **call,
+        num_inference_steps=len(manifest.plan.sigmas),
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        return_dict=False,
+        callback_on_step_end=use_expert_of_next_step,
+    )[0]
+    for component, network in own.items():
+        setattr(pipeline, component, network)
+    pipeline.unload_lora_weights()
+    return output
+
+
+@torch.no_grad()
+def _own_sample(
+    experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPipeline, conditioning: Any, noise: Tensor
+) -> Tensor:
+    """Latents by roles on the pipeline's networks and this package's rollout; the networks are taken over."""
+    from ..roles import Roles, RoleSpec
+    from ..rollout import Velocity, route, sample
+
+    manifest, velocities = experts.manifest, {}
+    for component in {expert.component for expert in manifest.experts}:
+        mine = [expert for expert in manifest.experts if expert.component == component]
+        specs = {e.name: RoleSpec(e.kind, e.rank or 1, e.alpha or 1.0, e.targets) for e in mine}
+        roles = Roles(getattr(pipeline, component), base.family, specs)
+        for expert in mine:
+            lora = expert.kind == "lora"
+            roles.load_state_dict(expert.name, (experts.lora_state if lora else experts.tensors)(expert.name))
+            velocities[expert.name] = _velocity(roles, expert.name, conditioning)
+    ordered: list[Velocity] = [velocities[expert.name] for expert in manifest.experts]
+    return sample(route(ordered, manifest.plan), manifest.plan.sigmas, noise)
+
+
+def _velocity(roles: Any, name: str, conditioning: Any) -> Callable[[Tensor, float], Tensor]:
+    return lambda x, sigma: roles.velocity(name, x, sigma, conditioning)
