@@ -20,6 +20,7 @@ from .weights import Weights, is_finite, open_weights, progress, read_metadata
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
 TOLERANCE = 1e-3
 """Largest difference of two samples' pixels in [0, 1] that counts as the same: a quarter of an 8-bit step."""
@@ -152,11 +153,13 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
         length = int(request.max_sequence_length or training.get("max_sequence_length", 512))
     except (OSError, ValueError, TypeError) as error:
         raise ExpertsError(f"cannot sample: {' '.join(str(error).split())[:300]}") from None
-    if "image" in inspect.signature(pipeline.__call__).parameters:
-        raise ExpertsError(f"cannot sample: {type(pipeline).__name__} takes an image, --sample has only a prompt")
-    conditioning = base.family.encode_prompts(pipeline, [request.prompt], length)
+    picture = _picture(width, height) if base.family.takes_image(pipeline) else None
+    seen = [picture] if picture and base.family.prompts_see_images(pipeline) else None
+    conditioning = base.family.encode_prompts(pipeline, [request.prompt], length, seen)
+    if picture:
+        conditioning |= base.family.encode_images(pipeline, [picture], height, width, frames)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
-    call = {"height": height, "width": width, "num_frames": frames, "max_sequence_length": length}
+    call = {"image": picture, "height": height, "width": width, "num_frames": frames, "max_sequence_length": length}
     accepted = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in accepted}
     stock = _stock_sample(experts, base, pipeline, prompt=request.prompt, **call)
@@ -166,6 +169,14 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
     if not difference <= TOLERANCE:
         raise ExpertsError(f"{text}: stock diffusers does not sample what these experts do here")
     return text
+
+
+def _picture(width: int, height: int) -> Image:
+    """Red from left to right, green from top to bottom: for pipelines that take an image."""
+    from PIL import Image
+
+    ramps = [Image.linear_gradient("L").rotate(90), Image.linear_gradient("L"), Image.new("L", (256, 256), 128)]
+    return Image.merge("RGB", ramps).resize((width, height))
 
 
 @torch.no_grad()

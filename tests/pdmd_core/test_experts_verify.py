@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors import safe_open
 
 from pdmd_core.experts import MANIFEST_NAME, ExpertsError, PhasedExperts, read_manifest
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(wan_pipeline(), tmp_path_factory.mktemp("base") / "wan")
 
 
-def save(pipeline: WanPipeline, folder: Path) -> Path:
+def save(pipeline: WanPipeline | WanImageToVideoPipeline, folder: Path) -> Path:
     with torch.no_grad():  # so that the pixels use the whole range
         pipeline.vae.decoder.conv_out.weight.mul_(20)
     pipeline.save_pretrained(folder)
@@ -252,13 +252,17 @@ def test_a_size_that_the_model_does_not_have_fails_in_one_line(folder: Path) -> 
     assert not check.passed and "multiples of 16" in check.detail and len(check.detail.splitlines()) == 1
 
 
-def test_a_base_that_takes_an_image_is_not_sampled(folder: Path, base: Path, tmp_path: Path) -> None:
-    shutil.copytree(base, tmp_path / "video")
-    path = tmp_path / "video" / "model_index.json"
-    index = json.loads(path.read_text()) | {"_class_name": "WanImageToVideoPipeline"}
-    path.write_text(json.dumps(index | {"image_processor": [None, None], "image_encoder": [None, None]}))
-    check = sample_check(folder, str(tmp_path / "video"))
-    assert not check.passed and "WanImageToVideoPipeline takes an image" in check.detail
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_base_that_takes_an_image_is_given_one(folder: Path, tmp_path: Path, kind: str) -> None:
+    stock = wan_pipeline()
+    parts = {"tokenizer": stock.tokenizer, "text_encoder": stock.text_encoder, "scheduler": stock.scheduler}
+    network = transformer(in_channels=36)
+    pipeline = WanImageToVideoPipeline(**parts, vae=stock.vae, transformer=network)
+    base = str(save(pipeline, tmp_path / "video"))
+    if kind == "full":
+        Conversion(PhasedExperts.open(folder), tmp_path / "full", base).to_full()
+        folder = tmp_path / "full"
+    assert sample_check(folder, base).passed
 
 
 @pytest.mark.parametrize("training", [{"size": "big"}, {"size": [16, 32]}, {"size": SIZE, "max_sequence_length": "x"}])
