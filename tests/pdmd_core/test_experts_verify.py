@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 from safetensors import safe_open
 
 from pdmd_core.experts import MANIFEST_NAME, ExpertsError, PhasedExperts, read_manifest
@@ -18,9 +18,12 @@ from pdmd_core.experts import verify as verify_module
 from pdmd_core.experts.convert import Conversion
 from pdmd_core.experts.files import sha256_of
 from pdmd_core.experts.verify import Check, SampleRequest, verify
+from pdmd_core.families import family_of
 from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.tiny import CALL, lora_roles, transformer, wan_pipeline, write_lora_experts
+from tests import tiny_families
+from tests.tiny import CALL, lora_roles, randomise, transformer, wan_pipeline, write_lora_experts
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 SIZE = [CALL["width"], CALL["height"], CALL["num_frames"]]
@@ -40,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(wan_pipeline(), tmp_path_factory.mktemp("base") / "wan")
 
 
-def save(pipeline: WanPipeline | WanImageToVideoPipeline, folder: Path) -> Path:
+def save(pipeline: DiffusionPipeline, folder: Path) -> Path:
     with torch.no_grad():  # so that the pixels use the whole range
         pipeline.vae.decoder.conv_out.weight.mul_(20)
     pipeline.save_pretrained(folder)
@@ -252,17 +255,37 @@ def test_a_size_that_the_model_does_not_have_fails_in_one_line(folder: Path) -> 
     assert not check.passed and "multiples of 16" in check.detail and len(check.detail.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_base_that_takes_an_image_is_given_one(folder: Path, tmp_path: Path, kind: str) -> None:
-    stock = wan_pipeline()
-    parts = {"tokenizer": stock.tokenizer, "text_encoder": stock.text_encoder, "scheduler": stock.scheduler}
-    network = transformer(in_channels=36)
-    pipeline = WanImageToVideoPipeline(**parts, vae=stock.vae, transformer=network)
-    base = str(save(pipeline, tmp_path / "video"))
-    if kind == "full":
-        Conversion(PhasedExperts.open(folder), tmp_path / "full", base).to_full()
-        folder = tmp_path / "full"
-    assert sample_check(folder, base).passed
+BASES: dict[str, tuple[Callable[[], Any], tuple[int, int, int]]] = {
+    "Wan 2.1 image to video": (tiny_families.wan_image_clip, (16, 32, 5)),
+    "Wan 2.2 image to video": (tiny_families.wan_image_two_networks, (16, 32, 5)),
+    "Wan 2.2 5B": (tiny_families.wan_5b, (32, 32, 5)),
+    "Wan 2.2 5B image to video": (lambda: tiny_families.wan_5b(WanImageToVideoPipeline), (32, 32, 5)),
+    "Qwen-Image": (tiny_families.qwen_image, (32, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_other_models_are_sampled_the_same_before_and_after_merging(name: str, tmp_path: Path) -> None:
+    build, size = BASES[name]
+    pipeline = build()
+    base = str(save(pipeline, tmp_path / "base"))
+    names = family_of(type(pipeline.transformer).__name__)
+    roles = Roles(pipeline.transformer, names, {phase.name: RoleSpec("lora", 4, 6.0) for phase in PLAN.phases})
+    for seed, phase in enumerate(PLAN.phases):
+        randomise(roles, phase.name, seed)
+    experts = tmp_path / "experts"
+    write_lora_experts(experts, PLAN, roles, base)
+    PhasedDMDScheduler.from_plan(PLAN).save_pretrained(experts / "scheduler")
+    request = {"size": size, "max_sequence_length": 12}
+    assert sample_check(experts, **request).passed
+    Conversion(PhasedExperts.open(experts), tmp_path / "full").to_full()
+    assert sample_check(tmp_path / "full", **request).passed
+    manifest = Conversion(PhasedExperts.open(experts), tmp_path / "comfyui").to_comfyui()
+    for expert in manifest.experts:
+        written = safetensors.torch.load_file(tmp_path / "comfyui" / expert.file)
+        full = PhasedExperts.open(tmp_path / "full").tensors(expert.name)
+        assert {names.native_weight_name(key) for key in full} == set(written)
+        assert all(torch.equal(written[names.native_weight_name(key)], value) for key, value in full.items())
 
 
 @pytest.mark.parametrize("training", [{"size": "big"}, {"size": [16, 32]}, {"size": SIZE, "max_sequence_length": "x"}])
