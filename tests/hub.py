@@ -452,13 +452,17 @@ def client_environment(hub_url: str, home: Path, token: str | None, **more: str)
 class Client:
     """A process that runs code against a hub; a context manager. One runs many snippets: imports cost seconds."""
 
-    def __init__(self, hub_url: str, home: Path, token: str | None = WRITER, **more: str) -> None:
+    def __init__(
+        self, hub_url: str, home: Path, token: str | None = WRITER, cwd: Path | None = None, **more: str
+    ) -> None:
         self.environment = client_environment(hub_url, home, token, **more)
+        self.cwd = cwd
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _WORKER],
             env=self.environment,
+            cwd=self.cwd,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

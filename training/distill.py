@@ -4,20 +4,25 @@
     python training/distill.py --config training/configs/embedded_demo.yaml plan.steps=[1,1,1,1] generator.lr=2e-4
     python training/distill.py --config training/configs/embedded_demo.yaml --dry-run
 
-Overrides are ``key.inner=value`` after the options. A run that was stopped goes on with --resume.
+Overrides are ``key.inner=value`` after the options. A run that was stopped goes on with --resume. --push_to_hub uploads
+the experts at the end; of a run that is finished, it does so without --config:
+
+    python training/distill.py --push_to_hub user/experts --output_dir runs/demo
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.command_line import exit_status
+from training.command_line import UserError, exit_status
 from training.config import DistillConfig, fields_of, load_config
 
 
@@ -30,11 +35,12 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="configuration keys (default):\n" + "\n".join(rows),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; training/configs/ has examples")
+    parser.add_argument("--config", type=Path, help="YAML file; training/configs/ has examples")
     parser.add_argument("--output_dir", type=Path, help="where to write; replaces output_dir of the config")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
     parser.add_argument("--push_to_hub", metavar="ID", help="upload experts/ to this Hub repository at the end")
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace configuration values")
     return parser
 
@@ -48,8 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
         overrides.append(f"output_dir={options.output_dir}")
 
     def run() -> int:
+        if options.config is None:
+            if not (options.push_to_hub and options.output_dir):
+                raise UserError("give --config, or --push_to_hub with the --output_dir of a finished run")
+            push(options.output_dir, options.push_to_hub, options.private)
+            return 0
         config = load_config(options.config, overrides)
-        return dry_run(config) if options.dry_run else distill(config, options.resume, options.push_to_hub)
+        if options.dry_run:
+            return dry_run(config)
+        return distill(config, options.resume, options.push_to_hub, options.private)
 
     return exit_status("distill.py", run)
 
@@ -62,11 +75,13 @@ def dry_run(config: DistillConfig) -> int:
     return 0
 
 
-def distill(config: DistillConfig, resume: bool, push_to_hub: str | None) -> int:
+def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
     """Train, write experts/, push them when asked."""
-    from pdmd_core.experts.hub import push_experts
+    from pdmd_core.experts.hub import check_push
     from training.trainer import Trainer
 
+    if push_to_hub and os.environ.get("RANK", "0") == "0":
+        check_push(push_to_hub)  # before hours of training, not after
     trainer = Trainer(config)
     if trainer.accelerator.is_main_process:
         print(trainer.plan.describe())
@@ -78,8 +93,45 @@ def distill(config: DistillConfig, resume: bool, push_to_hub: str | None) -> int
     if trainer.accelerator.is_main_process:
         print(f"experts: {experts}")
         if push_to_hub:
-            print(f"pushed: {push_experts(experts, push_to_hub)}")
+            push(config.output_dir, push_to_hub, private)
     return 0
+
+
+def push(run: Path, repo_id: str, private: bool) -> None:
+    """Upload the experts of a finished run with its last samples and its report. Raises UserError."""
+    from pdmd_core.experts import ExpertsError
+    from pdmd_core.experts.hub import push_experts
+
+    again = ["python", "training/distill.py", "--push_to_hub", repo_id, "--output_dir", str(run)]
+    try:
+        add_samples_and_report(run)
+        print(f"pushed: {push_experts(run / 'experts', repo_id, private)}")
+    except (ExpertsError, OSError) as error:
+        command = shlex.join([*again, "--private"] if private else again)
+        raise UserError(f"{error}; what was trained stays in {run}. To push again: {command}") from None
+
+
+def add_samples_and_report(run: Path) -> None:
+    """Copy into experts/ what the card shows: the samples of all experts, and what evaluate.py measured of them."""
+    from pdmd_core.experts import MANIFEST_NAME, read_manifest
+
+    experts = run / "experts"
+    last, written = read_manifest(experts).experts[-1].name, (experts / MANIFEST_NAME).stat().st_mtime
+    caption = "The last samples of the training: one prompt a row, one seed a column"
+    shown = [(path, path.name, caption) for path in sorted(run.glob(f"samples/{last}-final.*"))]
+    for report in (run / "report.json", experts / "report.json"):
+        if report.is_file() and report.stat().st_mtime < written:
+            print(f"{report} is older than the experts: not pushed, run training/evaluate.py again")
+            if report.parent == experts:
+                report.unlink()
+        elif report.is_file() and report.parent == run:
+            shutil.copy(report, experts)
+            caption = "Same prompts and seeds: the teacher, the teacher in few steps, the experts"
+            shown += [(path, "comparison.png", caption) for path in run.glob("report.png")]
+    for path, name, caption in shown:
+        (experts / "samples").mkdir(exist_ok=True)
+        shutil.copy(path, experts / "samples" / name)
+        (experts / "samples" / name).with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def calls() -> Iterator[list[tuple[int, list[str]]]]:
         handle.remove()
 
 
-def test_the_first_code_is_three_lines_and_has_the_trained_size(tmp_path: Path) -> None:
+def test_the_first_code_is_three_lines_and_has_the_trained_size() -> None:
     first = python_blocks(card_text(manifest_of(**SIZE), "user/experts"))[0]
     assert first.splitlines() == [
         "from pdmd_core.pipelines import load_phased_pipeline",
@@ -233,6 +233,16 @@ def test_the_first_code_is_three_lines_and_has_the_trained_size(tmp_path: Path) 
     ]
     pictures = manifest_of(architecture="QwenImageTransformer2DModel", size=[64, 32, 1])
     assert python_blocks(card_text(pictures, "x"))[0].endswith(", width=64, height=32).images[0]\n")
+
+
+def test_the_first_code_runs_as_written(tmp_path: Path) -> None:
+    written_experts(tmp_path / "experts", save_wan_pipeline(tmp_path / "base"))
+    variables: dict[str, Any] = {}
+    with calls() as seen:
+        exec(python_blocks((tmp_path / "experts" / "README.md").read_text())[0], variables)  # noqa: S102
+    expected = ["high_noise", "high_noise", "low_noise", "low_noise"]
+    assert all(len(names) == 1 and names[0].endswith(name) for (_, names), name in zip(seen, expected, strict=True))
+    assert variables["picture"].shape == (CALL["num_frames"], CALL["height"], CALL["width"], 3)
 
 
 def test_the_code_for_stock_classes_runs_and_uses_each_expert_in_its_phase(tmp_path: Path) -> None:
