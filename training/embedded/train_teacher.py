@@ -152,10 +152,10 @@ def main() -> None:
         "--picture_cycles", type=int, nargs="*", default=[6500, 6500], help="first, updates of 64 pictures"
     )
     parser.add_argument(
-        "--mixed_cycles", type=int, nargs="*", default=[14000], help="then updates of 64 pictures or of 20 clips"
+        "--mixed_cycles", type=int, nargs="*", default=[8000], help="then updates of 64 pictures or of 20 clips"
     )
     parser.add_argument("--pictures", type=int, default=16000, help="pictures encoded for training")
-    parser.add_argument("--clips", type=int, default=6000, help="clips encoded for training")
+    parser.add_argument("--clips", type=int, default=2400, help="clips encoded for training")
     parser.add_argument("--clip_share", type=float, default=0.4, help="share of mixed updates that train on clips")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
