@@ -9,8 +9,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..pdmd_core.experts import ExpertsError
 from ..pdmd_core.phases import PhasePlanError
+from . import diffusers_folder, loading
 from .errors import NodeError
-from .loading import register_folder
 from .timeline import timeline
 
 PLAN_ROUTE = "/phased_dmd/plan"
@@ -20,7 +20,8 @@ class PhasedDMDExtension(ComfyExtension):
     async def on_load(self) -> None:
         from server import PromptServer
 
-        register_folder()
+        loading.register_folder()
+        diffusers_folder.register_folder()
         server = getattr(PromptServer, "instance", None)
         if server is not None:
             server.routes.post(PLAN_ROUTE)(_plan)
@@ -30,12 +31,22 @@ class PhasedDMDExtension(ComfyExtension):
 
 
 def _nodes() -> list[type[io.ComfyNode]]:
+    from .diffusers_node import LoadDiffusersFolder
     from .expert_nodes import ExpertsFromLoRAs, ExpertsFromModels, LoadExperts
     from .plan_nodes import PlanFromExperts, PlanFromSigmas, PlanFromSteps, PlanReport, Sigmas
     from .sampler_node import PhasedSampler
 
     plans = [PlanFromSteps, PlanFromSigmas, PlanFromExperts]
-    return [LoadExperts, ExpertsFromModels, ExpertsFromLoRAs, *plans, Sigmas, PhasedSampler, PlanReport]
+    return [
+        LoadExperts,
+        ExpertsFromModels,
+        ExpertsFromLoRAs,
+        *plans,
+        Sigmas,
+        PhasedSampler,
+        PlanReport,
+        LoadDiffusersFolder,
+    ]
 
 
 async def _plan(request: web.Request) -> web.Response:

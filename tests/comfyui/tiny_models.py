@@ -113,3 +113,33 @@ def save_lora(path: Path, tensors: dict[str, Tensor]) -> Path:
 
     save_file(tensors, path, metadata={"note": json.dumps("tiny")})
     return path
+
+
+def teacher_experts(folder: Path, plan: Any) -> Path:
+    """Random LoRA experts of the embedded teacher, mild enough that it still makes pictures."""
+    from safetensors import safe_open
+
+    from pdmd_core.experts import BaseModel, Expert, Manifest, write_experts
+    from pdmd_core.families import family
+
+    wan, targets = family("wan"), ("attn1.to_q", "attn2.to_v", "ffn.net.2")
+    weights: dict[str, dict[str, Tensor]] = {phase.name: {} for phase in plan.phases}
+    teacher = Path(__file__).resolve().parents[2] / "training/embedded/models/teacher"
+    with safe_open(teacher / "transformer/diffusion_pytorch_model.safetensors", "pt") as file:
+        for n, key in enumerate(sorted(file.keys())):
+            module = key.removesuffix(".weight")
+            if not module.endswith(targets) or module == key:
+                continue
+            out, into = file.get_slice(key).get_shape()
+            name = f"diffusion_model.{wan.native_module_name(module)}"
+            for k, tensors in enumerate(weights.values()):
+                tensors[f"{name}.lora_down.weight"] = randn(4, into, seed=1000 * k + n) / math.sqrt(into)
+                tensors[f"{name}.lora_up.weight"] = randn(out, 4, seed=1000 * k + n + 500) * 0.05
+                tensors[f"{name}.alpha"] = torch.tensor(4.0)
+    entries = tuple(
+        Expert(phase.name, f"{phase.name}.safetensors", "lora", "", "transformer", 4, 4.0, targets)
+        for phase in plan.phases
+    )
+    origin = BaseModel("training/embedded/models/teacher", wan.architecture, wan.name)
+    write_experts(folder, Manifest(origin, plan, entries, 1.0, {"max_sequence_length": 16}), weights)
+    return folder
