@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..families import ModelFamily, family
+from ..phases import PhasePlan
 from .manifest import MANIFEST_NAME, Expert, ExpertsError, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class PhasedExperts:
 
     folder: Path
     manifest: Manifest
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    """Expert name to file, where the files do not lie in the folder under the manifest's names."""
 
     @classmethod
     def open(cls, folder: str | Path) -> PhasedExperts:
@@ -160,10 +163,36 @@ class PhasedExperts:
             )
         return cls.open(download_experts(experts, revision, cache_dir, token, local_files_only))
 
+    @classmethod
+    def from_lora_files(
+        cls,
+        plan: PhasePlan,
+        high: str | Path | None = None,
+        low: str | Path | None = None,
+        base: str | None = None,
+        components: Sequence[str] | None = None,
+        **files: str | Path,
+    ) -> PhasedExperts:
+        """Few-step LoRA files that other projects released, as the experts of a plan. Raises ExpertsError.
+
+        plan:  the sigmas that the files were distilled for: their authors' card says steps and shift.
+        high, low: the files of the first and of the last phase; ``files``: by phase name, for any plan.
+        base, components: see ``experts.released``.
+        """
+        from .released import experts_from_lora_files
+
+        ends = ((plan.phases[0].name, high), (plan.phases[-1].name, low))
+        given = {name: path for name, path in ends if path is not None}
+        return experts_from_lora_files(given | files, plan, base, components)
+
+    def path(self, name: str) -> Path:
+        """Where an expert's file lies."""
+        return self.paths.get(name, self.folder / self.manifest.expert(name).file)
+
     def verify(self, name: str) -> Path:
         """The path of an expert's file, which has the manifest's hash. Raises ExpertsError when it has not."""
         expert = self.manifest.expert(name)
-        path = self.folder / expert.file
+        path = self.path(name)
         found = sha256_of(path)
         if found != expert.sha256:
             raise ExpertsError(

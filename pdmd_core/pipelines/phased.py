@@ -138,8 +138,9 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
         folder.mkdir(parents=True, exist_ok=True)
         experts = attachment.experts
         if experts is not None and experts.folder.resolve() != folder.resolve():
-            for name in (MANIFEST_NAME, *(expert.file for expert in experts.manifest.experts)):
-                shutil.copyfile(experts.folder / name, folder / name)
+            for expert in experts.manifest.experts:
+                shutil.copyfile(experts.path(expert.name), folder / expert.file)
+            (folder / MANIFEST_NAME).write_text(experts.manifest.to_json(), encoding="utf-8")
         self.scheduler.save_pretrained(folder / SCHEDULER_FOLDER)
         with _as_it_was(self):  # the base without adapters; the experts are in their own files
             self.save_pretrained(str(folder), *args, **kwargs)
