@@ -40,7 +40,7 @@ function timeline(plan) {
     last = x(sigma);
     const anchor = sigma === 1 ? "start" : "middle";
     const place = { x: sigma === 1 ? 2 : x(sigma), y: 52, "text-anchor": anchor, "font-size": 10 };
-    svg.append(element("text", { ...place, fill: "currentColor" }, sigma.toFixed(3)));
+    svg.append(element("text", { ...place, fill: "#b8bcc2" }, sigma.toFixed(3)));
   }
   return svg;
 }
@@ -88,7 +88,7 @@ function askSoon(node) {
 function addTimeline(node) {
   const box = document.createElement("div");
   box.className = "phased-dmd-timeline";
-  box.style.cssText = "width: 100%; overflow: hidden; color: var(--input-text, #ddd)";
+  box.style.cssText = "width: 100%; overflow: hidden";
   node.phasedTimeline = box;
   const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT };
   const widget = node.addDOMWidget("phase_timeline", "phased_timeline", box, options);

@@ -47,10 +47,11 @@ EXPERTS = "embedded/models/experts"
 def server(tmp_path_factory: pytest.TempPathFactory):
     """The real server with this pack, the embedded teacher and its experts."""
     from pdmd_core.phases import PhasePlan
-    from tests.comfyui.server import REPOSITORY, make_base, running
+    from tests.comfyui.server import REPOSITORY, make_base, make_named_files, running
     from tests.comfyui.tiny_models import teacher_experts
 
     folder = make_base(tmp_path_factory.mktemp("server"))
+    make_named_files(folder)
     if not (REPOSITORY / "training" / EXPERTS / "phased_experts.json").is_file():
         teacher_experts(folder / "models/phased_experts" / EXPERTS, PhasePlan.from_steps([2, 2], shift=5.0))
     with running(install.tree(VERSION), folder) as server:

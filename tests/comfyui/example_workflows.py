@@ -70,7 +70,7 @@ def _video(graph: Graph, at: tuple[int, int], latent: Output, vae: Output, prefi
 
 
 def _report(graph: Graph, at: tuple[int, int], model: Output) -> None:
-    graph.add("PhasedDMDPlanReport", at, (460, 300), model=model)
+    graph.add("PhasedDMDPlanReport", at, (360, 300), model=model)
 
 
 def _wan22(graph: Graph, task: str, version: str, plain_first: bool = False) -> Output:

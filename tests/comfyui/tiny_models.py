@@ -134,7 +134,7 @@ def teacher_experts(folder: Path, plan: Any) -> Path:
             name = f"diffusion_model.{wan.native_module_name(module)}"
             for k, tensors in enumerate(weights.values()):
                 tensors[f"{name}.lora_down.weight"] = randn(4, into, seed=1000 * k + n) / math.sqrt(into)
-                tensors[f"{name}.lora_up.weight"] = randn(out, 4, seed=1000 * k + n + 500) * 0.05
+                tensors[f"{name}.lora_up.weight"] = randn(out, 4, seed=1000 * k + n + 500) * 0.5
                 tensors[f"{name}.alpha"] = torch.tensor(4.0)
     entries = tuple(
         Expert(phase.name, f"{phase.name}.safetensors", "lora", "", "transformer", 4, 4.0, targets)
