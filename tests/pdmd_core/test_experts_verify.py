@@ -88,12 +88,14 @@ def test_no_weights_of_the_base_are_needed(folder: Path, base: Path, tmp_path: P
 
 
 NAN = "diffusion_model.blocks.1.ffn.2.lora_up.weight"
+DOWN = NAN.replace("lora_up", "lora_down")
 FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str, str]] = {
     "nan": (lambda t: t[NAN].view(-1)[3].fill_(float("nan")), "values", NAN),
     "infinity": (lambda t: t[NAN].view(-1)[3].fill_(float("inf")), "values", NAN),
     "alpha": (lambda t: t.update({NAN.replace("lora_up.weight", "alpha"): torch.tensor(4.0)}), "fits base", "alpha"),
     "rank": (lambda t: t.update({NAN: torch.zeros(24, 5)}), "fits base", "expected rank 4"),
     "width": (lambda t: t.update({NAN: torch.zeros(25, 4)}), "fits base", "takes (24, 4)"),
+    "input": (lambda t: t.update({DOWN: torch.zeros(4, 33)}), "fits base", "takes (4, 32)"),
     "lacking": (lambda t: t.pop(NAN), "fits base", "every adapted module needs"),
     "foreign": (lambda t: t.update(x=torch.zeros(1)), "fits base", "'x'"),
 }
