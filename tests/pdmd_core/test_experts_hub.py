@@ -295,7 +295,8 @@ def test_a_push_that_failed_for_good_says_so_and_goes_on_where_it_was(
 def test_who_may_not_push_is_told_why(hub: Hub, client: Client, anonymous: Client, folder: Path, repo: str) -> None:
     refusal(push(client, folder, repo, token="hf_wrong"), "refuses the token (401)", "hf auth login")
     refusal(push(client, folder, repo, token=READER), "403", "write access")
-    assert hub.asked("/repos/create") and repo not in hub.repositories
+    assert len(hub.asked("/repos/create")) == 2, "a refusal is not asked for again"
+    assert repo not in hub.repositories
     hub.requests.clear()
     refusal(push(anonymous, folder, repo), "no token", "hf auth login", "HF_TOKEN")
     for name in ("user/two words", "a/b/c", "", "user/../x", "-user/x"):
