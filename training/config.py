@@ -16,8 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdmd_core.distillation import Objective
-from pdmd_core.phases import PhasePlan, PhasePlanError
-from pdmd_core.roles import RoleSpec
+from pdmd_core.families import TeacherRouting
+from pdmd_core.phases import Phase, PhasePlan, PhasePlanError
+from pdmd_core.roles import FAKE, RoleSpec
 from training.command_line import UserError
 
 
@@ -36,6 +37,12 @@ class ModelSection(Section):
 
     path: str = Field(description="diffusers pipeline of the teacher: a folder or a Hub id")
     revision: str | None = Field(None, description="Hub revision of the teacher")
+    pipeline: str | None = Field(
+        None, description="diffusers pipeline class, for example WanImageToVideoPipeline; the one path names if null"
+    )
+    architecture: Path | None = Field(
+        None, description="folder with the pipeline's configs: --dry-run then needs no download"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base network")
     height: int = Field(64, gt=0, description="height of the samples in pixels")
     width: int = Field(64, gt=0, description="width of the samples in pixels")
@@ -97,20 +104,31 @@ class RoleSection(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
 
-    def build(self) -> RoleSpec:
-        """How the role holds its weights."""
-        return RoleSpec(self.kind, self.rank, self.alpha, tuple(self.targets) if self.targets else None)
+    def build(self, *components: str) -> RoleSpec:
+        """How the role holds its weights on these networks of the teacher."""
+        return RoleSpec(self.kind, self.rank, self.alpha, tuple(self.targets) if self.targets else None, components)
+
+
+class GeneratorSection(RoleSection):
+    """Weights and optimizer (AdamW) of the experts."""
+
+    component: Literal["transformer", "transformer_2"] | None = Field(
+        None,
+        description="which network of a two-network teacher all experts stand on; the one of their sigmas if null",
+    )
 
 
 class DistillConfig(Section):
     """Everything that decides a run."""
 
     model: ModelSection = Field(description="the teacher")
-    prompts: Path = Field(description="text file of training prompts, one a line, UTF-8")
+    prompts: Path = Field(
+        description="training prompts: a text file, one a line; or .jsonl with a prompt and an image a line"
+    )
     negative_prompt: str = Field("", description="what the teacher's guidance moves away from")
     plan: PlanSection = Field(description="the phase plan")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="the losses")
-    generator: RoleSection = Field(RoleSection(), description="the experts")
+    generator: GeneratorSection = Field(GeneratorSection(), description="the experts")
     fake: RoleSection = Field(RoleSection(), description="the fake score network")
     updates: int | list[int] = Field(1000, description="generator updates in each phase; a list gives one per phase")
     batch_size: int = Field(64, gt=0, description="samples in an update on each process")
@@ -153,6 +171,29 @@ class DistillConfig(Section):
         if isinstance(self.updates, list) and len(self.updates) != phases:
             raise ValueError(f"updates lists {len(self.updates)} numbers for {phases} phases")
         return self
+
+    def role_specs(self, routing: TeacherRouting) -> dict[str, RoleSpec]:
+        """Every role but the teacher and how it holds its weights. Raises ConfigError.
+
+        An expert stands on the network of its sigmas, the fake on all of them, as the teacher does.
+        """
+        specs = {
+            phase.name: self.generator.build(self._component_of(phase, routing)) for phase in self.plan.build().phases
+        }
+        return specs | {FAKE: self.fake.build(*routing.components)}
+
+    def _component_of(self, phase: Phase, routing: TeacherRouting) -> str:
+        chosen = self.generator.component
+        if chosen is not None and chosen not in routing.components:
+            raise ConfigError(f"generator.component: the teacher has no {chosen}, it is one network: leave it out")
+        found = {routing.component_at(sigma) for sigma in phase.sigmas}
+        if chosen is None and len(found) > 1:
+            raise ConfigError(
+                f"plan: phase {phase.name!r} runs at sigmas {phase.sigmas[0]:.4g} to {phase.sigmas[-1]:.4g}, on both "
+                f"sides of the teacher's boundary {routing.boundary:.4g}: set generator.component to one of its "
+                f"networks, {' or '.join(routing.components)}, or give the phases other sigmas"
+            )
+        return chosen or found.pop()
 
     def updates_of(self, phase: int) -> int:
         """Generator updates in this phase."""
@@ -214,6 +255,14 @@ def parse_config(data: Mapping[str, Any], source: str) -> DistillConfig:
         if isinstance(error, PhasePlanError):
             raise ConfigError(f"{source}: plan: {error}") from None
         raise ConfigError("\n".join(f"{source}: {_line(problem)}" for problem in error.errors())) from None
+
+
+def with_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as plain data with all of today's keys; unchanged when it is not valid today."""
+    try:
+        return json.loads(DistillConfig.model_validate(data).model_dump_json())
+    except ValidationError:
+        return data
 
 
 def _line(problem: Mapping[str, Any]) -> str:

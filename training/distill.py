@@ -39,6 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="where to write; replaces output_dir of the config")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
+    parser.add_argument(
+        "--memory-per-gpu", type=float, metavar="GIB", help="with --dry-run: fail when the run needs more than this"
+    )
     parser.add_argument("--push_to_hub", metavar="ID", help="upload experts/ to this Hub repository at the end")
     parser.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace configuration values")
@@ -61,17 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         config = load_config(options.config, overrides)
         if options.dry_run:
-            return dry_run(config)
+            return dry_run(config, options.memory_per_gpu)
         return distill(config, options.resume, options.push_to_hub, options.private)
 
     return exit_status("distill.py", run)
 
 
-def dry_run(config: DistillConfig) -> int:
+def dry_run(config: DistillConfig, memory_per_gpu: float | None = None) -> int:
     """Print plan, roles, memory, evaluations and outputs."""
     from training.dry_run import describe
 
-    print(describe(config))
+    print(describe(config, memory_per_gpu))
     return 0
 
 

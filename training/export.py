@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, lora_to_file, write_experts
+from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, PhasedExperts, lora_to_file, write_experts
 from pdmd_core.experts.card import write_card
+from pdmd_core.families import ModelFamily, TeacherRouting
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import Roles
+from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
 from training.config import DistillConfig
 
@@ -34,6 +35,7 @@ def export_experts(
                 file=f"{phase.name}.safetensors",
                 kind=spec.kind,
                 sha256="",
+                component=roles.components(phase.name)[0],
                 rank=spec.rank if lora else None,
                 alpha=spec.alpha if lora else None,
                 targets=tuple(spec.targets or roles.family.lora_targets) if lora else None,
@@ -55,21 +57,28 @@ def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
-def roles_from_experts(experts: Any, network: torch.nn.Module, family: Any) -> Roles:
-    """Roles of an opened experts folder on a base network, weights loaded. Raises ExpertsError when they do not fit."""
-    from pdmd_core.roles import RoleSpec
-
-    manifest: Manifest = experts.manifest
-    if type(network).__name__ != manifest.base.architecture:
-        raise ExpertsError(
-            f"{experts.folder}: experts of a {manifest.base.architecture}, found a {type(network).__name__}: "
-            f"use the base {manifest.base.model!r}"
-        )
+def roles_from_experts(
+    experts: PhasedExperts, networks: Mapping[str, nn.Module], family: ModelFamily, routing: TeacherRouting
+) -> Roles:
+    """Roles of an opened experts folder on a teacher's networks, weights loaded. Raises ExpertsError."""
+    manifest = experts.manifest
+    for expert in manifest.experts:
+        if expert.component not in networks:
+            raise ExpertsError(
+                f"{experts.folder}: expert {expert.name!r} belongs to {expert.component}, which this teacher does not "
+                f"have: use the base {manifest.base.model!r}"
+            )
+        found = type(networks[expert.component]).__name__
+        if found != manifest.base.architecture:
+            raise ExpertsError(
+                f"{experts.folder}: experts of a {manifest.base.architecture}, found a {found}: "
+                f"use the base {manifest.base.model!r}"
+            )
     specs = {
-        expert.name: RoleSpec(expert.kind, expert.rank or 1, expert.alpha or 1.0, expert.targets)
+        expert.name: RoleSpec(expert.kind, expert.rank or 1, expert.alpha or 1.0, expert.targets, (expert.component,))
         for expert in manifest.experts
     }
-    roles = Roles(network, family, specs)
+    roles = Roles(networks, family, specs, routing)
     for expert in manifest.experts:
         weights = experts.lora_state(expert.name) if expert.kind == "lora" else experts.tensors(expert.name)
         try:

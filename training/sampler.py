@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,35 +16,33 @@ from pdmd_core.roles import Roles
 from pdmd_core.rollout import Velocity, route, sample
 from training.command_line import UserError
 from training.export import roles_from_experts
-from training.prompts import PromptBank, encode_prompts
-from training.teacher import family_of_pipeline, load_image_side, move
+from training.prompts import Example, PromptBank, SampleSize, encode_examples
+from training.teacher import TeacherSource, family_of_pipeline, load_image_side, move, networks_of
 
-
-@dataclass(frozen=True)
-class SampleSize:
-    """Pixels, frames and the length to which prompts are padded."""
-
-    height: int
-    width: int
-    frames: int
-    max_sequence_length: int
+__all__ = ["SampleSize", "Sampler"]
 
 
 class Sampler:
-    """A teacher, with experts on it when an experts folder is given. The seed alone decides a sample's noise."""
+    """A teacher, with experts on it when an experts folder is given. The seed alone decides a sample's noise.
+
+    prompts: with an image each (``Example``) for teachers that take one. pipeline: diffusers class, if not the one that
+    the teacher's folder names.
+    """
 
     def __init__(
         self,
         teacher: str,
         size: SampleSize,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Example],
         cache_dir: Path,
         experts: PhasedExperts | None = None,
         batch: int = 64,
         device: str | None = None,
+        pipeline: str | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.pipeline = move(load_image_side(teacher, None, torch.float32), self.device)
+        source = TeacherSource(teacher, pipeline=pipeline)
+        self.pipeline = move(load_image_side(source, torch.float32), self.device)
         self.family = family_of_pipeline(self.pipeline)
         try:
             self.shape = self.family.latent_shape(self.pipeline, size.height, size.width, size.frames)
@@ -53,13 +50,14 @@ class Sampler:
             raise UserError(str(error)) from None
         self.batch = batch
         self.plan = experts.manifest.plan if experts else None
+        networks = networks_of(self.pipeline, self.family)
+        routing = self.family.teacher_routing(self.pipeline.config)
         if experts:
-            self.roles = roles_from_experts(experts, self.pipeline.transformer, self.family)
+            self.roles = roles_from_experts(experts, networks, self.family, routing)
         else:
-            self.roles = Roles(self.pipeline.transformer, self.family, {})
-        self.bank: PromptBank = encode_prompts(
-            prompts, "", teacher, None, self.family, size.max_sequence_length, cache_dir, self.device
-        )
+            self.roles = Roles(networks, self.family, {}, routing)
+        examples = [prompt if isinstance(prompt, Example) else Example(prompt) for prompt in prompts]
+        self.bank: PromptBank = encode_examples(examples, "", source, self.family, size, cache_dir, self.device)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Starting noise (seeds, ...): the same as a diffusers pipeline draws from a CPU generator with that seed."""
@@ -72,7 +70,7 @@ class Sampler:
         if plan is None:
             raise ValueError("this sampler was made without experts")
 
-        def velocity(conditioning: dict[str, Tensor]) -> Velocity:
+        def velocity(indices: Tensor, conditioning: dict[str, Tensor]) -> Velocity:
             return route(expert_velocities(self.roles, plan, conditioning), plan)
 
         return self._sample(pairs, plan.sigmas, velocity, progress)
@@ -88,9 +86,8 @@ class Sampler:
         """Latents of (prompt index, seed) pairs through the teacher: Euler, uniform in raw time under the shift."""
         sigmas = PhasePlan.from_steps([steps], shift).sigmas
 
-        def velocity(conditioning: dict[str, Tensor]) -> Velocity:
-            batch = len(next(iter(conditioning.values())))
-            negative = self.bank.negative_conditioning(batch, self.device)
+        def velocity(indices: Tensor, conditioning: dict[str, Tensor]) -> Velocity:
+            negative = self.bank.negative_conditioning(indices, self.device)
             return lambda x, sigma: guided_velocity(self.roles, x, sigma, conditioning, negative, guidance_scale)
 
         return self._sample(pairs, sigmas, velocity, progress)
@@ -99,16 +96,17 @@ class Sampler:
         self,
         pairs: Sequence[tuple[int, int]],
         sigmas: Sequence[float],
-        velocity: Callable[[dict[str, Tensor]], Velocity],
+        velocity: Callable[[Tensor, dict[str, Tensor]], Velocity],
         progress: str | None,
     ) -> Tensor:
         parts = [pairs[i : i + self.batch] for i in range(0, len(pairs), self.batch)]
         latents = []
         with tqdm(total=len(parts) * len(sigmas), desc=progress, disable=progress is None, leave=False) as bar:
             for part in parts:
-                conditioning = self.bank.conditioning(torch.tensor([prompt for prompt, _ in part]), self.device)
+                indices = torch.tensor([prompt for prompt, _ in part])
+                conditioning = self.bank.conditioning(indices, self.device)
                 noise = self.noise([seed for _, seed in part])
-                latents.append(sample(velocity(conditioning), sigmas, noise, lambda step, of: bar.update()))
+                latents.append(sample(velocity(indices, conditioning), sigmas, noise, lambda step, of: bar.update()))
         return torch.cat(latents)
 
     def decode(self, latents: Tensor, progress: str | None = "decode") -> Tensor:

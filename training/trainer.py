@@ -20,11 +20,11 @@ from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
 from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from training.command_line import UserError
-from training.config import ConfigError, DistillConfig, RoleSection
+from training.config import ConfigError, DistillConfig, RoleSection, with_defaults
 from training.export import export_experts
 from training.pictures import save_samples
-from training.prompts import PromptBank, encode_prompts, read_prompts
-from training.teacher import family_of_pipeline, load_image_side
+from training.prompts import Example, PromptBank, PromptError, SampleSize, encode_examples, read_examples
+from training.teacher import TeacherSource, family_of_pipeline, load_image_side, networks_of
 
 FREE_TO_CHANGE = {
     "output_dir",
@@ -71,16 +71,20 @@ class Trainer:
         self.device = self.accelerator.device
         self.plan = config.plan.build()
         self.objective = config.objective.build()
-        self.pipeline = load_image_side(config.model.path, config.model.revision, getattr(torch, config.model.dtype))
+        model = config.model
+        self.source = TeacherSource(model.path, model.revision, model.pipeline)
+        self.pipeline = load_image_side(self.source, getattr(torch, model.dtype))
         self.family = family_of_pipeline(self.pipeline)
         self.latent_shape = self._latent_shape()
         self.bank = self._prompt_bank()
         torch.manual_seed(config.seed)
-        specs = {phase.name: config.generator.build() for phase in self.plan.phases} | {FAKE: config.fake.build()}
-        self.roles = Roles(self.pipeline.transformer.to(self.device), self.family, specs)
+        routing = self.family.teacher_routing(self.pipeline.config)
+        networks = {name: part.to(self.device) for name, part in networks_of(self.pipeline, self.family).items()}
+        self.roles = Roles(networks, self.family, config.role_specs(routing), routing)
         if config.gradient_checkpointing:
-            for role in specs:
-                enable_gradient_checkpointing(self.roles.network(role))
+            for role in self.roles.specs:
+                for component in self.roles.components(role):
+                    enable_gradient_checkpointing(self.roles.network(role, component))
         self.progress = Progress()
         self.shared = torch.Generator().manual_seed(config.seed)
         self.local = torch.Generator().manual_seed(config.seed + 1000 * (1 + self.accelerator.process_index))
@@ -96,16 +100,19 @@ class Trainer:
             raise ConfigError(f"model: {error}") from None
 
     def _prompt_bank(self) -> PromptBank:
-        config = self.config
-        prompts = read_prompts(config.prompts)
+        config, model = self.config, self.config.model
+        examples = read_examples(config.prompts)
+        if config.sample_prompts and examples[0].image is not None:
+            raise PromptError(
+                "sample_prompts: the teacher takes images; leave it out to see the first training prompts"
+            )
         with self.accelerator.main_process_first():
-            return encode_prompts(
-                [*prompts, *(config.sample_prompts or [])],
+            return encode_examples(
+                [*examples, *map(Example, config.sample_prompts or [])],
                 config.negative_prompt,
-                config.model.path,
-                config.model.revision,
+                self.source,
                 self.family,
-                config.model.max_sequence_length,
+                SampleSize(model.height, model.width, model.frames, model.max_sequence_length),
                 self.output_dir / "cache",
                 self.device,
             )
@@ -189,7 +196,8 @@ class Trainer:
         fake_losses, fake_norms = [], []
         good = True
         for _ in range(config.fake_updates):
-            conditioning, noise = self._draw()
+            indices, noise = self._draw()
+            conditioning = self.bank.conditioning(indices, self.device)
             step = distiller.draw_step(self.shared)
             with self.accelerator.autocast():
                 rollout = distiller.rollout(noise, conditioning, step, gradient=False)
@@ -201,8 +209,9 @@ class Trainer:
                 good &= math.isfinite(norm)
                 fake_losses.append(value)
                 fake_norms.append(norm)
-        conditioning, noise = self._draw()
-        negative = self.bank.negative_conditioning(config.batch_size, self.device)
+        indices, noise = self._draw()
+        conditioning = self.bank.conditioning(indices, self.device)
+        negative = self.bank.negative_conditioning(indices, self.device)
         step = distiller.draw_step(self.shared)
         with self.accelerator.autocast():
             rollout = distiller.rollout(noise, conditioning, step, gradient=True)
@@ -228,12 +237,13 @@ class Trainer:
             return 1.0
         return min(1.0, (updates - self.progress.update) / (share * updates))
 
-    def _draw(self) -> tuple[dict[str, Tensor], Tensor]:
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Which examples, shape (batch,), and starting noise."""
         batch = self.config.batch_size
         trained = len(self.bank.prompts) - len(self.config.sample_prompts or [])
         indices = torch.randint(trained, (batch,), generator=self.local)
         noise = torch.randn(batch, *self.latent_shape, generator=self.local)
-        return self.bank.conditioning(indices, self.device), noise.to(self.device)
+        return indices, noise.to(self.device)
 
     def _draw_score(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
         t = self.distiller.draw_score_sigma(len(x_s), self.local)
@@ -247,6 +257,10 @@ class Trainer:
         parameters = self.roles.parameters(role)
         self.roles.activate(role)  # what gradient checkpointing recomputes must be this role
         loss.backward()
+        if len(self.roles.components(role)) > 1:  # a network that had no sample here may have had one elsewhere
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.accelerator.num_processes > 1:
             for gradient in gradients:
@@ -387,6 +401,7 @@ class Trainer:
 
     def _check_same_config(self, before: dict[str, Any]) -> None:
         now = json.loads(self.config.model_dump_json())
+        before = with_defaults(before)
         changed = [
             f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
             for key in sorted(set(before) | set(now))

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..flow import Sigma, at_least_float32
@@ -45,14 +44,7 @@ class TeacherRouting:
 
     def component_at(self, sigma: float) -> str:
         """The network that runs at this sigma."""
-        return self.components[0 if self.first_runs(torch.as_tensor(sigma)) else 1]
-
-    def components_between(self, low: float, high: float) -> tuple[str, ...]:
-        """The networks that run somewhere in the open interval (low, high)."""
-        if self.boundary is None:
-            return self.components
-        used = (high > self.boundary, low < self.boundary)
-        return tuple(name for name, runs in zip(self.components, used, strict=True) if runs)
+        return self.components[0 if self.boundary is None or sigma >= self.boundary else 1]
 
 
 def classifier_free_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

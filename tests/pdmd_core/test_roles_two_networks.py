@@ -90,10 +90,6 @@ def test_the_boundary_belongs_to_the_first_network_as_in_the_stock_pipeline(boun
     assert bool(timestep >= boundary * 1000) == bool(routing.first_runs(torch.tensor(boundary)))
     assert routing.component_at(boundary) == FIRST
     assert routing.component_at(boundary - 1e-3) == SECOND
-    assert routing.components_between(0.0, 1.0) == (FIRST, SECOND)
-    assert routing.components_between(boundary, 1.0) == (FIRST,)
-    assert routing.components_between(0.0, boundary) == (SECOND,)
-    assert routing.components_between(boundary - 1e-3, 1.0) == (FIRST, SECOND)
 
 
 @torch.no_grad()

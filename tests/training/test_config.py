@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from training.config import ConfigError, DistillConfig, fields_of, load_config, parse_config, with_overrides
+from pdmd_core.families import TeacherRouting
+from pdmd_core.roles import FAKE
+from training.config import (
+    ConfigError,
+    DistillConfig,
+    fields_of,
+    load_config,
+    parse_config,
+    with_defaults,
+    with_overrides,
+)
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
 
@@ -115,3 +126,35 @@ def test_every_field_has_a_description() -> None:
     fields = list(fields_of(DistillConfig))
     assert len(fields) > 40
     assert all(description for _, _, description in fields)
+
+
+TWO = TeacherRouting(("transformer", "transformer_2"), 0.875)
+
+
+@pytest.mark.parametrize(
+    ("plan", "experts"),
+    [
+        ({"steps": [2, 2], "shift": 5.0}, "12"),
+        ({"steps": [1, 1, 1, 1], "shift": 5.0}, "1122"),
+        ({"sigmas": [[1.0, 0.9], [0.875], [0.874]]}, "112"),
+        ({"sigmas": [[1.0]]}, "1"),
+    ],
+)
+def test_experts_stand_on_the_network_of_their_sigmas_and_the_fake_on_all(
+    settings_of_run: dict[str, Any], plan: dict[str, Any], experts: str
+) -> None:
+    config = parse_config(settings_of_run | {"plan": plan}, "test")
+    names = {"1": "transformer", "2": "transformer_2"}
+    specs = config.role_specs(TWO)
+    assert [specs[phase.name].components for phase in config.plan.build().phases] == [(names[e],) for e in experts]
+    assert specs[FAKE].components == ("transformer", "transformer_2")
+    assert {spec.components for spec in config.role_specs(TeacherRouting()).values()} == {("transformer",)}
+
+
+def test_a_configuration_written_before_a_key_existed_is_the_one_with_its_default(config: DistillConfig) -> None:
+    now = config.model_dump(mode="json")
+    before = copy.deepcopy(now)
+    for section, key in (("model", "pipeline"), ("model", "architecture"), ("generator", "component")):
+        del before[section][key]
+    assert with_defaults(before) == now
+    assert with_defaults({"nonsense": 1}) == {"nonsense": 1}
