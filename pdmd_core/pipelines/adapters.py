@@ -84,7 +84,7 @@ def _active_adapters(network: nn.Module) -> list[str]:
 
 def _activate(network: nn.Module, adapters: list[str]) -> None:
     for layer in _tuner_layers(network).values():
-        layer.set_adapter(adapters, inference_mode=True)
+        layer.set_adapter([*adapters], inference_mode=True)  # one list for all layers would be a guard of torch.compile
 
 
 def remove_adapters(network: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import nn
 
 from ..experts import MANIFEST_NAME, ExpertsError, Manifest, PhasedExperts
@@ -26,6 +27,8 @@ from .networks import (
 from .offload import is_offloaded_in_parts, offloaded_again
 from .phased import GUIDANCE, MISSING, SCHEDULER_FOLDER, Attachment, Original, phased_class, restore
 from .routing import Route, guard_networks
+
+logger = logging.get_logger(__name__)
 
 _EXPERTS_ARGUMENTS = ("token", "cache_dir", "local_files_only")
 _HUB_ARGUMENTS = (*_EXPERTS_ARGUMENTS, "revision", "force_download", "proxies")
@@ -109,7 +112,9 @@ def _follow(network: Any, expert: Any) -> None:
 def _load(
     experts: PhasedExperts, base: str | Path | None, scheduler: PhasedDMDScheduler, **kwargs: Any
 ) -> DiffusionPipeline:
-    manifest = experts.manifest
+    import diffusers
+
+    manifest, kind = experts.manifest, DiffusionPipeline
     source = str(base if base is not None else manifest.base.model)
     if base is None and manifest.base.revision:
         kwargs.setdefault("revision", manifest.base.revision)
@@ -128,9 +133,11 @@ def _load(
         )
         networks = [network.to(device) for network in networks]
         kwargs |= dict(zip(taken, [*networks, None], strict=False))
+        # DiffusionPipeline itself would load components that are optional in this class although they are given
+        kind = getattr(diffusers, str(index.get("_class_name")), kind)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, scheduler=scheduler, **kwargs)
-    except OSError as error:
+        pipe = kind.from_pretrained(source, scheduler=scheduler, **kwargs)
+    except (OSError, ValueError) as error:
         raise no_base(source, error) from None
     return _attach(pipe, experts, networks)
 
@@ -157,6 +164,11 @@ def _attach(
             like = network_of(pipe, COMPONENT)
             if is_offloaded_in_parts(like):
                 raise ExpertsError("this pipeline is offloaded in parts: attach full experts first, then offload")
+            if pipe.transformer is not like or any(module._compiled_call_impl for module in like.modules()):
+                logger.warning(
+                    "the compiled network of this pipeline gives way to full experts: compile them too, with "
+                    "`for network in pipe.phased.networks: network.compile()`"
+                )
             networks = full_networks(experts, lambda component: empty_like(network_of(pipe, component)), like.dtype)
             networks = [network.to(like.device) for network in networks]
         attachment.networks = tuple(networks)
@@ -240,13 +252,11 @@ def _check_fits(pipe: DiffusionPipeline, manifest: Manifest) -> None:
     if not set(components) <= {first, second}:
         raise ExpertsError(f"experts of a pipeline belong to {first} or {second}, found {', '.join(components)}")
     has_two = network_of(pipe, second) is not None
-    if _kind(manifest) == "full":
-        return
     if components != sorted(components):
-        raise ExpertsError(f"LoRA experts belong to {first}, then {second}, found {', '.join(components)}")
+        raise ExpertsError(f"experts belong to {first}, then {second}, found {', '.join(components)}")
     if not has_two and second in components:
-        raise ExpertsError(f"these experts adapt two networks, this {kind} has one: use {manifest.base.model!r}")
-    if has_two and len(set(components)) == 1:
+        raise ExpertsError(f"these experts belong to two networks, this {kind} has one: use {manifest.base.model!r}")
+    if _kind(manifest) == "lora" and has_two and len(set(components)) == 1:
         raise ExpertsError(f"these experts adapt one network, this {kind} has two: use {manifest.base.model!r}")
 
 

@@ -57,11 +57,11 @@ def load_index(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
     """``model_index.json`` of a pipeline folder or Hub id. Raises ExpertsError."""
     try:
         return DiffusionPipeline.load_config(source, **hub)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise no_base(source, error) from None
 
 
-def no_base(source: str, error: OSError) -> ExpertsError:
+def no_base(source: str, error: Exception) -> ExpertsError:
     """The error for a base that cannot be loaded, in one line."""
     reason = " ".join(str(error).split())[:300]
     return ExpertsError(f"cannot load the base {source!r} of these experts: {reason}; pass another as base=")
@@ -76,7 +76,7 @@ def empty_network(architecture: str, source: str, hub: Mapping[str, Any], compon
         raise ExpertsError(f"diffusers has no {architecture}: upgrade diffusers")
     try:
         return _without_weights(kind, kind.load_config(source, subfolder=component, **hub))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise no_base(source, error) from None
 
 

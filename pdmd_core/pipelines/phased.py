@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
@@ -249,7 +249,7 @@ def _no_guidance(pipe: Any) -> float:
 
 
 def _components_of_full_experts(base: type[DiffusionPipeline], names: list[str]) -> dict[str, Any]:
-    signature = inspect.signature(base.__init__)
+    signature, hints = inspect.signature(base.__init__), get_type_hints(base.__init__)
     annotation = signature.parameters[COMPONENT].annotation
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -262,6 +262,8 @@ def _components_of_full_experts(base: type[DiffusionPipeline], names: list[str])
         base.__init__(self, *args, **kwargs)
         self.register_modules(**more)
 
+    # diffusers looks at both, to load components and to hand them to other pipelines
+    __init__.__annotations__ = hints | {parameter.name: hints.get(COMPONENT, annotation) for parameter in extra}
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra])  # type: ignore[attr-defined]
 
     def save_config(self: Any, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
