@@ -17,7 +17,8 @@ PLAN_ROUTE = "/phased_dmd/plan"
 
 
 class PhasedDMDExtension(ComfyExtension):
-    async def on_load(self) -> None:
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Called once; older versions of ComfyUI have no other call at start."""
         from server import PromptServer
 
         loading.register_folder()
@@ -25,8 +26,6 @@ class PhasedDMDExtension(ComfyExtension):
         server = getattr(PromptServer, "instance", None)
         if server is not None:
             server.routes.post(PLAN_ROUTE)(_plan)
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return _nodes()
 
 

@@ -49,6 +49,7 @@ def load_pack(tree: Path, base: Path) -> Pack:
         import comfy.cli_args
     finally:
         sys.argv = arguments
+    importlib.import_module("utils.install_util")  # before nodes, which puts a folder with another utils on the path
     import nodes
 
     path = str(base / "custom_nodes" / "phased-dmd")

