@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-comfyui environment clean
+.PHONY: demo test test-comfyui test-matrix environment clean
 
 demo: environment
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
@@ -23,6 +23,18 @@ export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui
 test-comfyui:
 	$(PYTHON) tests/comfyui/install.py --browser
 	$(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest -c tests/comfyui/pytest.ini --rootdir . tests/comfyui
+
+# The nodes on older ComfyUI; 0.3.75 cannot load the tiny teacher, so no server is started there
+MATRIX := 0.27.0 0.18.2 0.16.3 0.3.75
+IN_PROCESS := tests/comfyui/test_composite.py tests/comfyui/test_nodes.py
+test-matrix:
+	$(PYTHON) tests/comfyui/install.py $(addprefix --version ,$(MATRIX))
+	for version in $(MATRIX); do \
+		tests="$(IN_PROCESS)"; \
+		[ $$version = 0.3.75 ] || tests="$$tests tests/comfyui/test_server.py tests/comfyui/test_diffusers_folder.py"; \
+		PHASED_DMD_COMFYUI_VERSION=$$version $(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest \
+			-c tests/comfyui/pytest.ini --rootdir . $$tests || exit 1; \
+	done
 
 environment: $(VENV)/.installed
 

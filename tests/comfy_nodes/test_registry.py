@@ -1,0 +1,48 @@
+"""What the Comfy registry and its users get."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pathspec
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def archive() -> set[str]:
+    """Tracked files without those that .comfyignore names."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
+    return {path for path in listed if path and not ignored.match_file(path)}
+
+
+def test_the_archive_has_all_that_nodes_need_and_no_training(archive: set[str]) -> None:
+    needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "comfy_nodes").glob("*.py")}
+    needed |= {"__init__.py", "pyproject.toml", "LICENSE", "web/phased_dmd.js", "pdmd_core/phases.py"}
+    needed |= {"pdmd_core/experts/files.py", "locales/zh/nodeDefs.json", "workflows/phased_wan22_t2v.json"}
+    assert needed <= archive
+    assert not [path for path in archive if path.startswith(("training/", "tests/", "benchmarks/", "docs/"))]
+
+
+def test_nothing_is_run_or_installed_on_users_machines(archive: set[str]) -> None:
+    assert {"requirements.txt", "install.py", "setup.py"}.isdisjoint(archive)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dependencies"] == []
+    assert {"PublisherId", "DisplayName", "requires-comfyui"} <= set(project["tool"]["comfy"])
+
+
+def test_the_root_can_be_imported_anywhere() -> None:
+    """Two names and no import: ComfyUI calls the entry point, everyone else pays nothing."""
+    import ast
+
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    assert not [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {node.name for node in tree.body if isinstance(node, ast.AsyncFunctionDef)}
+    assert names == {"comfy_entrypoint"}
+    assert "NODE_CLASS_MAPPINGS" not in (ROOT / "__init__.py").read_text()
