@@ -227,7 +227,7 @@ def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedD
         pipe.register_modules(scheduler=scheduler)
         attachment.original = original
         pipe.__dict__["phased"] = attachment
-        pipe.__class__ = phased_class(original.kind, len(networks))
+        pipe.__class__ = phased_class(original.kind, len(networks))  # type: ignore[arg-type]  # a class is hashable
 
 
 def _kind(manifest: Manifest) -> str:
