@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -15,6 +16,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     WanImageToVideoPipeline,
     WanPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from PIL import Image
 from tokenizers import pre_tokenizers
@@ -27,6 +30,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    Qwen3Config,
+    Qwen3Model,
 )
 
 from tests.tiny import LATENT_CHANNELS, autoencoder, text_encoder, tokenizer, transformer
@@ -198,3 +203,45 @@ def qwen_image_edit() -> QwenImageEditPipeline:
     parts = _qwen_parts()
     images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
     return _quiet(QwenImageEditPipeline(**parts, processor=_PictureProcessor(images, parts["tokenizer"])))
+
+
+def z_image() -> ZImagePipeline:
+    """Text to image: prompts of different lengths in a list, the reversed timestep, the negative velocity."""
+    torch.manual_seed(0)
+    network = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    ).eval()
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4, 4, 4, 4],
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    ).eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 512}
+    text = Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512)
+    tokens = _qwen_tokenizer()
+    tokens.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return _quiet(
+        ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=Qwen3Model(text).eval(),
+            tokenizer=tokens,
+            transformer=network,
+        )
+    )

@@ -9,6 +9,7 @@ from .base import Conditioning, ModelFamily, TeacherRouting
 FAMILIES = {
     "qwen_image": ("qwen_image", "QwenImageFamily"),
     "wan": ("wan", "WanFamily"),
+    "z_image": ("z_image", "ZImageFamily"),
 }
 """Name of a family to its module here and class there."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +33,7 @@ class Kind:
     tokens: int
     images: bool = False
     two: bool = False
+    unguided: dict[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
 
 
 KINDS = {
@@ -40,7 +41,8 @@ KINDS = {
     "wan 2.2 a14b image": Kind(tiny_families.wan_image_two_networks, (16, 32, 5), 12, images=True, two=True),
     "wan 2.1 image": Kind(tiny_families.wan_image_clip, (16, 32, 5), 12, images=True),
     "wan 2.2 5b image": Kind(lambda: tiny_families.wan_5b(WanImageToVideoPipeline), (32, 64, 5), 12, images=True),
-    "qwen image": Kind(tiny_families.qwen_image, (32, 48, 1), 330),
+    "qwen image": Kind(tiny_families.qwen_image, (32, 48, 1), 330, unguided={"true_cfg_scale": 1.0}),
+    "z image": Kind(tiny_families.z_image, (32, 48, 1), 16, unguided={"guidance_scale": 0.0}),
 }
 TWO = [name for name, kind in KINDS.items() if kind.two]
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -153,8 +155,9 @@ def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
     sampler = Sampler(str(teacher), size, prompts, tmp_path / "cache", experts, device="cpu")
     found = sampler.with_experts([(1, 7)], progress=None)
     teachers_own = sampler.with_teacher([(1, 7)], 4, 5.0, 1.0, progress=None)
-    call = {"height": height, "width": width, "max_sequence_length": kind.tokens}
-    call |= {"num_frames": frames, "guidance_scale": 1.0} if frames > 1 else {"true_cfg_scale": 1.0}
+    call = {"height": height, "width": width, "max_sequence_length": kind.tokens, **kind.unguided}
+    if frames > 1:
+        call["num_frames"] = frames
     image = Image.open(example.image).convert("RGB") if example.image else None
     if image is not None:  # the samples' aspect ratio: (64, 48) is cut to (64, 32)
         top = (48 - 64 * height // width) // 2
