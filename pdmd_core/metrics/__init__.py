@@ -1,6 +1,45 @@
-"""Measures of samples: distance to a reference distribution, diversity over seeds."""
+"""Measures of samples: distance to a reference, diversity over seeds, prompt agreement, motion.
 
-from .diversity import pairwise_distance
-from .frechet import frechet_distance
+Every measure takes features or pixels as tensors and returns a number, or a dataclass with its interval.
+"""
 
-__all__ = ["frechet_distance", "pairwise_distance"]
+from .agreement import prompt_agreement
+from .clips import clip_features, standardised
+from .diversity import cosine_distance, euclidean_distance, pairwise_distance, seed_diversity
+from .extractors import DinoV3, EffLite0, Extractor, extract
+from .frechet import frechet_distance, frechet_estimate
+from .intervals import Estimate, bootstrap, mean_of_units, share
+from .kernel import KernelDistance, kernel_distance, polynomial_discrepancy
+from .manifold import Manifold, manifold
+from .motion import Motion, motion, optical_flow
+from .perceptual import AlexLpips, perceptual_distance
+
+__all__ = [
+    "AlexLpips",
+    "DinoV3",
+    "EffLite0",
+    "Estimate",
+    "Extractor",
+    "KernelDistance",
+    "Manifold",
+    "Motion",
+    "bootstrap",
+    "clip_features",
+    "cosine_distance",
+    "euclidean_distance",
+    "extract",
+    "frechet_distance",
+    "frechet_estimate",
+    "kernel_distance",
+    "manifold",
+    "mean_of_units",
+    "motion",
+    "optical_flow",
+    "pairwise_distance",
+    "perceptual_distance",
+    "polynomial_discrepancy",
+    "prompt_agreement",
+    "seed_diversity",
+    "share",
+    "standardised",
+]
