@@ -1,4 +1,4 @@
-"""What `make demo` does and promises."""
+"""What `make demo` does and promises, and the same report for the shipped experts."""
 
 from __future__ import annotations
 
@@ -38,3 +38,11 @@ def test_the_demo_s_experts_are_at_least_twice_as_close_to_the_teacher_as_the_te
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "report.png" in text
     assert all(row["method"] in text for row in rows.values())
+
+
+@pytest.mark.slow
+def test_the_shipped_experts_are_at_least_five_times_as_close(folder: Path, experts: Path) -> None:
+    assert evaluate.main(["--experts", str(experts), "--output_dir", str(folder)]) == 0
+    rows = report(folder)
+    assert rows["experts"]["frechet"] <= 0.2 * rows["few"]["frechet"]
+    assert rows["experts"]["diversity"] >= 0.85 * rows["many"]["diversity"]

@@ -1,0 +1,78 @@
+"""The README: its commands and code run, its table is the one that a script wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder that looks like the root of the repository; what commands write stays in it."""
+    for name in ("training", "pdmd_core", "docs", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run(clone: Path, *command: str) -> None:
+    result = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_every_shell_line_is_of_a_kind_that_is_tested() -> None:
+    kinds = ("make ", "python training/", "pip install ")
+    assert len(SHELL) >= 6
+    assert not [line for line in SHELL if not line.startswith(kinds)]
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("python training/")])
+def test_a_command_of_the_readme_runs(line: str, clone: Path) -> None:
+    run(clone, sys.executable, *shlex.split(line, comments=True)[1:])
+
+
+def test_the_make_targets_exist(clone: Path) -> None:
+    targets = [shlex.split(line, comments=True)[1] for line in SHELL if line.startswith("make ")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        run(clone, "make", "--dry-run", target)
+
+
+def test_the_package_and_its_extra_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (line,) = [line for line in SHELL if line.startswith("pip install ")]
+    name, extra = re.fullmatch(r"(.+)\[(.+)\]", shlex.split(line)[2]).groups()
+    assert name == project["name"]
+    assert extra in project["optional-dependencies"]
+    assert project["dependencies"] == [], "ComfyUI users install nothing"
+
+
+def test_the_code_for_diffusers_runs_as_written(clone: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    run(clone, sys.executable, "-c", code)
+    assert (clone / "panda.png").stat().st_size > 500
+
+
+def test_the_table_is_the_one_that_the_demo_wrote() -> None:
+    report = json.loads((ROOT / "docs" / "demo" / "report.json").read_text(encoding="utf-8"))
+    table = (ROOT / "docs" / "demo" / "report.md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(report["rows"])
+    for line in rows:
+        assert line in README
+
+
+def test_every_file_that_the_documents_link_to_exists() -> None:
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (path.parent / link).exists(), f"{path.name}: {link}"
