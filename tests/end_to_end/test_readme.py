@@ -20,7 +20,7 @@ SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder that looks like the root of the repository; what commands write stays in it."""
-    for name in ("training", "pdmd_core", "docs", "Makefile"):
+    for name in ("training", "pdmd_core", "docs", "Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
