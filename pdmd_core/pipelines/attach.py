@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..experts import MANIFEST_NAME, ExpertsError, Manifest, PhasedExperts
+from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import load_adapters, remove_adapters
 from .networks import (
@@ -136,21 +137,22 @@ def _load(
         # DiffusionPipeline itself would load components that are optional in this class although they are given
         kind = getattr(diffusers, str(index.get("_class_name")), kind)
     try:
-        pipe = kind.from_pretrained(source, scheduler=scheduler, **kwargs)
+        pipe = kind.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise no_base(source, error) from None
-    return _attach(pipe, experts, networks)
+    return _attach(pipe, experts, networks, scheduler)
 
 
 def _attach(
-    pipe: DiffusionPipeline, experts: PhasedExperts, loaded: Sequence[nn.Module] | None = None
+    pipe: DiffusionPipeline,
+    experts: PhasedExperts,
+    loaded: Sequence[nn.Module] | None = None,
+    scheduler: PhasedDMDScheduler | None = None,
 ) -> DiffusionPipeline:
     """loaded: full experts that took the place of the base's network when the pipeline was loaded."""
     manifest = experts.manifest
     _check_fits(pipe, manifest)
-    scheduler = pipe.scheduler
-    if not isinstance(scheduler, PhasedDMDScheduler) or scheduler.plan != manifest.plan:
-        scheduler = PhasedDMDScheduler.from_plan(manifest.plan)
+    scheduler = scheduler or _scheduler_of(pipe, manifest.plan)
     attachment = Attachment(manifest.plan, manifest.guidance_scale, Route(scheduler), experts)
     if _kind(manifest) == "lora":
         attachment.switches = load_adapters(pipe, experts, attachment.route)
@@ -199,11 +201,15 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeli
     attachment = Attachment(
         shared.plan, shared.guidance_scale, shared.route, shared.experts, shared.networks, shared.switches
     )
-    scheduler = pipe.scheduler
-    if not isinstance(scheduler, PhasedDMDScheduler) or scheduler.plan != shared.plan:
-        scheduler = PhasedDMDScheduler.from_plan(shared.plan)
-    _install(pipe, attachment, scheduler)
+    _install(pipe, attachment, _scheduler_of(pipe, shared.plan))
     return pipe
+
+
+def _scheduler_of(pipe: DiffusionPipeline, plan: PhasePlan) -> PhasedDMDScheduler:
+    """The pipeline's own where it walks this plan already (with options of the user's), a new one otherwise."""
+    if isinstance(pipe.scheduler, PhasedDMDScheduler) and pipe.scheduler.plan == plan:
+        return pipe.scheduler
+    return PhasedDMDScheduler.from_plan(plan)
 
 
 def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedDMDScheduler) -> None:

@@ -315,7 +315,7 @@ def test_another_pipeline_shares_the_experts_of_the_first(kind: str, tmp_path: P
 
 def test_a_stock_pipeline_on_shared_networks_is_right_or_an_error(kind: str, tmp_path: Path) -> None:
     """LoRA experts switch below it; of full experts it has only the first."""
-    pipe, other, call = image_to_image(kind, tmp_path)
+    _, other, call = image_to_image(kind, tmp_path)
     fresh = attach_experts(qwen_image_to_image(), PhasedExperts.open(tmp_path))
     expected = fresh(**call, generator=torch.Generator().manual_seed(3))[0]
     call |= {"num_inference_steps": 4, "true_cfg_scale": 1.0, "generator": torch.Generator().manual_seed(3)}
@@ -396,6 +396,7 @@ def test_saved_and_loaded_it_samples_the_same(name: str, kind: str, tmp_path: Pa
     assert public(again.scheduler.config) == public(pipe.scheduler.config)
     torch.testing.assert_close(case.sample(again), expected, rtol=0, atol=1e-5)
     again.save_pretrained(tmp_path / "saved")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "saved")) is type(case.build())
     third = load_phased_pipeline(str(tmp_path / "saved"))
     third.set_progress_bar_config(disable=True)
     torch.testing.assert_close(case.sample(third), expected, rtol=0, atol=1e-5)
@@ -485,6 +486,7 @@ def test_loading_experts_with_their_base(kind: str, tmp_path: Path) -> None:
             detach_experts(pipe)
     else:
         assert type(detach_experts(pipe)) is diffusers.WanPipeline
+        assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler and pipe.scheduler.config.shift == 5.0
 
 
 def test_full_experts_take_the_place_of_the_bases_network(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_two_experts_in_one_folder_on_disk_are_an_error(tmp_path: Path) -> None:
     attach_experts(pipe, full_experts(tmp_path / "experts", pipe, PLAN))
     for network in pipe.phased.networks:
         network.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk"))
-    with pytest.raises(ExpertsError, match="transformer_2 and transformer are offloaded to the same folder, .*disk"):
+    with pytest.raises(ExpertsError, match=r"transformer_2 and transformer are offloaded to the same folder, .*disk"):
         case.sample(pipe)
 
 
