@@ -1,0 +1,147 @@
+"""Rows of measurements, and what is made of them: the best learning rate, mean and spread, JSON and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+Value = float | int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trained and measured run; lower scores are better and decide on the learning rate."""
+
+    teacher: str
+    method: str
+    seed: int
+    network_evaluations: int
+    """Of one sample."""
+    frechet: float
+    diversity: float
+    motion: float | None
+    lr: float | None
+    """None where nothing was trained."""
+    updates: int
+    """Generator updates over all phases."""
+    score: float
+    """On the mixture the squared kernel distance to the exact distribution."""
+    extra: dict[str, Value] = field(default_factory=dict)
+    """Columns that this teacher has beside the common ones."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, as it is written."""
+        data = asdict(self)
+        extra = data.pop("extra")
+        return {**data, **extra}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """Inverse of ``to_dict``."""
+        own = {name: data[name] for name in cls.__dataclass_fields__ if name != "extra"}
+        return cls(**own, extra={name: value for name, value in data.items() if name not in own})
+
+    def value(self, column: str) -> Value:
+        """A common or an extra column."""
+        return self.extra[column] if column in self.extra else getattr(self, column)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """NaN as deviation for one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        return cls(statistics.mean(values), deviation, len(values))
+
+    def text(self, scale: float = 1.0, digits: int = 2) -> str:
+        """``1.23 ± 0.04`` after multiplication with scale."""
+        mean = f"{self.mean * scale:.{digits}f}"
+        return mean if math.isnan(self.deviation) else f"{mean} ± {self.deviation * scale:.{digits}f}"
+
+
+def spread(rows: Iterable[Row], column: str) -> Spread | None:
+    """Of one column; None where a row has no value."""
+    values = [row.value(column) for row in rows]
+    return Spread.of([float(v) for v in values if v is not None]) if values and None not in values else None
+
+
+def best_lr(rows: Sequence[Row], method: str, updates: int) -> float | None:
+    """The learning rate with the lowest mean score over seeds; None when the method was not trained for so long.
+
+    Only learning rates with as many seeds as the most complete one compete.
+    """
+    by_lr: dict[float, list[float]] = {}
+    for row in rows:
+        if row.method == method and row.updates == updates and row.lr is not None:
+            by_lr.setdefault(row.lr, []).append(row.score)
+    if not by_lr:
+        return None
+    seeds = max(map(len, by_lr.values()))
+    return min((lr for lr, scores in by_lr.items() if len(scores) == seeds), key=lambda lr: statistics.mean(by_lr[lr]))
+
+
+def best_rows(rows: Sequence[Row], method: str, updates: int) -> list[Row]:
+    """The rows of a method at its best learning rate, by seed."""
+    lr = best_lr(rows, method, updates)
+    chosen = [row for row in rows if row.method == method and row.updates == updates and row.lr == lr]
+    return sorted(chosen, key=lambda row: row.seed)
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def update_json(path: Path, teacher: str, rows: Sequence[Row], all_rows: Sequence[Row], settings: object) -> None:
+    """Write a teacher's part of the evidence; that of other teachers stays.
+
+    ``rows`` are those at the best learning rates, ``grid`` the mean score of every method at every learning rate.
+    """
+    data: dict[str, Any] = {"settings": {}, "rows": [], "grid": []}
+    if path.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+    data["settings"][teacher] = settings
+    data["rows"] = [row for row in data["rows"] if row["teacher"] != teacher] + [rounded(row.to_dict()) for row in rows]
+    keys = sorted({(row.method, row.updates, row.lr) for row in all_rows if row.lr is not None})
+    cells = []
+    for method, updates, lr in keys:
+        scores = [row.score for row in all_rows if (row.method, row.updates, row.lr) == (method, updates, lr)]
+        found = Spread.of(scores)
+        cells.append(
+            rounded(
+                {
+                    "teacher": teacher,
+                    "method": method,
+                    "updates": updates,
+                    "lr": lr,
+                    "seeds": found.count,
+                    "score": found.mean,
+                    "score_deviation": None if math.isnan(found.deviation) else found.deviation,
+                }
+            )
+        )
+    data["grid"] = [cell for cell in data["grid"] if cell["teacher"] != teacher] + cells
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(
+        f'"{key}": [\n' + ",\n".join("  " + json.dumps(entry) for entry in data[key]) + "\n]"
+        for key in ("rows", "grid")
+    )
+    path.write_text(f'{{\n"settings": {json.dumps(data["settings"], indent=1)},\n{lines}\n}}\n', encoding="utf-8")
+
+
+def rounded(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers to five significant digits: more is noise."""
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in data.items()}

@@ -1,0 +1,56 @@
+"""The methods that are compared, and what one training run of them is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A phase plan and the choices that differ from the recipe. One step in one phase is DMD, and so on."""
+
+    key: str
+    """In file names and rows."""
+    title: str
+    steps: tuple[int, ...]
+    """Steps of each phase; their sum is the number of network evaluations of a sample."""
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``pdmd_core.distillation.Objective`` that are not the default."""
+    joint: bool = False
+    """All phases are trained in turn, one update each, instead of one phase after the other."""
+    ablation_of: str | None = None
+    """The method that it is, but for one choice."""
+
+
+METHODS = {
+    method.key: method
+    for method in (
+        Method("dmd_one_step", "DMD, one step", (1,)),
+        Method("dmd_sgts", "DMD, four steps with SGTS", (4,)),
+        Method("phased_4x1", "Phased DMD, 4 x 1", (1, 1, 1, 1)),
+        Method("phased_2x2", "Phased DMD, 2 x 2 with SGTS", (2, 2)),
+        Method("biased_4x1", "4 x 1, biased target", (1, 1, 1, 1), {"fake_target": "biased"}, False, "phased_4x1"),
+        Method("biased", "2 x 2, biased target", (2, 2), {"fake_target": "biased"}, False, "phased_2x2"),
+        Method("disjoint", "2 x 2, disjoint ranges", (2, 2), {"score_range": "disjoint"}, False, "phased_2x2"),
+        Method("margin", "2 x 2, margin instead of clamp", (2, 2), {"fake_weighting": "margin"}, False, "phased_2x2"),
+        Method("paper_weight", "2 x 2, paper weight", (2, 2), {"generator_weighting": "paper"}, False, "phased_2x2"),
+        Method("joint", "2 x 2, phases trained jointly", (2, 2), {}, True, "phased_2x2"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method at a learning rate, with a seed, for a number of generator updates over all phases."""
+
+    method: Method
+    lr: float
+    seed: int
+    updates: int
+
+    @property
+    def name(self) -> str:
+        """Of its cached file, without suffix."""
+        return f"{self.method.key}-lr-{self.lr:g}-updates-{self.updates}-seed-{self.seed}"

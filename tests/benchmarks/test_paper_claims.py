@@ -1,0 +1,168 @@
+"""The comparison on the mixture in a short form: real trainings of seconds, through the command itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import paper_claims
+from benchmarks.claims import mixture_study
+from benchmarks.claims.evidence import Row
+from benchmarks.claims.methods import METHODS, Run
+from benchmarks.claims.mixture_study import MixtureStudy
+from benchmarks.claims.mixture_training import Settings, distil
+from pdmd_core.distillation import Objective, evaluations_per_update
+
+SHORT = Settings(batch_size=128, width=64, initial_updates=400, ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> MixtureStudy:
+    return MixtureStudy(tmp_path_factory.mktemp("study"), SHORT, samples=2000)
+
+
+@pytest.fixture
+def command(study: MixtureStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[str], Path]]:
+    """Arguments of a short run; the command's study is the short one."""
+    monkeypatch.setattr(paper_claims, "MixtureStudy", lambda work_dir: study)
+    options = "--methods phased_4x1 biased_4x1 --seeds 2 --lrs 1e-3 --updates 80"
+    yield [*options.split(), "--output_dir", str(tmp_path / "evidence")], tmp_path / "evidence"
+
+
+def test_the_biased_target_is_worse_and_the_evidence_says_so(command, study: MixtureStudy) -> None:
+    arguments, folder = command
+    paper_claims.main([*arguments, "--stages", "prepare", "equal", "report"])
+    rows = [Row.from_dict(row) for row in json.loads((folder / "paper_claims.json").read_text("utf-8"))["rows"]]
+    at_boundary = {
+        key: [float(row.extra["boundary_kernel_distance"]) for row in rows if row.method == key]
+        for key in ("phased_4x1", "biased_4x1")
+    }
+    assert [len(values) for values in at_boundary.values()] == [2, 2]
+    assert min(at_boundary["biased_4x1"]) > 5 * max(at_boundary["phased_4x1"])
+    of = {row.method: row for row in rows}
+    assert of["phased_4x1"].network_evaluations == of["teacher_4"].network_evaluations == 4
+    assert abs(of["exact"].score) < of["teacher_4"].score / 10
+    assert of["phased_4x1"].motion is None
+    assert of["phased_4x1"].extra["skipped_updates"] == 0
+    text = (folder / "mixture.md").read_text("utf-8")
+    assert text.count("| 4 x 1, biased target |") == 2
+    assert "2 seeds" in text
+    for name in ("mixture_samples.png", "mixture_scores.png"):
+        assert (folder / name).stat().st_size > 10_000
+
+
+def test_what_is_there_is_never_trained_again(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, folder = command
+    paper_claims.main([*arguments, "--stages", "equal"])
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(mixture_study, "distil", refuse)
+    monkeypatch.setattr(mixture_study, "fit_initial_network", refuse)
+    paper_claims.main([*arguments, "--stages", "prepare", "equal", "report"])
+    first = (folder / "paper_claims.json").read_text("utf-8")
+    paper_claims.main([*arguments, "--stages", "report"])
+    assert (folder / "paper_claims.json").read_text("utf-8") == first
+    with pytest.raises(AssertionError, match="trained again"):
+        paper_claims.main([*arguments, "--stages", "equal", "--seeds", "3"])
+
+
+def test_longer_training_goes_on_until_it_stops_helping(command, study: MixtureStudy, monkeypatch) -> None:
+    """Rows with made-up scores: 4 times is no better than twice, so 8 times is never trained."""
+    arguments, _ = command
+    scores, trained = {80: 1.0, 160: 0.5, 320: 0.49, 640: 0.1}, []
+
+    def row(run: Run) -> Row:
+        trained.append((run.method.key, run.updates, run.lr, run.seed))
+        score = scores[run.updates] + run.lr
+        return Row("mixture", run.method.key, run.seed, 4, 0.0, 1.0, None, run.lr, run.updates, score)
+
+    monkeypatch.setattr(study, "row", row)
+    monkeypatch.setattr(study, "has_row", lambda run: run.updates == 80)
+    paper_claims.main([*arguments, "--stages", "long", "--lrs", "1e-3", "3e-3"])
+    longer = [entry for entry in trained if entry[1] > 80]
+    assert longer == [("phased_4x1", updates, 1e-3, seed) for updates in (160, 320) for seed in (0, 1)]
+
+
+def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
+    arguments, _ = command
+    with pytest.raises(SystemExit, match=r"nothing to report: .* run the stage 'equal' first"):
+        paper_claims.main([*arguments, "--stages", "report", "--lrs", "0.5"])
+
+
+@pytest.mark.parametrize("bad", [["--updates", "30"], ["--seeds", "0"], ["--methods", "magic"]])
+def test_options_that_cannot_be_are_refused(bad: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        paper_claims.parse(bad)
+
+
+# --- the trainings ---------------------------------------------------------------------------------------------------
+
+
+def test_equal_runs_give_equal_experts_and_other_seeds_do_not(study: MixtureStudy) -> None:
+    first, again, other = (
+        distil(Run(METHODS["phased_2x2"], 1e-3, seed, 8), study.mixture, study.initial, SHORT) for seed in (0, 0, 1)
+    )
+    for name in ("high_noise", "low_noise"):
+        states = [distilled.experts[name].state_dict() for distilled in (first, again, other)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        assert not any(torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("key", list(METHODS))
+def test_every_method_moves_every_expert_at_the_cost_the_library_states(key: str, study: MixtureStudy) -> None:
+    """Updates are shared equally by the phases; evaluations on average over SGTS steps."""
+    method = METHODS[key]
+    done = distil(Run(method, 1e-2, 0, 80), study.mixture, study.initial, SHORT)
+    plan = SHORT.plan(method)
+    assert len(done.experts) == len(plan)
+    for expert in done.experts.values():
+        pairs = zip(expert.state_dict().values(), study.initial.state_dict().values(), strict=True)
+        assert all(float((own - initial).abs().max()) > 1e-4 for own, initial in pairs)
+    per_phase = [evaluations_per_update(plan, phase, SHORT.fake_updates, 1) for phase in range(len(plan))]
+    expected = sum(sum(costs.values()) for costs in per_phase) / len(plan) * 80
+    assert sum(done.evaluations.values()) == pytest.approx(expected, rel=0.03)
+    assert done.evaluations["teacher"] == 80
+    assert done.skipped == 0
+
+
+def test_joint_training_takes_the_phases_in_turn(study: MixtureStudy) -> None:
+    """The same cost as one after the other, other experts: the second phase starts from an untrained first."""
+    sequential, joint = (
+        distil(Run(METHODS[key], 1e-3, 0, 40), study.mixture, study.initial, SHORT) for key in ("phased_2x2", "joint")
+    )
+    assert joint.evaluations["teacher"] == sequential.evaluations["teacher"]
+    assert not torch.equal(joint.experts["low_noise"].head.weight, sequential.experts["low_noise"].head.weight)
+
+
+def test_ablations_differ_from_their_method_in_one_choice() -> None:
+    for method in METHODS.values():
+        if method.ablation_of:
+            base = METHODS[method.ablation_of]
+            assert method.steps == base.steps
+            assert base.ablation_of is None
+            assert (len(method.objective) + method.joint, dict(base.objective), base.joint) == (1, {}, False)
+            default = Objective(guidance_scale=1.0)
+            assert (SHORT.objective(method) == default) == method.joint
+
+
+def test_bad_gradients_are_skipped_and_counted(study: MixtureStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = study.mixture.velocity
+
+    def velocity(self, x, sigma):
+        return broken(x, sigma) * float("nan")
+
+    monkeypatch.setattr(type(study.mixture), "velocity", velocity)
+    done = distil(Run(METHODS["dmd_one_step"], 1e-3, 0, 4), study.mixture, study.initial, SHORT)
+    assert done.skipped == 4
+    assert all(bool(p.isfinite().all()) for p in done.experts["all_noise"].parameters())
+
+
+def test_other_settings_never_meet_these_results(tmp_path: Path) -> None:
+    first, second, again = (MixtureStudy(tmp_path, Settings(shift=shift)) for shift in (1.0, 3.0, 1.0))
+    assert first.folder == again.folder != second.folder
