@@ -454,7 +454,7 @@ def test_an_unknown_family_is_an_error_that_lists_the_known(folder: Path) -> Non
     data = json.loads((folder / MANIFEST_NAME).read_text())
     data["base"]["family"] = "sora"
     (folder / MANIFEST_NAME).write_text(json.dumps(data))
-    with refused(str(folder), "'sora'", "expected one of: wan"):
+    with refused(str(folder), "'sora'", "expected one of: ", "wan"):
         PhasedExperts.open(folder).lora_state("low_noise")
 
 
