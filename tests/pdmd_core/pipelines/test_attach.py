@@ -427,6 +427,8 @@ def test_a_saved_lora_pipeline_is_the_base_to_stock_diffusers(tmp_path: Path) ->
     attach_experts(pipe, folder)
     pipe.save_pretrained(tmp_path / "saved")
     assert pipe.get_list_adapters() == {"transformer": ["mine", "phased_high_noise", "phased_low_noise"]}
+    saved = load_file(tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == stock.transformer.state_dict().keys()
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert type(again) is diffusers.WanPipeline and type(again.scheduler) is FlowMatchEulerDiscreteScheduler
@@ -547,6 +549,16 @@ def test_the_scheduler_must_walk_the_plan(kind: str, tmp_path: Path) -> None:
     pipe.scheduler = PhasedDMDScheduler.from_plan(pipe.phased.plan)
     assert pipe.scheduler is not own
     assert torch.equal(case.sample(pipe), expected)
+
+
+def test_a_phased_scheduler_that_is_there_already_stays(kind: str, tmp_path: Path) -> None:
+    pipe = CASES["wan"].build()
+    folder = KINDS[kind](tmp_path, pipe, PLAN)
+    pipe.scheduler = scheduler = PhasedDMDScheduler.from_plan(PLAN, refine=True)
+    assert attach_experts(pipe, folder).scheduler is scheduler
+    pipe = CASES["wan"].build()
+    pipe.scheduler = PhasedDMDScheduler.from_plan(THREE)
+    assert attach_experts(pipe, folder).scheduler.plan == PLAN
 
 
 def test_a_replaced_network_is_no_expert(kind: str, tmp_path: Path) -> None:
