@@ -36,7 +36,7 @@ class Settings:
     fake_lr_factor: float = 2.0
     """Learning rate of the fake, as a multiple of the generator's."""
     ema_decay: float = 0.98
-    lr_decay_share: float = 0.3
+    lr_decay_share: float = 0.7
     """The last share of the updates of a phase over which learning rates fall to 0."""
     max_grad_norm: float = 1.0
     width: int = 128

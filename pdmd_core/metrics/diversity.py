@@ -23,7 +23,7 @@ def euclidean_distance(first: Tensor, second: Tensor) -> Tensor:
 def cosine_distance(first: Tensor, second: Tensor) -> Tensor:
     """``1 - x . y / (|x| |y|)`` of features (pairs, dimensions), in [0, 2].
 
-    Papers report the similarity, 1 minus this (Phased DMD, arXiv 2510.27684, table 1: DINOv3, lower is more diverse).
+    Papers report the similarity, 1 minus this (Phased DMD, arXiv 2510.27684, of DINOv3: lower is more diverse).
     """
     first, second = F.normalize(first.double(), dim=1), F.normalize(second.double(), dim=1)
     return (first - second).square().sum(1) / 2  # exactly 0 for equal features, unlike 1 - x . y

@@ -72,6 +72,13 @@ def test_the_interval_is_over_prompts_and_covers_the_truth_at_its_nominal_rate()
     assert 0.88 <= hits / 120 <= 0.99
 
 
+def test_prompts_with_more_seeds_weigh_as_many_pairs() -> None:
+    """Pairs at distance 1 everywhere: no resampling of prompts of 2, 3 and 5 seeds changes that."""
+    groups = torch.tensor([0] * 2 + [1] * 3 + [2] * 5)
+    found = seed_diversity(torch.eye(10), groups, cosine_distance)
+    assert (found.value, found.low, found.high) == (pytest.approx(1), pytest.approx(1), pytest.approx(1))
+
+
 def test_one_prompt_has_no_interval() -> None:
     found = seed_diversity(randn(6, 3), torch.zeros(6), cosine_distance)
     assert found.value > 0
