@@ -36,11 +36,15 @@ _HUB_ARGUMENTS = (*_EXPERTS_ARGUMENTS, "revision", "force_download", "proxies")
 
 
 def load_phased_pipeline(
-    experts: str | Path | PhasedExperts, base: str | Path | None = None, **kwargs: Any
+    experts: str | Path | PhasedExperts,
+    base: str | Path | None = None,
+    experts_revision: str | None = None,
+    **kwargs: Any,
 ) -> DiffusionPipeline:
     """A pipeline that samples with phased experts, from an experts folder, a Hub id, or a saved phased pipeline.
 
     base:   model folder or Hub id; the manifest's by default.
+    experts_revision: branch, tag or commit of experts on the Hub.
     kwargs: go to ``DiffusionPipeline.from_pretrained`` of the base (``dtype``, ``device_map``, ``variant``, its
             ``revision``, ...); token, cache_dir and local_files_only serve for the experts too.
 
@@ -55,11 +59,13 @@ def load_phased_pipeline(
         saved = PhasedDMDScheduler.from_pretrained(folder, subfolder=SCHEDULER_FOLDER)
         return _load(PhasedExperts.open(folder), base or folder, saved, **kwargs)
     try:
-        opened = PhasedExperts.from_pretrained(experts, **{k: kwargs[k] for k in _EXPERTS_ARGUMENTS if k in kwargs})
+        hub = {name: kwargs[name] for name in _EXPERTS_ARGUMENTS if name in kwargs}
+        opened = PhasedExperts.from_pretrained(experts, revision=experts_revision, **hub)
     except ExpertsError:
-        if folder.is_dir() or not _is_phased_index(str(experts), kwargs):
+        at = {"revision": experts_revision} if experts_revision else {}
+        if folder.is_dir() or not _is_phased_index(str(experts), kwargs | at):
             raise
-        return _load_stock(str(experts), **kwargs)
+        return _load_stock(str(experts), **(kwargs | at))
     return load_phased_pipeline(opened, base, **kwargs)
 
 
@@ -97,9 +103,10 @@ def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
             remove_adapters(switch.network)
     with offloaded_again(pipe):
         restore(pipe, original)
+        experts = attachment.networks or [switch.network for switch in attachment.switches.values()]
         for network in original.components.values():
-            if isinstance(network, nn.Module) and attachment.networks:
-                _follow(network, attachment.networks[0])
+            if isinstance(network, nn.Module) and network not in experts and not is_offloaded_in_parts(network):
+                _follow(network, experts[0])
     return pipe
 
 
@@ -151,11 +158,14 @@ def _attach(
 ) -> DiffusionPipeline:
     """loaded: full experts that took the place of the base's network when the pipeline was loaded."""
     manifest = experts.manifest
-    _check_fits(pipe, manifest)
+    _check_fits(pipe, experts)
     scheduler = scheduler or _scheduler_of(pipe, manifest.plan)
     attachment = Attachment(manifest.plan, manifest.guidance_scale, Route(scheduler), experts)
     if _kind(manifest) == "lora":
-        attachment.switches = load_adapters(pipe, experts, attachment.route)
+        switches = load_adapters(pipe, experts, attachment.route)
+        if len(switches) == 1:  # adapters of one network take all noise on it: it stands first, whichever it was
+            switches = {COMPONENT: switches.popitem()[1]}
+        attachment.switches = switches
         attachment.handles = [
             switch.network.register_forward_pre_hook(switch, with_kwargs=True)
             for switch in attachment.switches.values()
@@ -189,8 +199,8 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeli
     if not shared.route.attached:
         raise ExpertsError("the pipeline given as experts has lost them to detach_experts: attach them to it again")
     if not shared.networks:
-        same = [network_of(pipe, name) is switch.network for name, switch in shared.switches.items()]
-        if not all(same):
+        own = [network_of(pipe, name) for name in component_names(2)]
+        if not all(switch.network in own for switch in shared.switches.values()):
             assert shared.experts is not None  # LoRA experts come from a folder
             return _attach(pipe, shared.experts)
     elif type(network_of(pipe, COMPONENT)) is not type(shared.networks[0]):
@@ -218,10 +228,11 @@ def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedD
     plan, networks = attachment.plan, attachment.networks
     second = plan.boundaries[0] if len(networks) == 2 else None
     with offloaded_again(pipe):
-        names = component_names(len(networks)) if networks else []
-        if len(names) == 1 and getattr(pipe, component_names(2)[1], None) is not None:
-            names = component_names(2)  # one expert for all noise: the base's second network has no turn
-        for name, network in zip(names, [*networks, None], strict=False):
+        experts = networks or [switch.network for switch in attachment.switches.values()]
+        names = component_names(len(experts)) if networks else []
+        if len(experts) == 1 and getattr(pipe, component_names(2)[1], None) is not None:
+            names = component_names(2)  # one network for all noise: the base's other one has no turn
+        for name, network in zip(names, [*experts, None], strict=False):
             original.components[name] = pipe.__dict__.get(name, MISSING)
             pipe.register_modules(**{name: network})
         for name, switch in attachment.switches.items():
@@ -243,8 +254,8 @@ def _kind(manifest: Manifest) -> str:
     return kinds.pop()
 
 
-def _check_fits(pipe: DiffusionPipeline, manifest: Manifest) -> None:
-    kind = type(pipe).__name__
+def _check_fits(pipe: DiffusionPipeline, experts: PhasedExperts) -> None:
+    manifest, kind = experts.manifest, type(pipe).__name__
     network = network_of(pipe, COMPONENT)
     if network is None:
         raise ExpertsError(f"a {kind} without a {COMPONENT} cannot take phased experts")
@@ -260,10 +271,15 @@ def _check_fits(pipe: DiffusionPipeline, manifest: Manifest) -> None:
     has_two = network_of(pipe, second) is not None
     if components != sorted(components):
         raise ExpertsError(f"experts belong to {first}, then {second}, found {', '.join(components)}")
+    theirs = (manifest.base.model, str(experts.folder))  # the second: a pipeline saved with its experts
+    if has_two and len(set(components)) == 1 and str(pipe.config.get("_name_or_path")) not in theirs:
+        logger.warning(
+            f"these experts were distilled for one network, this {kind} has two: its {components[0]} with the experts "
+            f"takes all steps, which is right for experts of one of its networks and wrong for those of another model; "
+            f"they name {manifest.base.model!r} as theirs"
+        )
     if not has_two and second in components:
         raise ExpertsError(f"these experts belong to two networks, this {kind} has one: use {manifest.base.model!r}")
-    if _kind(manifest) == "lora" and has_two and len(set(components)) == 1:
-        raise ExpertsError(f"these experts adapt one network, this {kind} has two: use {manifest.base.model!r}")
 
 
 def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:

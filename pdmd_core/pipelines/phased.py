@@ -187,7 +187,8 @@ def _component(name: str) -> property:
 @contextmanager
 def _as_it_was(pipe: Any) -> Iterator[None]:
     """The pipeline with LoRA experts as the one they were attached to; adapters are left out of weights."""
-    attachment, kind, config, scheduler = pipe.phased, type(pipe), pipe._internal_dict, pipe.scheduler
+    attachment, kind, config = pipe.phased, type(pipe), pipe._internal_dict
+    now = {name: pipe.__dict__[name] for name in attachment.original.components}
     hooks = [s.network.register_state_dict_post_hook(without_adapters) for s in attachment.switches.values()]
     restore(pipe, attachment.original)
     try:
@@ -196,7 +197,7 @@ def _as_it_was(pipe: Any) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         pipe.__class__ = kind
-        pipe.__dict__ |= {"phased": attachment, "_internal_dict": config, "scheduler": scheduler}
+        pipe.__dict__ |= {"phased": attachment, "_internal_dict": config, **now}
 
 
 def restore(pipe: Any, original: Original) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
-from pdmd_core.pipelines import attach_experts
+from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.tiny import randn
 from tests.tiny_pipelines import (
@@ -108,6 +109,39 @@ def test_one_expert_for_all_noise(tmp_path: Path) -> None:
     two = attach_experts(CASES["wan_two"].build(), PhasedExperts.open(folder))
     assert two.transformer_2 is None
     assert torch.equal(case.sample(two), euler(case, plan, networks_of(case, folder)))
+
+
+@pytest.mark.parametrize("plan", [TWO, PhasePlan.from_steps([4], shift=5.0)], ids=["two phases", "one phase"])
+@pytest.mark.parametrize("component", ["transformer", SECOND])
+def test_lora_experts_of_one_network_of_wan_2_2_run_all_steps_on_it(
+    component: str, plan: PhasePlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other network has no turn; it is there again after saving, loading and detaching."""
+    case = CASES["wan_two"]
+    stock = case.build()
+    stock.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    folder = lora_experts(tmp_path / "experts", stock, plan, [component] * len(plan), base=base)
+    expected = euler(case, plan, networks_of(case, folder))
+    logging.getLogger("pdmd_core.pipelines.attach").addHandler(caplog.handler)
+    pipe = phased(case, folder)
+    assert "these experts were distilled for one network, this WanPipeline has two: its " + component in caplog.text
+    assert torch.equal(case.sample(pipe), expected)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert pipe.transformer_2 is None and torch.equal(case.sample(pipe), expected)
+    caplog.clear()
+    for again in (load_phased_pipeline(folder), load_phased_pipeline(tmp_path / "saved")):
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(case.sample(again), expected, rtol=0, atol=1e-5)
+    assert "has two" not in caplog.text, "the base that the experts name is right"
+    logging.getLogger("pdmd_core.pipelines.attach").removeHandler(caplog.handler)
+    pipe.to(torch.float64)
+    detach_experts(pipe)
+    for name in ("transformer", SECOND):
+        weights, own = getattr(pipe, name).state_dict(), getattr(stock, name).state_dict()
+        assert weights.keys() == own.keys()
+        assert all(torch.equal(weights[key], own[key].to(weights[key])) for key in own)
+        assert weights["proj_out.weight"].dtype == torch.float64
 
 
 def test_alpha_counts_as_in_the_formula_of_lora(tmp_path: Path) -> None:
