@@ -1,34 +1,29 @@
 """Experts folders on the Hugging Face Hub: push one, load one.
 
-Transfers, cache and tokens are those of ``huggingface_hub``. Here are the checks around them, attempts that follow a
-failure of server or network, and one line (ExpertsError) for what a user can solve.
+Transfers, cache and tokens are those of ``huggingface_hub``. Here are the checks around them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .card import card_text, is_generated
 from .files import PhasedExperts
+from .hub_failures import explain, is_passing, one_line, patience, persistently
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, ExpertsError, Manifest, read_manifest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-ATTEMPTS = 4
-"""How often a step is tried while server or network fail, with pauses of 1, 2, 4 s."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 MAX_EXPERT_BYTES = {"lora": 16 * 2**30, "full": 128 * 2**30}
 """Larger files are not downloaded."""
 
 _SHOWN = ("samples/*.png", "samples/*.gif", "samples/*.mp4", "samples/*.txt", "report.json", "LICENSE*", "NOTICE*")
-_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -68,15 +63,15 @@ def push_experts(
     card_text(experts.manifest, repo_id, experts.folder)  # a report that is none is found before anything is sent
     files = _files(experts)
     api = HfApi(token=token)
-    with _one_line(f"cannot push {experts.folder} to {repo_id!r}", revision):
-        repo = _persistently("creating the repository", timeout, lambda: _create(api, repo_id, private))
+    with one_line(f"cannot push {experts.folder} to {repo_id!r}", revision):
+        repo = persistently("creating the repository", timeout, lambda: _create(api, repo_id, private))
         if revision:
-            _persistently(
+            persistently(
                 "creating the branch", timeout, lambda: api.create_branch(repo, branch=revision, exist_ok=True)
             )
         card = _card(experts, repo, api)
         # new operations for each attempt: they ask the Hub what it has, also after an answer that was lost
-        _persistently(
+        persistently(
             "uploading",
             timeout,
             lambda: api.create_commit(
@@ -94,13 +89,13 @@ def check_push(repo_id: str, token: str | None = None) -> None:
     from huggingface_hub import HfApi
 
     _check_access(repo_id, token)
-    with _one_line(f"cannot push to {repo_id!r}", None), _patience(10.0):
+    with one_line(f"cannot push to {repo_id!r}", None), patience(10.0):
         try:
             HfApi(token=token).whoami()
         except Exception as error:
-            if not _is_passing(error):
+            if not is_passing(error):
                 raise
-            logger.warning("%s; the push will be tried all the same", _explain(error, None))
+            logger.warning("%s; the push will be tried all the same", explain(error, None))
 
 
 def _check_access(repo_id: str, token: str | None) -> None:
@@ -154,7 +149,7 @@ def _licence_of_base(manifest: Manifest, api: HfApi) -> dict[str, str]:
 
     base, own = manifest.base, Path(manifest.base.model) / "README.md"
     try:
-        with _one_line("base", base.revision), _patience(10.0):
+        with one_line("base", base.revision), patience(10.0):
             card: Any = (
                 ModelCard.load(own).data
                 if own.is_file()
@@ -206,21 +201,21 @@ def download_experts(
     from huggingface_hub import constants
 
     experts = _Download(repo_id, revision, cache_dir, token)
-    with _one_line(f"cannot load experts from {repo_id!r}", revision):
+    with one_line(f"cannot load experts from {repo_id!r}", revision):
         if local_files_only or constants.HF_HUB_OFFLINE:
             return experts.from_cache()
         try:
-            with _patience(experts.timeout):
+            with patience(experts.timeout):
                 size = experts.sizes([MANIFEST_NAME], revision)
         except Exception as error:
-            if not _is_passing(error):
+            if not is_passing(error):
                 raise
             try:
                 folder = experts.from_cache()
             except ExpertsError:
                 size = experts.persistently(lambda: experts.sizes([MANIFEST_NAME], revision))
             else:
-                logger.warning("%s: %s; using the copy in the cache, %s", repo_id, _explain(error, None), folder)
+                logger.warning("%s: %s; using the copy in the cache, %s", repo_id, explain(error, None), folder)
                 return folder
         return experts.from_hub(size)
 
@@ -314,100 +309,4 @@ class _Download:
         return Path(path)
 
     def persistently(self, call: Callable[[], T]) -> T:
-        return _persistently("downloading", self.timeout, call)
-
-
-# --- failures ------------------------------------------------------------
-
-
-def _persistently(what: str, timeout: float, call: Callable[[], T]) -> T:
-    """Call, again after a failure of server or network, at most ATTEMPTS times."""
-    for attempt in range(1, ATTEMPTS):
-        try:
-            with _patience(timeout):
-                return call()
-        except Exception as error:
-            if not _is_passing(error):
-                raise
-            wait = 2 ** (attempt - 1)
-            logger.warning(
-                "%s: %s; attempt %d of %d follows in %d s", what, _explain(error, None), attempt + 1, ATTEMPTS, wait
-            )
-            time.sleep(wait)
-    with _patience(timeout):
-        return call()
-
-
-@contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """The client waits for ever on most requests; within this block, so long for each answer or packet."""
-    from huggingface_hub.utils import get_session
-
-    session: Any = get_session()
-    before, session.timeout = getattr(session, "timeout", None), seconds
-    try:
-        yield
-    finally:
-        session.timeout = before
-
-
-def _is_passing(error: BaseException) -> bool:
-    """A failure of server or network that another attempt may not meet."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _PASSING_STATUS
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    # JSONDecodeError: the error page of a gateway; the client's size check is an OSError without a number
-    cut_off = isinstance(error, OSError) and "Consistency check failed" in str(error)
-    return isinstance(error, HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError) or cut_off
-
-
-@contextmanager
-def _one_line(doing: str, revision: str | None) -> Iterator[None]:
-    """What the client raises, in words. Bugs of this package are not hidden: other types pass."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except ExpertsError:
-        raise
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet
-        raise ExpertsError(f"{doing}: {_explain(error, revision)}") from None
-
-
-def _explain(error: BaseException, revision: str | None) -> str:
-    """What was found and what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    login = "run `hf auth login`, set HF_TOKEN or give token="
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, OfflineModeIsEnabled):
-        return "offline mode is on: unset HF_HUB_OFFLINE"
-    if isinstance(error, GatedRepoError):
-        return f"it is gated: accept its conditions on its page, then {login} of that account"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"no such repository, or it is private and your token may not see it: check the id, or {login}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"it has no revision {revision!r}: give a branch, a tag or a commit hash of it"
-    if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, error.server_message or text
-        if status == 401:
-            return f"the Hub refuses the token (401): make a new one in your settings there and {login}"
-        if status == 403:
-            return f"the token may not do this (403, {said}): {login} with write access"
-        later = "; try again later" if status in _PASSING_STATUS else ""
-        return f"the Hub answers {status}: {said}{later}"
-    if isinstance(error, LocalEntryNotFoundError) or _is_passing(error):
-        cause = error.__cause__ or error
-        return f"no usable answer from {constants.ENDPOINT} ({type(cause).__name__}): check the connection, try again"
-    return text or type(error).__name__
+        return persistently("downloading", self.timeout, call)
