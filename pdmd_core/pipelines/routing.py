@@ -112,7 +112,8 @@ class AdapterSwitch(PhaseGuard):
             active = layer.active_adapters
             if adapter in active and self.own.intersection(active) == {adapter}:
                 continue
-            layer.set_adapter([*(name for name in active if name not in self.own), adapter], inference_mode=True)
+            # as layer.set_adapter does, which also walks all parameters to freeze them: they are frozen since loading
+            layer._active_adapter = [*(name for name in active if name not in self.own), adapter]
 
 
 def guard_networks(networks: Sequence[nn.Module], route: Route) -> list[RemovableHandle]:

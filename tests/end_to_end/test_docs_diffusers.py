@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from tests.tiny_pipelines import CASES, lora_experts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path("training/embedded/models")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/diffusers.md").read_text(encoding="utf-8"), re.S | re.M)
+TEXT = (ROOT / "docs/diffusers.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.S | re.M)
 
 
 @pytest.fixture
@@ -52,3 +54,18 @@ def test_the_snippets_run_as_written(clone: Path, monkeypatch: pytest.MonkeyPatc
             assert isinstance(names["picture"], Image.Image)
     assert compiled and (clone / "offloaded").is_dir() and (clone / "panda-pipeline" / "phased_experts.json").is_file()
     assert len(names["edited"]) == 9 and names["again"].phased.plan == names["edit"].phased.plan
+
+
+def test_the_costs_are_those_that_the_benchmarks_wrote() -> None:
+    speed, switch = (
+        {row["what" if "what" in row else "experts"]: row for row in json.loads(path.read_text())["rows"]}
+        for path in (ROOT / "docs/benchmarks/few_step_speed.json", ROOT / "docs/benchmarks/expert_switch.json")
+    )
+    for name, title, switched in (
+        ("full", "full experts, 4 steps", "full, the expert changes"),
+        ("LoRA, rank 16", "LoRA experts of rank 16, 4 steps", None),
+        ("LoRA, rank 64", "LoRA experts of rank 64, 4 steps", "LoRA rank 64, the expert changes"),
+    ):
+        share = f"{switch[switched]['percent_of_forward']['median']:.2f} %" if switched else ""
+        row = f"| {name} | {speed[title]['times_faster']['median']:.1f} | {share}".rstrip()
+        assert row in TEXT, row
