@@ -1,0 +1,45 @@
+"""Everything that is random in a run once its weights exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdmd_core.distillation import PhasedDistiller
+
+
+class Draws:
+    """Examples, noise and sigmas of the updates.
+
+    Every process draws the samples of all processes and takes its own rows of them: how many processes share a batch
+    changes none of its samples. All processes stay in the same state, so one state is enough for a checkpoint.
+    """
+
+    def __init__(self, seed: int, batch: int, rank: int = 0, processes: int = 1) -> None:
+        self.shared = torch.Generator().manual_seed(seed)
+        """What is one for a whole batch: the step that trains, fresh weights of a role."""
+        self.samples = torch.Generator().manual_seed(seed + 1000)
+        """What each sample has of its own."""
+        self.total = batch * processes
+        self.own = slice(rank * batch, (rank + 1) * batch)
+
+    def examples(self, count: int) -> Tensor:
+        """Which of ``count`` examples, shape (batch,)."""
+        return torch.randint(count, (self.total,), generator=self.samples)[self.own]
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Normal noise (batch, *shape)."""
+        return torch.randn(self.total, *shape, generator=self.samples)[self.own]
+
+    def score_sigmas(self, distiller: PhasedDistiller) -> Tensor:
+        """Where fake and teacher are compared, shape (batch,)."""
+        return distiller.draw_score_sigma(self.total, self.samples)[self.own]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states of both generators."""
+        return {"shared": self.shared.get_state(), "samples": self.samples.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        self.shared.set_state(state["shared"])
+        self.samples.set_state(state["samples"])

@@ -1,0 +1,36 @@
+"""Where a run is, and what it reports of each update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Progress:
+    """``update`` generator updates of ``phase`` are done, ``total`` in all phases."""
+
+    phase: int = 0
+    update: int = 0
+    total: int = 0
+    bad_in_a_row: int = 0
+    bad: int = 0
+
+    def count(self, good: bool) -> None:
+        """One more update; a bad one had NaN or Inf in a loss or a gradient."""
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        self.bad += not good
+        self.update += 1
+        self.total += 1
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One update as those who watch a run see it."""
+
+    update: int
+    """Updates done so far, in all phases."""
+    expert: str
+    values: dict[str, float]
+    """By name: losses and gradient norms over all processes, phase, lr_factor, bad_updates."""
+    sigmas: dict[str, list[float]] = field(default_factory=dict)
+    """Noise levels of this process's samples, by what was trained there: fake, generator."""
