@@ -1,0 +1,112 @@
+"""The encoders of a teacher's pipeline: examples in, conditioning tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.nn import functional
+
+from pdmd_core.families import ModelFamily
+from training.data.buckets import Bucket
+from training.data.examples import Example, PromptError
+from training.data.images import open_image
+from training.teacher import TeacherSource, load_text_side, move
+
+Item = TypeVar("Item")
+
+
+class Encoder:
+    """Encodes in batches with the teacher's own encoders, which are loaded when they are first needed."""
+
+    def __init__(
+        self,
+        source: TeacherSource,
+        family: ModelFamily,
+        max_sequence_length: int,
+        device: torch.device | str = "cpu",
+        batch: int = 32,
+    ) -> None:
+        self.source, self.family, self.max_sequence_length = source, family, max_sequence_length
+        self.device, self.batch = device, batch
+        self.takes_image = family.takes_image(source.pipeline_class())
+        self._pipeline: DiffusionPipeline | None = None
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline with its encoders, in float32."""
+        if self._pipeline is None:
+            self._pipeline = move(load_text_side(self.source, self.takes_image), self.device)
+        return self._pipeline
+
+    def check(self, example: Example) -> None:
+        """Whether the teacher takes an image and this example has one must agree. Raises PromptError."""
+        kind = self.source.pipeline_class().__name__
+        if self.takes_image and example.image is None:
+            raise PromptError(
+                f"{kind} takes an image with each prompt, {example.prompt[:60]!r} has none; prompts with images are a "
+                '.jsonl file with {"prompt": "...", "image": "file"} a line, or a dataset with such columns'
+            )
+        if example.image is not None and not self.takes_image:
+            raise PromptError(
+                f"{kind} takes no images, {example.prompt[:60]!r} has one; set model.pipeline to one that does"
+            )
+
+    def texts(self, examples: Sequence[Example], bucket: Bucket | None) -> dict[str, Tensor]:
+        """Conditioning of the prompts, one row for each."""
+        return self._of_prompts([example.prompt for example in examples], examples, bucket)
+
+    def negatives(self, prompt: str, examples: Sequence[Example], bucket: Bucket | None) -> dict[str, Tensor]:
+        """Conditioning of the negative prompt beside the image of each example; empty where images do not matter."""
+        if not self._text_sees_images:
+            return {}
+        return self._of_prompts([prompt] * len(examples), examples, bucket)
+
+    def negative(self, prompt: str) -> dict[str, Tensor]:
+        """Conditioning of the negative prompt, one row for all examples; empty where ``negatives`` has them."""
+        if self._text_sees_images:
+            return {}
+        return self.family.encode_prompts(self.pipeline, [prompt], self.max_sequence_length)
+
+    def images(self, examples: Sequence[Example], bucket: Bucket | None) -> dict[str, Tensor]:
+        """Conditioning of the images, one row for each; empty for teachers that take none."""
+        if not self.takes_image or bucket is None:
+            return {}
+
+        def encode(part: Sequence[Example]) -> dict[str, Tensor]:
+            images = [open_image(example, bucket.width, bucket.height) for example in part]
+            return self.family.encode_images(self.pipeline, images, bucket.height, bucket.width, bucket.frames)
+
+        return self._in_batches(examples, encode)
+
+    @property
+    def _text_sees_images(self) -> bool:
+        return self.takes_image and self.family.prompts_see_images(self.pipeline)
+
+    def _of_prompts(
+        self, prompts: Sequence[str], examples: Sequence[Example], bucket: Bucket | None
+    ) -> dict[str, Tensor]:
+        def encode(part: Sequence[tuple[str, Example]]) -> dict[str, Tensor]:
+            images = None
+            if self._text_sees_images and bucket is not None:
+                images = [open_image(example, bucket.width, bucket.height) for _, example in part]
+            texts = [text for text, _ in part]
+            return self.family.encode_prompts(self.pipeline, texts, self.max_sequence_length, images)
+
+        return self._in_batches(list(zip(prompts, examples, strict=True)), encode)
+
+    def _in_batches(
+        self, items: Sequence[Item], encode: Callable[[Sequence[Item]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        parts = [encode(items[i : i + self.batch]) for i in range(0, len(items), self.batch)]
+        return {name: _joined([part[name].cpu() for part in parts]) for name in parts[0]}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor; zeros follow the tokens of batches that have fewer of them."""
+    longest = max(part.shape[1] for part in parts)
+    padded = [functional.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts]
+    return torch.cat(padded).contiguous()

@@ -1,0 +1,212 @@
+"""What a model is distilled on: prompts, with an image and a size where the data has them, read from where they lie.
+
+Files of text, CSV and JSON lines are read line by line, everything else by the library ``datasets``; nothing is ever
+held in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.command_line import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+FORMATS = "a text file with one prompt a line, .csv, .tsv, .jsonl, .parquet, a dataset's folder or its Hub id"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class PromptError(UserError):
+    """Prompts or images that cannot be used: one line."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a sample is conditioned on. image: a file or its content. size: (width, height, frames) that it asks for."""
+
+    prompt: str
+    image: Path | bytes | None = None
+    size: tuple[int, int, int | None] | None = None
+
+
+@dataclass(frozen=True)
+class ExampleSource:
+    """Where examples are and which columns hold them; the fields are those of the configuration's section data."""
+
+    location: str
+    prompt_column: str = "prompt"
+    image_column: str = "image"
+    sizes: bool = False
+    """Whether to read the columns width, height and frames."""
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Example]:
+        """The examples in their order. Raises PromptError, naming line or row."""
+        read = False
+        for where, row in itertools.islice(self._rows(), self.limit):
+            read = True
+            yield self._example(where, row)
+        if not read:
+            raise PromptError(f"{self.location}: no prompts in it; expected {FORMATS}")
+
+    def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Place and values of every row."""
+        path = Path(self.location)
+        if path.is_file() and path.suffix != ".parquet":
+            reader = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}.get(path.suffix)
+            return reader(path) if reader else _text_lines(path, self.prompt_column)
+        if path.exists() or (_HUB_ID.fullmatch(self.location) and not path.suffix):
+            return self._dataset_rows(path)
+        raise PromptError(f"{self.location}: no such prompt file; expected {FORMATS}")
+
+    def _dataset_rows(self, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        rows = self._open_dataset(path)
+        missing = rows.features is not None and self.prompt_column not in rows.features
+        if missing:
+            raise PromptError(
+                f"{self.location}: there is no column {self.prompt_column!r}, its columns are "
+                f"{', '.join(map(repr, rows.features))}: set data.prompt_column"
+            )
+        number = 0
+        try:
+            for number, row in enumerate(rows):
+                yield f"{self.location}, row {number}", row
+        except Exception as error:  # whatever a network or a parser raises in the middle
+            raise self._unreadable(f", after row {number}", error) from None
+
+    def _unreadable(self, where: str, error: Exception) -> PromptError:
+        reason = " ".join(str(error).split())
+        return PromptError(f"{self.location}{where}: cannot be read as a dataset: {reason[:300]}")
+
+    def _open_dataset(self, path: Path) -> Dataset | IterableDataset:
+        try:
+            import datasets
+        except ImportError:
+            raise PromptError(
+                f"{self.location}: reading datasets and parquet needs the library datasets: "
+                "pip install 'phased-dmd[data]'"
+            ) from None
+        try:
+            if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
+                saved = datasets.load_from_disk(str(path))
+                rows = saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
+            else:
+                call: dict[str, Any] = {"path": self.location, "name": self.subset, "revision": self.revision}
+                if path.is_file():
+                    call = {"path": "parquet", "data_files": {self.split: str(path)}}
+                rows = datasets.load_dataset(**call, split=self.split, streaming=True)
+            if rows.features and isinstance(rows.features.get(self.image_column), datasets.Image):
+                rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+            return rows
+        except Exception as error:  # whatever a file system, a network or a parser raises
+            raise self._unreadable("", error) from None
+
+    def _example(self, where: str, row: Mapping[str, Any]) -> Example:
+        prompt = row.get(self.prompt_column)
+        if not isinstance(prompt, str) or not prompt.strip():
+            found = f"columns {', '.join(map(repr, row))}" if prompt is None else repr(prompt)[:60]
+            raise PromptError(
+                f"{where}: expected a prompt in {self.prompt_column!r}, found {found}; "
+                "data.prompt_column says which column holds it"
+            )
+        return Example(prompt.strip(), self._image(where, row), self._size(where, row) if self.sizes else None)
+
+    def _image(self, where: str, row: Mapping[str, Any]) -> Path | bytes | None:
+        image = row.get(self.image_column)
+        if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+            return image["bytes"]
+        if isinstance(image, Mapping):
+            image = image.get("path")
+        if not image:
+            return None
+        if not isinstance(image, str):
+            raise PromptError(f"{where}: expected an image file in {self.image_column!r}, found {image!r:.60}")
+        location = Path(self.location)
+        path = (location if location.is_dir() else location.parent) / image
+        if not path.is_file():
+            raise PromptError(f"{where}: there is no image {path}")
+        return path
+
+    def _size(self, where: str, row: Mapping[str, Any]) -> tuple[int, int, int | None] | None:
+        texts = [row.get(name) for name in ("width", "height", "frames")]
+        width, height, frames = (None if text in (None, "") else text for text in texts)
+        if width is None and height is None and frames is None:
+            return None
+        try:
+            size = int(str(width)), int(str(height)), None if frames is None else int(str(frames))
+        except ValueError:
+            size = 0, 0, None
+        if min(size[0], size[1], size[2] or 1) < 1 or size[2] == 0:
+            found = f"{width!r}, {height!r} and {frames!r}"
+            raise PromptError(f"{where}: expected whole numbers in width and height, and in frames if any: {found}")
+        return size
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not empty and does not start with #."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise PromptError(
+                    f"{path}, line {number}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+                ) from None
+            if text and not text.startswith("#"):
+                yield number, text
+
+
+def _text_lines(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in _lines(path):
+        yield f"{path}, line {number}", {column: line}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise PromptError(
+                f'{path}, line {number}: expected one JSON object, like {{"prompt": "...", "image": "file"}}, '
+                f"found {line[:60]}"
+            )
+        yield f"{path}, line {number}", row
+
+
+def _table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a file of comma or tab separated values with a header."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", restkey="", strict=True)
+        try:
+            for row in reader:
+                if "" in row or None in row.values():
+                    raise PromptError(
+                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} values as in the "
+                        "header; a prompt with commas or line breaks stands in double quotes"
+                    )
+                yield f"{path}, line {reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise PromptError(f"{path}, after line {reader.line_num}: not CSV in UTF-8 ({error})") from None
+
+
+def read_examples(location: str | Path) -> list[Example]:
+    """All examples of a short file, with the usual columns. Raises PromptError."""
+    return list(ExampleSource(str(location)))
+
+
+def read_prompts(location: str | Path) -> list[str]:
+    """The prompts of ``read_examples``."""
+    return [example.prompt for example in read_examples(location)]
