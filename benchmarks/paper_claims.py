@@ -1,9 +1,10 @@
 """The paper's claims, measured: ``python benchmarks/paper_claims.py``.
 
 Trains and measures every method from the same teacher, with the same number of generator updates, over a grid of
-learning rates and several seeds, and writes docs/evidence/: paper_claims.json, tables, pictures. Everything that was
-trained or measured is kept in --work_dir: a run that was cut off goes on where it was, and stages can be run one by
-one. Definitions are in docs/evidence/README.md.
+learning rates and several seeds, and writes docs/evidence/: paper_claims.json, tables, pictures, a verdict on each
+claim. Everything that was trained or measured is kept in --work_dir: a run that was cut off goes on where it was,
+stages and teachers can be run one by one, several processes can work on different methods. The mixture takes about an
+hour on one core, pictures and clips half a day each. Definitions are in docs/evidence/README.md.
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.claims.evidence import Row, best_lr, best_rows
-from benchmarks.claims.methods import METHODS, Run
+from benchmarks.claims.embedded_report import EmbeddedReport
+from benchmarks.claims.embedded_study import EmbeddedStudy
+from benchmarks.claims.evidence import Row, best_lr
+from benchmarks.claims.methods import METHODS, Run, runs
 from benchmarks.claims.mixture_report import MixtureReport
-from benchmarks.claims.mixture_study import REFERENCES, MixtureStudy, runs
+from benchmarks.claims.mixture_study import MixtureStudy
+from benchmarks.claims.verdict import write_verdict
 
+Study = MixtureStudy | EmbeddedStudy
 ROOT = Path(__file__).resolve().parents[1]
+TEACHERS = ("mixture", "pictures", "clips")
 STAGES = {
-    "prepare": "the network that all roles start from, and rows of exact samples and of the teacher",
-    "equal": "every method at every learning rate with every seed, for the same number of updates",
+    "prepare": "what all runs of a teacher need, and rows of the teacher itself",
+    "equal": "every method at every learning rate, for the same number of updates",
     "long": "the four methods at their best learning rate for more and more updates, until that stops helping",
-    "report": "tables and pictures of all runs that are there",
+    "report": "tables, pictures and the verdict, of all runs that are there",
 }
-LONGER = (2, 4, 8)
-"""Times the equal number of updates, in the stage "long"."""
 STILL_IMPROVES = 0.9
 """Twice the updates help if they bring the mean score below this share of what it was."""
 
@@ -42,70 +46,114 @@ STILL_IMPROVES = 0.9
 class Claims:
     """The stages on one teacher."""
 
-    def __init__(self, study: MixtureStudy, options: argparse.Namespace) -> None:
+    def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
+        self.lrs: tuple[float, ...] = tuple(options.lrs or study.lrs)
+        self.updates: int = options.updates or study.updates
+        self.seeds = range(options.seeds)
 
-    def prepare(self) -> None:
-        """See STAGES."""
-        _ = self.study.initial
-        self.references()
+    # --- which runs ------------------------------------------------------------
+
+    def grid(self, methods: Sequence[str]) -> list[Run]:
+        """Every learning rate, with the seeds that decide on the best."""
+        return runs(methods, self.lrs, self.seeds[: self.study.grid_seeds], self.updates)
+
+    def other_seeds(self, key: str, rows: Sequence[Row]) -> list[Run]:
+        """The best learning rate with the seeds that the grid was not run with."""
+        lr = self.best_lr(key, rows)
+        return (
+            []
+            if lr is None
+            else runs([key], [lr], self.seeds[len(self.seeds[: self.study.grid_seeds]) :], self.updates)
+        )
+
+    def longer(self, key: str, lr: float) -> list[list[Run]]:
+        """All seeds for twice the updates, four times the updates, ..."""
+        return [runs([key], [lr], self.seeds, times * self.updates) for times in self.study.longer]
+
+    def best_lr(self, key: str, rows: Sequence[Row]) -> float | None:
+        """Of this method for the equal number of updates; None when it was not trained."""
+        return best_lr(rows, key, self.updates, self.study.grid_seeds)
+
+    # --- what is there ------------------------------------------------------------
 
     def references(self) -> list[Row]:
         """Rows of what needs no training."""
-        return [self.study.reference_row(name, seed) for name in REFERENCES for seed in range(self.options.seeds)]
+        return [self.study.reference_row(name, seed) for name in self.study.references for seed in self.seeds]
 
-    def equal_runs(self) -> list[Run]:
-        """The grid."""
-        options = self.options
-        return runs(options.methods, options.lrs, options.seeds, options.updates)
-
-    def equal(self) -> None:
-        """See STAGES."""
-        for run in (bar := tqdm(self.equal_runs(), unit="run")):
-            bar.set_description(run.name)
-            self.study.row(run)
-
-    def long(self) -> None:
-        """See STAGES."""
-        rows = self.rows()
+    def trained(self) -> list[Row]:
+        """Rows of all runs that are there; trains nothing."""
+        rows = self._there(self.grid(self.options.methods))
         for key in self.options.methods:
-            lr = best_lr(rows, key, self.options.updates)
-            if METHODS[key].ablation_of or lr is None:
-                continue
-            scores = [row.score for row in best_rows(rows, key, self.options.updates)]
-            for wanted in self.longer_runs(key, lr):
-                before = statistics.mean(scores)
-                bar = tqdm(wanted, desc=f"{key}, {wanted[0].updates} updates", unit="run")
-                scores = [self.study.row(run).score for run in bar]
-                if statistics.mean(scores) > STILL_IMPROVES * before:
-                    break
-
-    def longer_runs(self, key: str, lr: float) -> list[list[Run]]:
-        """All seeds for twice the updates, four times the updates, ..."""
-        options = self.options
-        return [runs([key], [lr], options.seeds, times * options.updates) for times in LONGER]
-
-    def rows(self) -> list[Row]:
-        """Every row that is there for these options; trains nothing."""
-        rows = [*self.references(), *self._there(self.equal_runs())]
-        for key in self.options.methods:
-            lr = best_lr(rows, key, self.options.updates)
+            rows += self._there(self.other_seeds(key, rows))
+            lr = self.best_lr(key, rows)
             if lr is not None:
-                rows += self._there([run for wanted in self.longer_runs(key, lr) for run in wanted])
+                rows += self._there([run for wanted in self.longer(key, lr) for run in wanted])
         return rows
 
     def _there(self, wanted: Sequence[Run]) -> list[Row]:
         return [self.study.row(run) for run in wanted if self.study.has_row(run)]
 
+    # --- stages ------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """See STAGES."""
+        self.study.prepare()
+        self.references()
+
+    def equal(self) -> None:
+        """See STAGES. The four methods first, then the ablations."""
+        for ablations in (False, True):
+            methods = [key for key in self.options.methods if bool(METHODS[key].ablation_of) == ablations]
+            rows = self._rows_of(self.grid(methods), "grid")
+            for key in methods:
+                self._rows_of(self.other_seeds(key, rows), key)
+
+    def long(self) -> None:
+        """See STAGES."""
+        trained = self.trained()
+        for key in self.options.methods:
+            lr = self.best_lr(key, trained)
+            if METHODS[key].ablation_of or lr is None:
+                continue
+            rows = [row for row in trained if (row.method, row.lr, row.updates) == (key, lr, self.updates)]
+            for wanted in self.longer(key, lr):
+                before = statistics.mean(row.score for row in rows)
+                rows = self._rows_of(wanted, f"{key}, {wanted[0].updates} updates")
+                if statistics.mean(row.score for row in rows) > STILL_IMPROVES * before:
+                    break
+
+    def _rows_of(self, wanted: Sequence[Run], name: str) -> list[Row]:
+        rows = []
+        for run in (bar := tqdm(wanted, desc=f"{self.study.teacher}, {name}", unit="run")):
+            bar.set_postfix_str(run.name)
+            rows.append(self.study.row(run))
+        return rows
+
     def report(self) -> None:
         """See STAGES."""
-        rows = self.rows()
-        if not any(best_rows(rows, key, self.options.updates) for key in self.options.methods):
+        trained = self.trained()
+        if not any(row.updates == self.updates for row in trained):
             raise SystemExit("nothing to report: no run of these options is there, run the stage 'equal' first")
-        self.options.output_dir.mkdir(parents=True, exist_ok=True)
-        report = MixtureReport(self.study, rows, self.options.updates)
-        report.write(self.options.output_dir)
+        folder: Path = self.options.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [*self.references(), *trained]
+        report = make_report(self.study, rows, self.updates)
+        report.write(folder)
+        write_verdict(folder)
         print(report.markdown())
+
+
+def make_study(teacher: str, work_dir: Path) -> Study:
+    """The study of one of TEACHERS."""
+    return MixtureStudy(work_dir) if teacher == "mixture" else EmbeddedStudy(work_dir, teacher)
+
+
+def make_report(study: Study, rows: Sequence[Row], updates: int) -> MixtureReport | EmbeddedReport:
+    """The report of a study."""
+    if isinstance(study, MixtureStudy):
+        return MixtureReport(study, rows, updates)
+    return EmbeddedReport(study, rows, updates)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -114,29 +162,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nStages:\n{stages}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", choices=["mixture"], default="mixture")
+    parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
-    parser.add_argument("--updates", type=int, default=1200, help="generator updates over all phases")
+    parser.add_argument("--lrs", nargs="+", type=float, help="the grid of learning rates (the teacher's own)")
+    parser.add_argument("--updates", type=int, help="generator updates over all phases (the teacher's own)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paper_claims")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "evidence")
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or options.updates < 4 or options.updates % 4:
+    if options.seeds < 1 or (options.updates is not None and (options.updates < 4 or options.updates % 4)):
         parser.error("--seeds is at least 1 and --updates a multiple of 4: phases share them equally")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages that were asked for, in their order."""
+    """Run the stages that were asked for, in their order, teacher by teacher."""
     options = parse(arguments)
     torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
-    claims = Claims(MixtureStudy(options.work_dir), options)
-    for stage in STAGES:
-        if stage in options.stages:
-            print(f"stage {stage}: {STAGES[stage]}", flush=True)
-            getattr(claims, stage)()
+    for teacher in options.teacher:
+        claims = Claims(make_study(teacher, options.work_dir), options)
+        for stage in STAGES:
+            if stage in options.stages:
+                print(f"{teacher}, stage {stage}: {STAGES[stage]}", flush=True)
+                getattr(claims, stage)()
 
 
 if __name__ == "__main__":

@@ -77,14 +77,16 @@ def spread(rows: Iterable[Row], column: str) -> Spread | None:
     return Spread.of([float(v) for v in values if v is not None]) if values and None not in values else None
 
 
-def best_lr(rows: Sequence[Row], method: str, updates: int) -> float | None:
+def best_lr(rows: Sequence[Row], method: str, updates: int, grid_seeds: int | None = None) -> float | None:
     """The learning rate with the lowest mean score over seeds; None when the method was not trained for so long.
 
-    Only learning rates with as many seeds as the most complete one compete.
+    Only learning rates with as many seeds as the most complete one compete. grid_seeds: only the first so many seeds
+    decide, where the others were run at the best learning rate alone.
     """
     by_lr: dict[float, list[float]] = {}
     for row in rows:
-        if row.method == method and row.updates == updates and row.lr is not None:
+        decides = grid_seeds is None or row.seed < grid_seeds
+        if row.method == method and row.updates == updates and row.lr is not None and decides:
             by_lr.setdefault(row.lr, []).append(row.score)
     if not by_lr:
         return None
@@ -92,9 +94,9 @@ def best_lr(rows: Sequence[Row], method: str, updates: int) -> float | None:
     return min((lr for lr, scores in by_lr.items() if len(scores) == seeds), key=lambda lr: statistics.mean(by_lr[lr]))
 
 
-def best_rows(rows: Sequence[Row], method: str, updates: int) -> list[Row]:
+def best_rows(rows: Sequence[Row], method: str, updates: int, grid_seeds: int | None = None) -> list[Row]:
     """The rows of a method at its best learning rate, by seed."""
-    lr = best_lr(rows, method, updates)
+    lr = best_lr(rows, method, updates, grid_seeds)
     chosen = [row for row in rows if row.method == method and row.updates == updates and row.lr == lr]
     return sorted(chosen, key=lambda row: row.seed)
 
@@ -105,41 +107,46 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
+_SECTIONS = ("verdict", "rows", "grid")
+
+
+def read_evidence(path: Path) -> dict[str, Any]:
+    """paper_claims.json: ``settings`` by teacher, and lists of objects; empty when it is not there."""
+    empty: dict[str, Any] = {"settings": {}} | {section: [] for section in _SECTIONS}
+    return empty | json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+
+
+def write_evidence(path: Path, data: Mapping[str, Any]) -> None:
+    """Inverse of ``read_evidence``; an object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lists = ",\n".join(
+        f'"{section}": [\n' + ",\n".join("  " + json.dumps(entry) for entry in data[section]) + "\n]"
+        for section in _SECTIONS
+    )
+    path.write_text(f'{{\n"settings": {json.dumps(data["settings"], indent=1)},\n{lists}\n}}\n', encoding="utf-8")
+
+
 def update_json(path: Path, teacher: str, rows: Sequence[Row], all_rows: Sequence[Row], settings: object) -> None:
     """Write a teacher's part of the evidence; that of other teachers stays.
 
-    ``rows`` are those at the best learning rates, ``grid`` the mean score of every method at every learning rate.
+    ``rows`` are those at the best learning rate, ``grid`` the mean score of every method at every learning rate.
     """
-    data: dict[str, Any] = {"settings": {}, "rows": [], "grid": []}
-    if path.exists():
-        data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_evidence(path)
     data["settings"][teacher] = settings
     data["rows"] = [row for row in data["rows"] if row["teacher"] != teacher] + [rounded(row.to_dict()) for row in rows]
-    keys = sorted({(row.method, row.updates, row.lr) for row in all_rows if row.lr is not None})
+    data["grid"] = [cell for cell in data["grid"] if cell["teacher"] != teacher] + _grid(teacher, all_rows)
+    write_evidence(path, data)
+
+
+def _grid(teacher: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     cells = []
-    for method, updates, lr in keys:
-        scores = [row.score for row in all_rows if (row.method, row.updates, row.lr) == (method, updates, lr)]
+    for method, updates, lr in sorted({(row.method, row.updates, row.lr) for row in rows if row.lr is not None}):
+        scores = [row.score for row in rows if (row.method, row.updates, row.lr) == (method, updates, lr)]
         found = Spread.of(scores)
-        cells.append(
-            rounded(
-                {
-                    "teacher": teacher,
-                    "method": method,
-                    "updates": updates,
-                    "lr": lr,
-                    "seeds": found.count,
-                    "score": found.mean,
-                    "score_deviation": None if math.isnan(found.deviation) else found.deviation,
-                }
-            )
-        )
-    data["grid"] = [cell for cell in data["grid"] if cell["teacher"] != teacher] + cells
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(
-        f'"{key}": [\n' + ",\n".join("  " + json.dumps(entry) for entry in data[key]) + "\n]"
-        for key in ("rows", "grid")
-    )
-    path.write_text(f'{{\n"settings": {json.dumps(data["settings"], indent=1)},\n{lines}\n}}\n', encoding="utf-8")
+        deviation = None if math.isnan(found.deviation) else found.deviation
+        cell = {"teacher": teacher, "method": method, "updates": updates, "lr": lr, "seeds": found.count}
+        cells.append(rounded({**cell, "score": found.mean, "score_deviation": deviation}))
+    return cells
 
 
 def rounded(data: Mapping[str, Any]) -> dict[str, Any]:

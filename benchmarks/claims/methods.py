@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,3 +54,8 @@ class Run:
     def name(self) -> str:
         """Of its cached file, without suffix."""
         return f"{self.method.key}-lr-{self.lr:g}-updates-{self.updates}-seed-{self.seed}"
+
+
+def runs(methods: Sequence[str], lrs: Sequence[float], seeds: Sequence[int], updates: int) -> list[Run]:
+    """Every method at every learning rate with every seed; seed by seed, so that a cut-off grid is a whole one."""
+    return [Run(METHODS[key], lr, seed, updates) for seed in seeds for lr in lrs for key in methods]

@@ -54,7 +54,8 @@ class MixtureReport:
         chosen = [row for name in REFERENCES for row in self.of(name)]
         for updates in (self.updates, *self.longer):
             chosen += [row for key in METHODS for row in best_rows(self.rows, key, updates)]
-        update_json(folder / "paper_claims.json", self.study.teacher, chosen, self.rows, self.study.describe())
+        settings = {**self.study.describe(), "updates": self.updates}
+        update_json(folder / "paper_claims.json", self.study.teacher, chosen, self.rows, settings)
         (folder / "mixture.md").write_text(self.markdown(), encoding="utf-8")
         self.picture_of_samples().savefig(folder / "mixture_samples.png", dpi=110)
         self.picture_of_scores().savefig(folder / "mixture_scores.png", dpi=110)

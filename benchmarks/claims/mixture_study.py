@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.claims.evidence import Row
-from benchmarks.claims.methods import METHODS, Run
+from benchmarks.claims.files import identity_of, read_row, write_row, write_tensors, write_text
+from benchmarks.claims.methods import Run
 from benchmarks.claims.mixture import (
     GaussianMixture,
     VelocityNetwork,
@@ -54,18 +53,29 @@ class MixtureStudy:
     """Files of one choice of settings, in a folder named after them: other settings never meet these results."""
 
     teacher = "mixture"
+    references = REFERENCES
+    lrs = (3e-4, 1e-3, 3e-3, 1e-2)
+    """The grid of learning rates."""
+    grid_seeds: int | None = None
+    """It is run with all seeds."""
+    updates = 1200
+    """Generator updates over all phases."""
+    longer = (2, 4, 8)
+    """Times the updates, in the stage "long"."""
 
     def __init__(self, work_dir: Path, settings: Settings | None = None, samples: int = 10_000) -> None:
         self.settings, self.samples = settings or Settings(), samples
         self.mixture = GaussianMixture.ring()
-        identity = json.dumps({**self.settings.as_dict(), "samples": samples}, sort_keys=True)
-        self.folder = work_dir / f"{self.teacher}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "settings.json").write_text(identity + "\n", encoding="utf-8")
+        self.folder = work_dir / f"{self.teacher}-{identity_of(self.describe())}"
+        write_text(self.folder / "settings.json", json.dumps(self.describe(), indent=1) + "\n")
 
     def describe(self) -> dict[str, object]:
         """Settings for the report."""
         return {**self.settings.as_dict(), "samples": self.samples}
+
+    def prepare(self) -> None:
+        """What all runs start from."""
+        _ = self.initial
 
     # --- networks ------------------------------------------------------------
 
@@ -74,7 +84,7 @@ class MixtureStudy:
         """The network that all roles start from."""
         path = self.folder / "initial.safetensors"
         if not path.exists():
-            _write_tensors(path, fit_initial_network(self.mixture, self.settings).state_dict(), {})
+            write_tensors(path, fit_initial_network(self.mixture, self.settings).state_dict(), {})
         network = VelocityNetwork(self.settings.width)
         network.load_state_dict(load_file(path))
         return network.requires_grad_(False)
@@ -89,7 +99,7 @@ class MixtureStudy:
                 for name, expert in done.experts.items()
                 for key, value in expert.state_dict().items()
             }
-            _write_tensors(
+            write_tensors(
                 path, weights, {"evaluations": json.dumps(done.evaluations), "skipped": json.dumps(done.skipped)}
             )
         return path
@@ -150,16 +160,16 @@ class MixtureStudy:
             )
             row.extra["training_evaluations"] = sum(evaluations.values())
             row.extra["skipped_updates"] = json.loads(metadata["skipped"])
-            _write_row(path, row)
-        return Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            write_row(path, row)
+        return read_row(path)
 
     def reference_row(self, name: str, seed: int) -> Row:
         """Measure what needs no training, or read what is there."""
         path = self.folder / "rows" / f"{name}-seed-{seed}.json"
         if not path.exists():
             evaluations = 0 if name == "exact" else int(name.removeprefix("teacher_"))
-            _write_row(path, self._measured(name, seed, evaluations, self.reference(name, seed), None, 0, None))
-        return Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            write_row(path, self._measured(name, seed, evaluations, self.reference(name, seed), None, 0, None))
+        return read_row(path)
 
     def _measured(
         self,
@@ -198,24 +208,5 @@ class MixtureStudy:
         )
 
 
-def runs(methods: Sequence[str], lrs: Sequence[float], seeds: int, updates: int) -> list[Run]:
-    """Every method at every learning rate with every seed; seed by seed, so that a cut-off grid is a whole one."""
-    return [Run(METHODS[key], lr, seed, updates) for seed in range(seeds) for lr in lrs for key in methods]
-
-
 def _noise(seed: int, count: int) -> Tensor:
     return torch.randn(count, 2, generator=torch.Generator().manual_seed(_NOISE_SEED + seed))
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata)
-    part.replace(path)
-
-
-def _write_row(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(row.to_dict()) + "\n", encoding="utf-8")
-    part.replace(path)

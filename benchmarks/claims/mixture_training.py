@@ -1,21 +1,21 @@
-"""Distilling the mixture with the library's own distiller: the loop that ``PhasedDistiller`` leaves to its caller."""
+"""Distilling the mixture: its settings, its networks, the network that all of them start from."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.claims import distilling
+from benchmarks.claims.distilling import Draw, Recipe
 from benchmarks.claims.methods import Method, Run
 from benchmarks.claims.mixture import GaussianMixture, VelocityNetwork
-from pdmd_core.distillation import Objective, PhasedDistiller
+from pdmd_core.distillation import Objective
 from pdmd_core.families.base import Conditioning, classifier_free_guidance
 from pdmd_core.flow import Sigma
 from pdmd_core.phases import PhasePlan
@@ -51,6 +51,19 @@ class Settings:
         """Its objective; the mixture needs no guidance."""
         return replace(Objective(guidance_scale=1.0), **method.objective)
 
+    def recipe(self) -> Recipe:
+        """What the training loop is told."""
+        return Recipe(
+            batch_size=self.batch_size,
+            fake_updates=self.fake_updates,
+            draws_per_rollout=1,
+            fake_lr_factor=self.fake_lr_factor,
+            ema_decay=self.ema_decay,
+            ema_warm_up=False,
+            lr_decay_share=self.lr_decay_share,
+            max_grad_norm=self.max_grad_norm,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """For metadata and reports."""
         return asdict(self)
@@ -70,6 +83,31 @@ class MixtureNetworks:
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         return classifier_free_guidance(positive, negative, scale)
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The weights of an expert or of the fake."""
+        return list(self.networks[role].parameters())
+
+
+class MixtureProblem:
+    """The networks of one run, all copies of the same."""
+
+    def __init__(self, method: Method, mixture: GaussianMixture, initial: nn.Module, settings: Settings) -> None:
+        self.plan, self.objective = settings.plan(method), settings.objective(method)
+        self.mixture, self.initial = mixture, initial
+        self.experts = {phase.name: copy.deepcopy(initial) for phase in self.plan.phases}
+        self.evaluations: Counter[str] = Counter()
+
+    def networks(self, phase: int) -> MixtureNetworks:
+        """With a new fake; the expert of the phase becomes trainable."""
+        self.experts[self.plan.phases[phase].name].requires_grad_(True)
+        networks = MixtureNetworks(self.mixture, self.experts, copy.deepcopy(self.initial).requires_grad_(True))
+        networks.evaluations = self.evaluations
+        return networks
+
+    def draw(self, count: int, generator: torch.Generator) -> Draw:
+        """Noise alone."""
+        return Draw(torch.randn(count, 2, generator=generator), NOTHING, NOTHING)
 
 
 def fit_initial_network(mixture: GaussianMixture, settings: Settings) -> VelocityNetwork:
@@ -94,105 +132,15 @@ def fit_initial_network(mixture: GaussianMixture, settings: Settings) -> Velocit
 class Distilled:
     """What a run leaves."""
 
-    experts: dict[str, VelocityNetwork]
+    experts: dict[str, nn.Module]
     evaluations: dict[str, int]
     """Network evaluations of the whole training by role, a batch counted as one."""
     skipped: int
     """Updates with NaN or Inf in the gradient, which were not made."""
 
 
-class PhaseTraining:
-    """Optimizers, average and updates of one phase."""
-
-    def __init__(
-        self,
-        run: Run,
-        phase: int,
-        mixture: GaussianMixture,
-        experts: Mapping[str, nn.Module],
-        initial: nn.Module,
-        settings: Settings,
-        generator: torch.Generator,
-    ) -> None:
-        self.settings, self.generator = settings, generator
-        self.networks = MixtureNetworks(mixture, experts, copy.deepcopy(initial).requires_grad_(True))
-        plan = settings.plan(run.method)
-        self.distiller = PhasedDistiller(plan, phase, self.networks, settings.objective(run.method))
-        self.updates = run.updates // len(plan)
-        self.expert = experts[self.distiller.expert].requires_grad_(True)
-        self.average = AveragedModel(self.expert, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-        self.optimizers = [
-            torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.0, 0.999), weight_decay=0.01)
-            for network, lr in ((self.expert, run.lr), (self.networks.networks[FAKE], settings.fake_lr_factor * run.lr))
-        ]
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in self.optimizers]
-        self.skipped = 0
-
-    def _lr_factor(self, update: int) -> float:
-        return min(1.0, (self.updates - update) / (self.settings.lr_decay_share * self.updates))
-
-    def update(self) -> None:
-        """Fake updates, then one of the expert."""
-        distiller, settings = self.distiller, self.settings
-        expert, fake = self.optimizers
-        for _ in range(settings.fake_updates):
-            rollout = distiller.rollout(self._noise(), NOTHING, distiller.draw_step(self.generator), gradient=False)
-            t = distiller.draw_score_sigma(settings.batch_size, self.generator)
-            self._step(fake, distiller.fake_loss(rollout.x_s, NOTHING, t, self._noise()))
-        rollout = distiller.rollout(self._noise(), NOTHING, distiller.draw_step(self.generator), gradient=True)
-        t = distiller.draw_score_sigma(settings.batch_size, self.generator)
-        self._step(expert, distiller.generator_loss(rollout, NOTHING, NOTHING, t, self._noise()))
-        self.average.update_parameters(self.expert)
-        for schedule in self.schedules:
-            schedule.step()
-
-    def _noise(self) -> Tensor:
-        return torch.randn(self.settings.batch_size, 2, generator=self.generator)
-
-    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        parameters = optimizer.param_groups[0]["params"]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-        if math.isfinite(float(norm)):
-            optimizer.step()
-        else:
-            self.skipped += 1
-
-    def finish(self) -> None:
-        """The average becomes the expert, which is frozen from now on."""
-        self.expert.load_state_dict(self.average.module.state_dict())
-        self.expert.requires_grad_(False)
-
-
 def distil(run: Run, mixture: GaussianMixture, initial: VelocityNetwork, settings: Settings) -> Distilled:
-    """Train all experts of a run. Equal runs give equal experts.
-
-    Every phase gets the same number of updates, ``run.updates`` in all. One phase after the other; a joint method takes
-    one update of each in turn, with a fake of its own for each phase.
-    """
-    generator = torch.Generator().manual_seed(run.seed)
-    plan = settings.plan(run.method)
-    experts = {phase.name: copy.deepcopy(initial) for phase in plan.phases}
-
-    def start(phase: int) -> PhaseTraining:
-        return PhaseTraining(run, phase, mixture, experts, initial, settings, generator)
-
-    def groups() -> Iterator[list[PhaseTraining]]:
-        if run.method.joint:
-            yield [start(phase) for phase in range(len(plan))]
-        else:
-            for phase in range(len(plan)):
-                yield [start(phase)]
-
-    evaluations: Counter[str] = Counter()
-    skipped = 0
-    for together in groups():
-        for _ in range(together[0].updates):
-            for training in together:
-                training.update()
-        for training in together:
-            training.finish()
-            evaluations += training.networks.evaluations
-            skipped += training.skipped
-    return Distilled(experts, dict(evaluations), skipped)
+    """Train all experts of a run; see ``distilling.distil``."""
+    problem = MixtureProblem(run.method, mixture, initial, settings)
+    *_, skipped = distilling.distil(problem, run, settings.recipe())
+    return Distilled(problem.experts, dict(problem.evaluations), skipped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> MixtureStudy:
 @pytest.fixture
 def command(study: MixtureStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[str], Path]]:
     """Arguments of a short run; the command's study is the short one."""
-    monkeypatch.setattr(paper_claims, "MixtureStudy", lambda work_dir: study)
-    options = "--methods phased_4x1 biased_4x1 --seeds 2 --lrs 1e-3 --updates 80"
+    monkeypatch.setattr(paper_claims, "make_study", lambda teacher, work_dir: study)
+    options = "--teacher mixture --methods phased_4x1 biased_4x1 --seeds 2 --lrs 1e-3 --updates 80"
     yield [*options.split(), "--output_dir", str(tmp_path / "evidence")], tmp_path / "evidence"
 
 
@@ -138,6 +139,19 @@ def test_joint_training_takes_the_phases_in_turn(study: MixtureStudy) -> None:
     )
     assert joint.evaluations["teacher"] == sequential.evaluations["teacher"]
     assert not torch.equal(joint.experts["low_noise"].head.weight, sequential.experts["low_noise"].head.weight)
+
+
+def test_the_average_over_updates_becomes_the_expert(study: MixtureStudy) -> None:
+    """A very slow average stays at the first update, which Adam makes as large as the learning rate; without one the
+    expert is the last.
+    """
+    run = Run(METHODS["dmd_one_step"], 1e-2, 0, 20)
+    moved = []
+    for decay in (0.9999, 0.0):
+        done = distil(run, study.mixture, study.initial, replace(SHORT, ema_decay=decay))
+        moved.append(float((done.experts["all_noise"].head.weight - study.initial.head.weight).abs().mean()))
+    assert moved[0] == pytest.approx(1e-2, rel=0.02)
+    assert moved[1] > 1.3 * moved[0]
 
 
 def test_ablations_differ_from_their_method_in_one_choice() -> None:
