@@ -22,6 +22,9 @@ BOUNDARY_TOLERANCE = 1e-4
 """Relative. A sigma this close above a boundary is the boundary: float32 and a trip through ``sigma * 1000`` stay
 within it. bfloat16 does not (its spacing is up to 0.8 %): keep sigmas in float32 or route by step."""
 
+MAX_STEPS = 1000
+"""Of a plan: a teacher's full schedule is within it, and a plan of a stranger's stays cheap to handle."""
+
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -68,6 +71,8 @@ class PhasePlan:
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise PhasePlanError(f"the phases of a plan are a tuple of Phase, found {_short(self.phases)}: from_sigmas")
         if not self.phases:
             raise PhasePlanError("a phase plan needs at least one phase, found none")
         names = [phase.name for phase in self.phases]
@@ -75,15 +80,21 @@ class PhasePlan:
             if not isinstance(phase.name, str) or not _NAME.fullmatch(phase.name):
                 raise PhasePlanError(
                     f"a phase name is 1 to 64 lower-case letters, digits and underscores and starts with a letter, "
-                    f"found {phase.name!r}"
+                    f"found {_short(phase.name)}"
                 )
+            if not isinstance(phase.sigmas, tuple):
+                raise PhasePlanError(f"the sigmas of a Phase are a tuple, found {_short(phase.sigmas)}: from_sigmas")
             if not phase.sigmas:
                 raise PhasePlanError(f"phase {phase.name!r} has no sigmas: every expert runs at least one step")
+        if len(self.sigmas) > MAX_STEPS:
+            raise PhasePlanError(f"a plan has at most {MAX_STEPS} steps, found {len(self.sigmas)}")
         if len(set(names)) != len(names):
-            raise PhasePlanError(f"phase names must differ, found {', '.join(names)}")
+            raise PhasePlanError(f"phase names must differ, found {_short(', '.join(names))}")
         for sigma in self.sigmas:
             if isinstance(sigma, bool) or not isinstance(sigma, float) or not 0 < sigma <= 1:
-                raise PhasePlanError(f"sigmas are numbers in (0, 1], found {sigma!r} (timesteps in 0..1000 are not)")
+                raise PhasePlanError(
+                    f"sigmas are numbers in (0, 1], found {_short(sigma)} (timesteps in 0..1000 are not)"
+                )
         if self.sigmas[0] != 1:
             raise PhasePlanError(f"the first sigma is 1 (sampling starts from pure noise), found {self.sigmas[0]}")
         for high, low in zip(self.sigmas, self.sigmas[1:], strict=False):
@@ -98,11 +109,13 @@ class PhasePlan:
 
         ``from_steps([2, 2], shift=5.0)`` is the 4-step plan of Wan: [1, .9375 | .8333, .625].
         """
-        if not steps or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in steps):
-            raise PhasePlanError(f"steps are whole numbers of at least 1, one for each phase, found {list(steps)}")
+        if not isinstance(steps, Sequence) or not steps or not all(_is_count(n) for n in steps):
+            raise PhasePlanError(f"steps are whole numbers of at least 1, one for each phase, found {_short(steps)}")
         if not (isinstance(shift, int | float) and math.isfinite(shift) and shift > 0):
             raise PhasePlanError(f"shift is a positive number, found {shift!r}")
         total = sum(steps)
+        if total > MAX_STEPS:
+            raise PhasePlanError(f"a plan has at most {MAX_STEPS} steps, found {_short(total)}")
         flat = [shift_sigma(1 - i / total, float(shift)) for i in range(total)]
         starts = [sum(steps[:k]) for k in range(len(steps))]
         return cls.from_sigmas([flat[a : a + n] for a, n in zip(starts, steps, strict=True)], names)
@@ -113,8 +126,9 @@ class PhasePlan:
         try:
             groups = [tuple(float(sigma) for sigma in group) for group in sigmas]
         except (TypeError, ValueError, OverflowError):
-            found = " ".join(repr(sigmas).split())
-            raise PhasePlanError(f"sigmas are given as one list of numbers for each phase, found {found}") from None
+            raise PhasePlanError(
+                f"sigmas are given as one list of numbers for each phase, found {_short(sigmas)}"
+            ) from None
         names = list(names) if names is not None else _default_names(len(groups))
         if len(names) != len(groups):
             raise PhasePlanError(f"expected one name for each of the {len(groups)} phases, found {len(names)}")
@@ -165,10 +179,12 @@ class PhasePlan:
         are uniform in raw time, under the shift of the plan (in sigma where no shift makes it uniform). Raises
         PhasePlanError for fewer steps than the plan has.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < len(self.sigmas):
+        if not _is_count(steps) or steps < len(self.sigmas):
             raise PhasePlanError(
-                f"a refined plan has at least the {len(self.sigmas)} steps of the plan, found {steps!r}"
+                f"a refined plan has at least the {len(self.sigmas)} steps of the plan, found {_short(steps)}"
             )
+        if steps > MAX_STEPS:
+            raise PhasePlanError(f"a plan has at most {MAX_STEPS} steps, found {_short(steps)}")
         shift = self.shift or 1.0
         edges = [unshift_sigma(sigma, shift) for sigma in (*self.sigmas, 0.0)]
         gaps = [high - low for high, low in pairwise(edges)]
@@ -202,7 +218,7 @@ class PhasePlan:
             if not isinstance(entry["sigmas"], list):
                 raise PhasePlanError(f"the sigmas of a phase are a list, found {type(entry['sigmas']).__name__}")
             if any(isinstance(sigma, bool) or not isinstance(sigma, int | float) for sigma in entry["sigmas"]):
-                raise PhasePlanError(f"sigmas are numbers in (0, 1], found {entry['sigmas']!r}")
+                raise PhasePlanError(f"sigmas are numbers in (0, 1], found {_short(entry['sigmas'])}")
         return cls.from_sigmas([entry["sigmas"] for entry in entries], [entry["name"] for entry in entries])
 
     def to_json(self) -> str:
@@ -214,7 +230,7 @@ class PhasePlan:
         """Inverse of ``to_json``."""
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise PhasePlanError(f"a phase plan is JSON, found text that is not: {error}") from None
         return cls.from_dict(data)
 
@@ -269,8 +285,21 @@ def _default_names(count: int) -> list[str]:
     return known.get(count, [f"phase_{k}" for k in range(count)])
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _short(value: object) -> str:
+    """What was found, in one line of at most 80 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists in lists
+        text = type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _entries(data: object, keys: Iterable[str], what: str) -> Mapping[str, Any]:
     if not isinstance(data, dict) or set(data) != set(keys):
-        found = f"keys {sorted(map(str, data))}" if isinstance(data, dict) else type(data).__name__
+        found = f"keys {_short(sorted(map(str, data)))}" if isinstance(data, dict) else type(data).__name__
         raise PhasePlanError(f"{what} is an object with exactly the keys {sorted(keys)}, found {found}")
     return data

@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
   phased-dmd convert experts --to diffusers --output pipeline
   phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
 
-exit status: 0 when all is well, 1 for a failed check or an error (one line on standard error), 2 for wrong arguments
+exit status: 0 when all is well, 1 for a failed check, 2 for wrong arguments or files (one line on standard error)
 """
 _TARGETS = """what --to writes:
   full        an experts folder of full experts; LoRA experts are merged into their base, in float32
@@ -101,13 +101,16 @@ def main(arguments: list[str] | None = None) -> int:
         return run(parser, options)
     except (ExpertsError, PhasePlanError) as error:
         print(f"phased-dmd: {error}", file=sys.stderr)
+        return 2
     except ImportError as error:
         print(f'phased-dmd: {error.name} is needed for this: pip install "phased-dmd[diffusers]"', file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader has seen enough, as in `phased-dmd inspect x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("phased-dmd: stopped, nothing was changed", file=sys.stderr)
-    return 1
+        return 130
 
 
 def _inspect(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

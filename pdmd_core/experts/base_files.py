@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from ..families import ModelFamily, family
+from .lora_keys import matching
 from .manifest import BaseModel, ExpertsError
+from .untrusted import read_json, shown
 from .weights import Weights, open_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
+MAX_LAYERS = 1000
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 _CONFIGS = ["model_index.json", "*/config.json"]
@@ -50,8 +53,8 @@ class BaseFiles:
     def index(self) -> dict[str, Any]:
         """The pipeline's model_index.json. Raises ExpertsError when the folder is not a pipeline's."""
         try:
-            index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            index = read_json(self.folder / "model_index.json")
+        except ExpertsError:
             index = None
         if not isinstance(index, dict):
             raise ExpertsError(
@@ -63,20 +66,31 @@ class BaseFiles:
         """A network's config.json. Raises ExpertsError when it is not one of the family's."""
         path = self.folder / component / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            config = read_json(path)
+        except ExpertsError as error:
             raise ExpertsError(f"base {self.folder}: {component} has no readable config.json ({error})") from None
         found = config.get("_class_name") if isinstance(config, dict) else None
         if found != self.family.architecture:
             raise ExpertsError(
-                f"base {self.folder}: {component} is a {found}, the experts are of a {self.family.architecture}: "
-                "give their own base with --base"
+                f"base {self.folder}: {component} is a {shown(found)}, the experts are of a "
+                f"{self.family.architecture}: give their own base with --base"
             )
+        if any(isinstance(value, int) and value > MAX_LAYERS for key, value in config.items() if "layers" in key):
+            raise ExpertsError(f"base {self.folder}: {component} has more than {MAX_LAYERS} layers: download it again")
         return config
 
     def shapes(self, component: str) -> Shapes:
         """Name to shape of every weight of a network, from its config; no weight is read."""
-        return _shapes(self.family.architecture, json.dumps(self.config(component)))
+        config = json.dumps(self.config(component))
+        try:
+            return _shapes(self.family.architecture, config)
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a network's constructor makes of a stranger's values
+            reason = shown(" ".join(str(error).split()))
+            raise ExpertsError(
+                f"base {self.folder}: the config.json of {component} makes no network ({reason})"
+            ) from None
 
     def weights(self, component: str) -> Weights:
         """A network's weights, in one file or in shards. Raises ExpertsError."""
@@ -86,10 +100,10 @@ class BaseFiles:
         if not index.is_file():
             return open_weights(folder / WEIGHTS_NAME)
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            names = set(read_json(index)["weight_map"].values())
+        except (ExpertsError, KeyError, AttributeError, TypeError):
             raise ExpertsError(f"{index}: not a list of weight files: download the base again") from None
-        if any(Path(name).name != name for name in names):
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ExpertsError(f"{index}: names a file of another folder: download the base again")
         return open_weights(*(folder / name for name in sorted(names)))
 
@@ -109,8 +123,11 @@ class BaseFiles:
         for name, shape in found.items():
             self._check_shape(file, component, name, shape, expected[name])
 
-    def check_lora(self, file: str, component: str, found: Shapes) -> None:
-        """``found``: shapes of ``<module>.lora_A`` / ``.lora_B``. Raises ExpertsError unless the network has them."""
+    def check_lora(self, file: str, component: str, found: Shapes, targets: Sequence[str] = ()) -> None:
+        """Raises ExpertsError unless the network has these modules, and no other that ends in one of ``targets``.
+
+        found: shapes of ``<module>.lora_A`` / ``.lora_B``.
+        """
         expected = self.shapes(component)
         for name, shape in found.items():
             module, _, part = name.rpartition(".")
@@ -119,6 +136,13 @@ class BaseFiles:
                 raise ExpertsError(f"{file} adapts {module}, which {component} of {self.folder} does not have")
             wanted = (shape[0], weight[1]) if part == "lora_A" else (weight[0], shape[1])
             self._check_shape(file, component, name, shape, wanted)
+        adaptable = {name.removesuffix(".weight") for name, shape in expected.items() if len(shape) == 2}
+        left_out = sorted(m for m in adaptable if matching(m, targets) and f"{m}.lora_A" not in found)
+        if left_out:
+            raise ExpertsError(
+                f"{file} leaves out {len(left_out)} of the modules that it targets, {left_out[0]} for one: "
+                "a part of it is missing, or it belongs to a smaller base"
+            )
 
     def _check_shape(
         self, file: str, component: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]

@@ -13,7 +13,8 @@ import torch
 
 from .base_files import WEIGHTS_NAME, BaseFiles, family_of_base
 from .card import card_text
-from .files import PhasedExperts, lora_to_file, write_experts
+from .files import PhasedExperts, expert_metadata, write_experts
+from .lora_keys import lora_to_file
 from .low_rank import extract, merged
 from .manifest import MANIFEST_NAME, Expert, ExpertsError, Manifest
 from .output import check_output, new_folder
@@ -171,12 +172,6 @@ class Conversion:
     def _finish_experts(self, folder: Path, manifest: Manifest) -> None:
         _save_scheduler(folder, manifest)
         (folder / "README.md").write_text(card_text(manifest, self.output.as_posix()), encoding="utf-8")
-
-
-def expert_metadata(manifest: Manifest, expert: Expert) -> dict[str, str]:
-    """What makes a single file explain itself: the manifest without hashes, under one key."""
-    unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
-    return {"phased_experts": json.dumps({"expert": expert.name, "manifest": unhashed.to_dict()})}
 
 
 def write_network(folder: Path, weights: Weights, config: Mapping[str, Any], max_bytes: int | None = None) -> None:

@@ -1,8 +1,6 @@
-"""Expert weights on disk: writing a folder, reading one back, and the LoRA key format that every tool reads.
+"""Expert weights on disk: writing a folder, and reading one back.
 
-LoRA files hold ``diffusion_model.<native module>.lora_down.weight`` / ``.lora_up.weight`` and ``.alpha``, so that
-strength 1.0 is right in diffusers' ``load_lora_weights`` and in ComfyUI's LoRA loaders. Each file carries the manifest
-(without hashes) in its safetensors metadata. Only safetensors are read.
+Each file carries the manifest (without hashes) in its safetensors metadata. Only safetensors are read.
 """
 
 from __future__ import annotations
@@ -15,68 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..families import ModelFamily, family
+from ..families import FAMILIES, family
 from ..phases import PhasePlan
-from .manifest import MANIFEST_NAME, Expert, ExpertsError, Manifest, read_manifest
+from .errors import ExpertsError
+from .lora_keys import check_lora, lora_from_file
+from .manifest import MANIFEST_NAME, Expert, Manifest, read_manifest
+from .untrusted import check_inside, parse_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX = "diffusion_model."
-
+METADATA_KEY = "phased_experts"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
-
-
-def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) -> dict[str, Tensor]:
-    """A LoRA role's weights (``<module>.lora_A`` / ``.lora_B``, diffusers module names) under the file's keys."""
-    import torch
-
-    tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
-        module, _, part = key.rpartition(".")
-        native = PREFIX + names.native_module_name(module)
-        tensors[f"{native}.lora_{'down' if part == 'lora_A' else 'up'}.weight"] = value.contiguous().cpu()
-        tensors[f"{native}.alpha"] = torch.tensor(float(alpha))
-    return tensors
-
-
-def lora_from_file(tensors: Mapping[str, Tensor], expert: Expert, names: ModelFamily) -> dict[str, Tensor]:
-    """Inverse of ``lora_to_file``, checked against the manifest's rank and alpha. Raises ExpertsError."""
-    state: dict[str, Tensor] = {}
-    scaled = set()
-    for key, value in tensors.items():
-        module, found, part = _split(key)
-        if not found:
-            raise ExpertsError(f"{expert.file}: key {key!r} is not {PREFIX}<module>.lora_down|lora_up.weight or .alpha")
-        if part == "alpha":
-            alpha = float(expert.alpha or 0)
-            if value.numel() != 1 or not abs(float(value) - alpha) <= 1e-3 * abs(alpha):
-                raise ExpertsError(f"{expert.file}: {key} is not the manifest's alpha {expert.alpha}")
-            scaled.add(module)
-            continue
-        try:
-            name = names.diffusers_module_name(module)
-        except ValueError as error:
-            raise ExpertsError(f"{expert.file}: {error}") from None
-        if value.ndim != 2 or value.shape[0 if part == "lora_A" else 1] != expert.rank:
-            raise ExpertsError(f"{expert.file}: {key} has shape {tuple(value.shape)}, expected rank {expert.rank}")
-        state[f"{name}.{part}"] = value
-    adapted = {name.rpartition(".")[0] for name in state}
-    if len(state) != 2 * len(adapted) or not state or {names.native_module_name(name) for name in adapted} != scaled:
-        raise ExpertsError(
-            f"{expert.file}: every adapted module needs lora_down, lora_up and alpha, found {len(state)} weights and "
-            f"{len(scaled)} alphas"
-        )
-    return state
-
-
-def _split(key: str) -> tuple[str, bool, str]:
-    parts = {".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha"}
-    for suffix, part in parts.items():
-        if key.startswith(PREFIX) and key.endswith(suffix):
-            return key[len(PREFIX) : -len(suffix)], True, part
-    return key, False, ""
 
 
 def sha256_of(path: Path) -> str:
@@ -89,20 +37,25 @@ def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mappin
     """Write the files of all experts, then the manifest. All is written before any of it takes its place.
 
     manifest: complete but for the hashes, which are filled in. weights: expert name to the tensors of its file
-    (``lora_to_file`` for LoRA experts). Returns the manifest that was written.
+    (``lora_to_file`` for LoRA experts). Returns the manifest that was written. Raises ExpertsError for what could not
+    be read back: an expert without weights, values that are not finite, a manifest that is none.
     """
-    from safetensors.torch import save_file
+    from .weights import weights_of, write_weights
 
+    if lacking := [expert.name for expert in manifest.experts if expert.name not in weights]:
+        given = ", ".join(weights) or "none"
+        raise ExpertsError(f"cannot write {folder}: no weights of {', '.join(lacking)}, found those of {given}")
+    Manifest.from_dict(manifest.without_hashes().to_dict())
     folder.mkdir(parents=True, exist_ok=True)
-    unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
     part = {name: folder / f".{name}.part" for name in [*(e.file for e in manifest.experts), MANIFEST_NAME]}
     try:
         experts = []
         for expert in manifest.experts:
-            # one key: safetensors writes several in random order, and equal experts should be equal files
-            metadata = {"phased_experts": json.dumps({"expert": expert.name, "manifest": unhashed.to_dict()})}
-            save_file(dict(weights[expert.name]), part[expert.file], metadata=metadata)
-            experts.append(replace(expert, sha256=sha256_of(part[expert.file])))
+            metadata, own = expert_metadata(manifest, expert), weights_of(weights[expert.name])
+            try:
+                experts.append(replace(expert, sha256=write_weights(part[expert.file], own, metadata)))
+            except ExpertsError as error:
+                raise ExpertsError(f"cannot write {folder}: {expert.name}: {error}") from None
         written = replace(manifest, experts=tuple(experts))
         part[MANIFEST_NAME].write_text(written.to_json(), encoding="utf-8")
         for name, path in part.items():
@@ -111,6 +64,23 @@ def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mappin
         for path in part.values():
             path.unlink(missing_ok=True)
     return written
+
+
+def expert_metadata(manifest: Manifest, expert: Expert) -> dict[str, str]:
+    """What makes a single file explain itself: the manifest without hashes, under one key."""
+    return {METADATA_KEY: json.dumps({"expert": expert.name, "manifest": manifest.without_hashes().to_dict()})}
+
+
+def read_expert_metadata(metadata: Mapping[str, str]) -> tuple[Manifest, Expert]:
+    """The manifest that a file carries, and which of its experts the file is. Raises ValueError when there is none."""
+    try:
+        carried = parse_json(metadata[METADATA_KEY])
+        manifest = Manifest.from_dict(carried["manifest"])
+        return manifest, manifest.expert(carried["expert"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"no {error}" if isinstance(error, KeyError) else "not an object of manifest and expert"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -131,8 +101,7 @@ class PhasedExperts:
             path = folder / expert.file
             if not path.is_file():
                 raise ExpertsError(f"{folder}: {expert.file} of expert {expert.name!r} is missing; download it again")
-            if path.is_symlink() and folder.resolve() not in path.resolve().parents and not _is_hub_blob(path):
-                raise ExpertsError(f"{path}: a link that leaves the folder is not followed")
+            check_inside(path, folder)
         return cls(folder, manifest)
 
     @classmethod
@@ -159,7 +128,7 @@ class PhasedExperts:
             return cls.open(experts)
         if isinstance(experts, Path) or not _HUB_ID.fullmatch(experts):
             raise ExpertsError(
-                f"{str(experts)!r} is neither a folder nor a Hub id user/name; give one that holds {MANIFEST_NAME}"
+                f"{shown(str(experts))} is neither a folder nor a Hub id user/name; give one that holds {MANIFEST_NAME}"
             )
         return cls.open(download_experts(experts, revision, cache_dir, token, local_files_only))
 
@@ -202,15 +171,17 @@ class PhasedExperts:
         return path
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """All tensors of an expert's file, by its keys. Raises ExpertsError for another file than the manifest's."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """All tensors of an expert's file, by its keys.
 
-        path = self.verify(name)
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ExpertsError(f"{path}: not a readable safetensors file ({error})") from None
+        Raises ExpertsError for another file than the manifest's, and for a LoRA of another rank or alpha.
+        """
+        from .weights import open_weights
+
+        expert, weights = self.manifest.expert(name), open_weights(self.verify(name))
+        tensors = {key: weights.read(key) for key in weights.specs}
+        if expert.kind == "lora" and name not in self.paths and self.manifest.base.family in FAMILIES:
+            check_lora(tensors, expert)  # of another family a file has the keys that its pipeline's own loader reads
+        return tensors
 
     def lora_state(self, name: str) -> dict[str, Tensor]:
         """A LoRA expert's weights as ``<diffusers module>.lora_A`` / ``.lora_B``. Raises ExpertsError."""
@@ -222,18 +193,3 @@ class PhasedExperts:
         except ValueError as error:
             raise ExpertsError(f"{self.folder}: {error}") from None
         return lora_from_file(self.tensors(name), expert, names)
-
-
-def _is_hub_blob(path: Path) -> bool:
-    """The Hub's download cache links snapshots/<revision>/<file> to blobs/<hash> of the same repository.
-
-    That may be a link itself, to blobs/<two digits>/<hash>, which all repositories of the cache share.
-    """
-    target = (path.parent / path.readlink()).absolute()
-    blob = target.parent.resolve() / target.name
-    repository = blob.parent.parent
-    if blob.parent.name != "blobs" or repository / "snapshots" not in path.parent.resolve().parents:
-        return False
-    stored = blob.resolve()
-    shared = stored.parent.parent == repository.parent / "blobs" and bool(_SHARED_BLOB.fullmatch(stored.name))
-    return stored == blob or shared

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..families import FAMILIES, family
-from .files import PhasedExperts
-from .manifest import Expert, ExpertsError, Manifest
+from .files import METADATA_KEY, PhasedExperts, read_expert_metadata
+from .header import read_header
+from .manifest import ExpertsError, Manifest
 from .output import in_units
-from .weights import Weights, dtype_name, open_weights, read_metadata
+from .untrusted import parse_json
+from .weights import Weights, dtype_name, open_weights
 
 _PARTS = {
     ".lora_down.weight": "down",
@@ -50,9 +53,9 @@ def inspect(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
         what = "only safetensors files and experts folders are read" if path.exists() else "no such file or folder"
         raise ExpertsError(f"{path}: {what}")
-    weights, metadata = open_weights(path), read_metadata(path)
-    if "phased_experts" in metadata:
-        return _expert_file_report(path, metadata["phased_experts"])
+    weights, metadata = open_weights(path), read_header(path).metadata
+    if METADATA_KEY in metadata:
+        return _expert_file_report(path, metadata)
     report = {"what": "weights", "path": str(path), **_contents(weights), "metadata": _short(metadata)}
     return report | _lora_report(weights, metadata)
 
@@ -77,12 +80,10 @@ def _manifest_report(manifest: Manifest, path: Path, files: dict[str, Path]) -> 
     }
 
 
-def _expert_file_report(path: Path, text: str) -> dict[str, Any]:
+def _expert_file_report(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        carried = json.loads(text)
-        manifest = Manifest.from_dict(carried["manifest"])
-        expert: Expert = manifest.expert(carried["expert"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        manifest, expert = read_expert_metadata(metadata)
+    except ValueError as error:
         raise ExpertsError(f"{path}: its metadata is not that of a phased expert ({error})") from None
     report = _manifest_report(manifest, path, {expert.name: path})
     own = [entry for entry in report["experts"] if entry["name"] == expert.name]
@@ -104,7 +105,7 @@ def _contents(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _lora_report(weights: Weights, metadata: dict[str, str]) -> dict[str, Any]:
+def _lora_report(weights: Weights, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Format, rank and alpha of a LoRA; nothing when no key is one's."""
     parts: dict[str, Counter[str]] = {}
     for name in weights.specs:
@@ -147,17 +148,22 @@ def _is_native(name: str, module: str) -> bool:
     return True
 
 
-def _peft_alpha(metadata: dict[str, str]) -> list[float] | None:
+def _peft_alpha(metadata: Mapping[str, str]) -> list[float] | None:
     """What diffusers writes beside a LoRA and ComfyUI does not read."""
     try:
-        found = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        found = parse_json(metadata.get("lora_adapter_metadata", "{}"))
         return sorted({float(value) for key, value in found.items() if key.endswith("lora_alpha")}) or None
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return None
 
 
-def _short(metadata: dict[str, str]) -> dict[str, str]:
-    return {key: value if len(value) <= 200 else value[:197] + "..." for key, value in metadata.items()}
+def _short(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Cut, and without what a terminal would obey."""
+    return {_plain(key): _plain(value if len(value) <= 200 else value[:197] + "...") for key, value in metadata.items()}
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def report_text(report: dict[str, Any]) -> str:

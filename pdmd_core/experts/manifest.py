@@ -9,25 +9,28 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..phases import PhasePlan, PhasePlanError
+from .errors import ExpertsError
+from .untrusted import MAX_JSON_BYTES, check_inside, parse_json, read_json, shown
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "phased_experts.json"
-MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_MANIFEST_BYTES = MAX_JSON_BYTES
+MAX_RANK = 2**16
+MAX_TARGETS = 10_000
+MAX_GUIDANCE = 100
+"""As ComfyUI's cfg."""
 
 ExpertKind = Literal["lora", "full"]
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,119}")
 _COMPONENT = re.compile(r"transformer(_[2-9])?")
-
-
-class ExpertsError(ValueError):
-    """An experts folder that cannot be used: one line with what was expected, what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +76,28 @@ class Manifest:
     def __post_init__(self) -> None:
         phases, experts = [p.name for p in self.plan.phases], [e.name for e in self.experts]
         if phases != experts:
-            found = ", ".join(map(repr, experts)) or "none"
+            found = shown(", ".join(map(str, experts))) if experts else "none"
             raise ExpertsError(
-                f"the plan has phases {', '.join(phases)}, the experts are {found}: "
+                f"the plan has phases {shown(', '.join(phases))}, the experts are {found}: "
                 "one expert for each phase, in the same order"
             )
         files = [expert.file for expert in self.experts]
         if len(set(files)) != len(files):
-            raise ExpertsError(f"every expert has a file of its own, found {', '.join(files)}")
+            raise ExpertsError(f"every expert has a file of its own, found {shown(', '.join(files))}")
 
     def expert(self, name: str) -> Expert:
         """The entry of this name. Raises ExpertsError."""
         for expert in self.experts:
             if expert.name == name:
                 return expert
-        raise ExpertsError(f"no expert {name!r} here, expected one of: {', '.join(e.name for e in self.experts)}")
+        raise ExpertsError(f"no expert {shown(name)} here, expected one of: {', '.join(e.name for e in self.experts)}")
+
+    def without_hashes(self) -> Manifest:
+        """As each expert's file carries it: a file cannot hold its own hash."""
+        return replace(self, experts=tuple(replace(expert, sha256="0" * 64) for expert in self.experts))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; ``from_dict`` reads it back."""
+        """JSON form; ``from_dict`` reads it back. Numbers of ``training`` that are not finite become null."""
         return {
             "format_version": FORMAT_VERSION,
             "base": asdict(self.base),
@@ -100,7 +107,7 @@ class Manifest:
                 {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(expert).items()}
                 for expert in self.experts
             ],
-            "training": dict(self.training),
+            "training": _finite(dict(self.training)),
         }
 
     def to_json(self) -> str:
@@ -121,14 +128,27 @@ class Manifest:
         except PhasePlanError as error:
             raise ExpertsError(f"plan: {error}") from None
         base = _object(top["base"], "base", {"model", "architecture", "family"}, {"revision"})
-        for key in ("model", "architecture", "family"):
-            _check(base[key], f"base.{key}", "a non-empty text", lambda v: isinstance(v, str) and bool(v))
-        _check(base.get("revision"), "base.revision", "a text or null", lambda v: v is None or isinstance(v, str))
+        for key in ("model", "family"):
+            _check(base[key], f"base.{key}", "a text of 1 to 500 printable characters", lambda v: _text(v) and bool(v))
+        _check(base["architecture"], "base.architecture", "the name of a class", lambda v: _matches(_CLASS, v))
+        revision = base.get("revision")
+        _check(revision, "base.revision", "a text of printable characters or null", lambda v: v is None or _text(v))
         _check(top["experts"], "experts", "a list", lambda v: isinstance(v, list))
         guidance = top.get("guidance_scale", 1.0)
-        _check(guidance, "guidance_scale", "a number of at least 0", lambda v: _number(v) and v >= 0)
+        _check(
+            guidance,
+            "guidance_scale",
+            f"a number from 0 to {MAX_GUIDANCE}",
+            lambda v: _number(v) and 0 <= v <= MAX_GUIDANCE,
+        )
         training = top.get("training", {})
         _check(training, "training", "an object", lambda v: isinstance(v, dict))
+        _check(training, "training", "an object of JSON", _is_json)
+        size, length = training.get("size"), training.get("max_sequence_length")  # what is sampled by default
+        three = "null or three whole numbers from 1 to 16384"
+        _check(size, "training.size", three, lambda v: v is None or (isinstance(v, list | tuple) and _are_sizes(v, 3)))
+        one = "null or a whole number from 1 to 16384"
+        _check(length, "training.max_sequence_length", one, lambda v: v is None or _are_sizes([v], 1))
         return cls(
             base=BaseModel(**base),
             plan=plan,
@@ -141,16 +161,21 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Inverse of ``to_json``. Raises ExpertsError."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+            data = parse_json(text)
+        except ValueError as error:  # also for numbers of thousands of digits
             raise ExpertsError(f"the manifest is not JSON: {error}") from None
+        return cls._of_json(data)
+
+    @classmethod
+    def _of_json(cls, data: object) -> Manifest:
+        """A newer format is told first: what else is in it is not known here."""
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ExpertsError(
-                f"format_version is {version}, this program reads up to {FORMAT_VERSION}: upgrade phased-dmd"
+                f"format_version is {shown(version)}, this program reads up to {FORMAT_VERSION}: upgrade phased-dmd"
             )
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise ExpertsError(f"format_version is {FORMAT_VERSION}, found {version!r}")
+        if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
+            raise ExpertsError(f"format_version is {FORMAT_VERSION}, found {shown(version)}")
         return cls.from_dict(data)
 
 
@@ -161,13 +186,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise ExpertsError(f"{folder}: no such folder; an experts folder holds {MANIFEST_NAME}")
     if not path.is_file():
         raise ExpertsError(f"{folder}: no {MANIFEST_NAME} here; give the experts/ folder that a distillation wrote")
-    size = path.stat().st_size
-    if size > MAX_MANIFEST_BYTES:
-        raise ExpertsError(f"{path}: {size} bytes, a manifest has at most {MAX_MANIFEST_BYTES}")
+    check_inside(path, folder)
+    data = read_json(path, MAX_MANIFEST_BYTES)
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ExpertsError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return Manifest._of_json(data)
     except ExpertsError as error:
         raise ExpertsError(f"{path}: {error}") from None
 
@@ -175,41 +197,41 @@ def read_manifest(folder: Path) -> Manifest:
 def _expert(data: object, index: int) -> Expert:
     where = f"experts[{index}]"
     entry = _object(data, where, {"name", "file", "kind", "sha256"}, {"component", "rank", "alpha", "targets"})
-    _check(entry["name"], f"{where}.name", "a text", lambda v: isinstance(v, str))
+    _check(entry["name"], f"{where}.name", "a text of printable characters", _text)
     _check(
         entry["file"],
         f"{where}.file",
         "a plain file name that ends in .safetensors, without folders",
-        lambda v: isinstance(v, str) and bool(_FILE.fullmatch(v)),
+        lambda v: _matches(_FILE, v),
     )
     _check(entry["kind"], f"{where}.kind", "lora or full", lambda v: v in ("lora", "full"))
     _check(
         entry["sha256"],
         f"{where}.sha256",
         "64 hexadecimal digits",
-        lambda v: isinstance(v, str) and bool(_SHA256.fullmatch(v)),
+        lambda v: _matches(_SHA256, v),
     )
     component = entry.get("component", "transformer")
     _check(
         component,
         f"{where}.component",
         "transformer or transformer_N",
-        lambda v: isinstance(v, str) and bool(_COMPONENT.fullmatch(v)),
+        lambda v: _matches(_COMPONENT, v),
     )
     rank, alpha, targets = entry.get("rank"), entry.get("alpha"), entry.get("targets")
     if entry["kind"] == "lora":
         _check(
             rank,
             f"{where}.rank",
-            "a whole number of at least 1",
-            lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+            f"a whole number from 1 to {MAX_RANK}",
+            lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MAX_RANK,
         )
         _check(alpha, f"{where}.alpha", "a positive number", lambda v: _number(v) and v > 0)
         _check(
             targets,
             f"{where}.targets",
-            "a list of module names",
-            lambda v: isinstance(v, list) and bool(v) and all(isinstance(name, str) for name in v),
+            f"a list of 1 to {MAX_TARGETS} module names",
+            lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_TARGETS and all(_text(name) and name for name in v),
         )
     else:
         _check([rank, alpha, targets], where, "no rank, alpha or targets for a full expert", lambda v: v == [None] * 3)
@@ -232,14 +254,43 @@ def _object(data: object, what: str, required: set[str], optional: set[str]) -> 
     if missing:
         raise ExpertsError(f"{what} lacks {', '.join(sorted(missing))}")
     if unknown:
-        raise ExpertsError(f"{what} has unknown field(s) {', '.join(sorted(map(repr, unknown)))}: remove or upgrade")
+        first, *others = sorted(map(shown, unknown))
+        more = f" and {len(others)} more" if others else ""
+        raise ExpertsError(f"{what} has unknown field(s) {first}{more}: remove or upgrade")
     return data
 
 
 def _check(value: object, where: str, expected: str, accept: Callable[[Any], bool]) -> None:
     if not accept(value):
-        shown = repr(value)
-        raise ExpertsError(f"{where} is {expected}, found {shown if len(shown) < 80 else shown[:77] + '...'}")
+        raise ExpertsError(f"{where} is {expected}, found {shown(value)}")
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= 500
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and bool(pattern.fullmatch(value))
+
+
+def _are_sizes(values: Sequence[object], count: int) -> bool:
+    return len(values) == count and all(type(value) is int and 1 <= value <= 2**14 for value in values)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: object) -> bool:

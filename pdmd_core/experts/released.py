@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,11 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     if report["what"] != "LoRA" or report["unpaired_modules"]:
         raise ExpertsError(f"{path}: not a LoRA file: every module needs a down and an up projection")
     ups = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight")
-    modules = {name.removesuffix(up) for name in open_weights(path).specs for up in ups if name.endswith(up)}
+    weights = open_weights(path)
+    modules = {name.removesuffix(up) for name in weights.specs for up in ups if name.endswith(up)}
+    for name, spec in weights.specs.items():
+        if name.endswith(".alpha") and not (spec.numel == 1 and 0 < float(weights.read(name)) < math.inf):
+            raise ExpertsError(f"{path}: {name} is not one positive number, by which the LoRA is scaled")
     return report, tuple(sorted(modules))
 
 

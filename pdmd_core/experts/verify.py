@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,12 @@ import torch
 from torch import Tensor
 
 from .base_files import BaseFiles
-from .files import PhasedExperts, lora_from_file, sha256_of
+from .files import PhasedExperts, read_expert_metadata, sha256_of
+from .header import read_header
+from .lora_keys import lora_from_file
 from .manifest import Expert, ExpertsError, Manifest
-from .weights import Weights, is_finite, open_weights, progress, read_metadata
+from .untrusted import check_inside, read_json
+from .weights import Weights, is_finite, open_weights, progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -82,9 +84,10 @@ def verify(folder: Path, base: str | None = None, request: SampleRequest | None 
 def _same_plan(experts: PhasedExperts) -> str:
     path = experts.folder / "scheduler" / "scheduler_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExpertsError(f"{path}: not readable ({error}): convert or download the experts again") from None
+        config = read_json(path)
+        check_inside(path, experts.folder)
+    except ExpertsError as error:
+        raise ExpertsError(f"{error}: convert or download the experts again") from None
     found = config.get("plan") if isinstance(config, dict) else None
     if found != experts.manifest.plan.to_dict():
         raise ExpertsError(f"{path}: its plan is not the manifest's: one of the two was changed")
@@ -108,11 +111,10 @@ def _hash(experts: PhasedExperts, expert: Expert) -> str:
 
 
 def _metadata(manifest: Manifest, expert: Expert, path: Path) -> str:
-    unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
     try:
-        carried = json.loads(read_metadata(path)["phased_experts"])
-        same = carried["expert"] == expert.name and Manifest.from_dict(carried["manifest"]) == unhashed
-    except (KeyError, TypeError, ValueError, RecursionError):
+        carried, own = read_expert_metadata(read_header(path).metadata)
+        same = own.name == expert.name and carried == manifest.without_hashes()
+    except ValueError:
         same = False
     if not same:
         raise ExpertsError(f"{expert.file} does not carry this manifest: it is a file of other experts")
@@ -150,7 +152,7 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         width, height, frames = request.size or training.get("size") or (256, 256, 1)
         shape = base.family.latent_shape(pipeline, height, width, frames)
-        length = int(request.max_sequence_length or training.get("max_sequence_length", 512))
+        length = int(request.max_sequence_length or training.get("max_sequence_length") or 512)
     except (OSError, ValueError, TypeError) as error:
         raise ExpertsError(f"cannot sample: {' '.join(str(error).split())[:300]}") from None
     picture = _picture(width, height) if base.family.takes_image(pipeline) else None

@@ -12,44 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .manifest import ExpertsError
+from .errors import ExpertsError
+from .header import DTYPES, TensorSpec, read_header
 
 T = TypeVar("T")
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Names of safetensors to those of torch."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """How a tensor is stored."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of values."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Size in a file."""
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -73,8 +41,10 @@ class Weights:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
-        """The same tensors under other names."""
+        """The same tensors under other names. Raises ValueError when two would get the same."""
         old = {rename(name): name for name in self.specs}
+        if len(old) != len(self.specs):
+            raise ValueError("two weights would get one name")
         return Weights({new: self.specs[name] for new, name in old.items()}, lambda name: self.read(old[name]))
 
     def stored_as(self, dtype: torch.dtype, keep: Sequence[str] = ()) -> Weights:
@@ -90,30 +60,21 @@ class Weights:
 
 def open_weights(*files: Path) -> Weights:
     """The tensors of safetensors files; only headers are read. Raises ExpertsError."""
-    from safetensors import SafetensorError, safe_open
-
     specs: dict[str, TensorSpec] = {}
     places: dict[str, tuple[Path, int]] = {}
     for path in files:
-        try:
-            # "np", because for "pt" the whole file is mapped as private memory, which must then be free
-            with safe_open(path, "np") as checked, path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                for name in checked.keys():  # noqa: SIM118 - not a mapping
-                    entry = header[name]
-                    specs[name] = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                    places[name] = path, 8 + length + entry["data_offsets"][0]
-        except KeyError as error:
-            raise ExpertsError(f"{path}: weights of type {error} are not known here") from None
-        except FileNotFoundError:
-            raise ExpertsError(f"{path}: no such file") from None
-        except (SafetensorError, OSError) as error:
-            raise ExpertsError(f"{path}: not a readable safetensors file ({error})") from None
+        header = read_header(path)
+        if twice := sorted(specs.keys() & header.specs.keys()):
+            raise ExpertsError(f"{path}: {twice[0]} is in another of these files as well: download them again")
+        specs |= header.specs
+        places |= {name: (path, start) for name, start in header.starts.items()}
 
     def read(name: str) -> Tensor:
         (path, start), spec = places[name], specs[name]
-        data = torch.empty(spec.nbytes, dtype=torch.uint8)
+        try:
+            data = torch.empty(spec.nbytes, dtype=torch.uint8)
+        except RuntimeError:  # of the allocator
+            raise ExpertsError(f"{path}: {name} takes {spec.nbytes} bytes, more than there is memory for") from None
         try:
             with path.open("rb") as file:
                 file.seek(start)
@@ -127,17 +88,10 @@ def open_weights(*files: Path) -> Weights:
     return Weights(specs, read)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The text that a safetensors file carries. Raises ExpertsError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            return file.metadata() or {}
-    except FileNotFoundError:
-        raise ExpertsError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ExpertsError(f"{path}: not a readable safetensors file ({error})") from None
+def weights_of(tensors: Mapping[str, Tensor]) -> Weights:
+    """Tensors that are there already."""
+    specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    return Weights(specs, lambda name: tensors[name])
 
 
 def write_weights(path: Path, weights: Weights, metadata: Mapping[str, str]) -> str:

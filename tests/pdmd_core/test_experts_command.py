@@ -57,9 +57,9 @@ def run(*arguments: str | Path) -> int:
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Exit status 1, one line on standard error."""
+    """Exit status 2, one line on standard error."""
     capsys.readouterr()
-    assert run(*arguments) == 1
+    assert run(*arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("phased-dmd: "), lines
     return lines[0]
@@ -99,7 +99,7 @@ def test_inspecting_needs_neither_diffusers_nor_the_hub(folder: Path) -> None:
     result = python(["inspect", "experts"])
     assert result.returncode == 0 and "high_noise" in result.stdout
     result = python(["convert", "experts", "--to", "full", "--output", "out"])
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.splitlines() == [
         'phased-dmd: diffusers is needed for this: pip install "phased-dmd[diffusers]"'
     ]
@@ -250,7 +250,8 @@ def test_an_interrupt_is_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert_module, "write_weights", interrupt)
-    assert "nothing was changed" in failure(capsys, "convert", "experts", "--to", "full", "--output", "out")
+    assert run("convert", "experts", "--to", "full", "--output", "out") == 130
+    assert capsys.readouterr().err == "phased-dmd: stopped, nothing was changed\n"
 
 
 @pytest.mark.parametrize(

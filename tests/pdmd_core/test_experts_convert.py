@@ -37,7 +37,8 @@ from pdmd_core.experts.base_files import BaseFiles
 from pdmd_core.experts.convert import Conversion, write_network
 from pdmd_core.experts.files import sha256_of
 from pdmd_core.experts.low_rank import EXACT_SIZE, extract, factorise
-from pdmd_core.experts.weights import DTYPES, TensorSpec, Weights, open_weights, read_metadata, write_weights
+from pdmd_core.experts.header import DTYPES, TensorSpec, read_header
+from pdmd_core.experts.weights import Weights, open_weights, write_weights
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
@@ -160,7 +161,7 @@ def test_a_merged_folder_is_a_whole_experts_folder(lora: Path, full: Path) -> No
     card = (full / "README.md").read_text(encoding="utf-8")
     assert f"load_phased_pipeline({json.dumps(full.as_posix())})" in card
     for expert in manifest.experts:
-        carried = json.loads(read_metadata(full / expert.file)["phased_experts"])
+        carried = json.loads(read_header(full / expert.file).metadata["phased_experts"])
         assert carried["expert"] == expert.name
         unhashed = replace(manifest, experts=tuple(replace(e, sha256="0" * 64) for e in manifest.experts))
         assert Manifest.from_dict(carried["manifest"]) == unhashed
@@ -246,7 +247,7 @@ def rewrite(folder: Path, name: str, change: Callable[[dict[str, Tensor]], objec
     entries = {e.name: e for e in experts.manifest.experts}
     path = folder / entries[name].file
     weights = Weights({k: TensorSpec(v.dtype, tuple(v.shape)) for k, v in tensors.items()}, tensors.__getitem__)
-    metadata = read_metadata(path)
+    metadata = read_header(path).metadata
     entries[name] = replace(entries[name], sha256=write_weights(path, weights, metadata))
     manifest = replace(experts.manifest, experts=tuple(entries.values()))
     (folder / MANIFEST_NAME).write_text(manifest.to_json())
@@ -438,7 +439,7 @@ def test_comfyui_files_come_back_bit_for_bit_through_diffusers_own_converter(
 
 def test_comfyui_files_explain_themselves(full: Path, tmp_path: Path) -> None:
     manifest = conversion(full, tmp_path / "comfy", dtype=torch.bfloat16).to_comfyui()
-    metadata = read_metadata(tmp_path / "comfy" / "low_noise.safetensors")
+    metadata = read_header(tmp_path / "comfy" / "low_noise.safetensors").metadata
     carried = json.loads(metadata["phased_experts"])
     assert carried["expert"] == LOW and Manifest.from_dict(carried["manifest"]) == manifest
     config = json.loads(metadata["config"])["transformer"]

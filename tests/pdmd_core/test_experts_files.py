@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +29,8 @@ from pdmd_core.experts import (
     read_manifest,
     write_experts,
 )
+from pdmd_core.experts import weights as weights_module
+from pdmd_core.experts.weights import open_weights
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
@@ -170,26 +173,62 @@ def test_full_experts_are_written_and_read_back(tmp_path: Path) -> None:
             experts.lora_state(name)
 
 
+def test_written_files_have_the_rights_that_the_user_gives_new_files(tmp_path: Path, roles: Roles) -> None:
+    before = os.umask(0o027)
+    try:
+        write_lora_experts(tmp_path / "experts", PLAN, roles)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "experts").iterdir()} == {0o640}
+
+
+def test_an_expert_without_weights_is_one_line_and_nothing_is_written(folder: Path, roles: Roles) -> None:
+    weights = {"high_noise": lora_to_file(roles.state_dict("high_noise"), ALPHA, WAN)}
+    manifest = read_manifest(folder)
+    for given, found in ((weights, "high_noise"), ({}, "none")):
+        with refused(f"no weights of {'low_noise' if given else 'high_noise, low_noise'}", f"found those of {found}"):
+            write_experts(folder.parent / "new", manifest, given)
+    assert not (folder.parent / "new").exists()
+
+
+def test_values_that_are_not_finite_are_not_written(folder: Path, roles: Roles) -> None:
+    weights = {name: lora_to_file(roles.state_dict(name), ALPHA, WAN) for name in ("high_noise", "low_noise")}
+    weights["low_noise"][f"{MODULE}.lora_up.weight"] = torch.full((24, RANK), float("nan"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with refused("low_noise", f"{MODULE}.lora_up.weight has values that are not finite"):
+        write_experts(folder, read_manifest(folder), weights)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_manifest_that_could_not_be_read_back_is_not_written(folder: Path, roles: Roles) -> None:
+    weights = {name: lora_to_file(roles.state_dict(name), ALPHA, WAN) for name in ("high_noise", "low_noise")}
+    manifest = read_manifest(folder)
+    wrong = replace(manifest, experts=(manifest.experts[0], replace(manifest.experts[1], alpha=-1.0)))
+    with refused("experts[1].alpha is a positive number, found -1.0"):
+        write_experts(folder.parent / "new", wrong, weights)
+    assert not (folder.parent / "new").exists()
+
+
 # --- a failure while writing ------------------------------------------------
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """The disk is full: in the second expert's file, half written, or in the manifest, half written."""
-    save_file, write_text = safetensors.torch.save_file, Path.write_text
+    write_weights, write_text = weights_module.write_weights, Path.write_text
 
-    def half_a_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save_file(tensors, path, metadata=metadata)
-        if "low_noise" in Path(path).name:
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
+    def half_a_file(path: Path, *arguments: Any) -> str:
+        digest = write_weights(path, *arguments)
+        if "low_noise" in path.name:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             raise OSError(28, "No space left on device")
+        return digest
 
     def half_a_text(self: Path, data: str, **arguments: Any) -> int:
         write_text(self, data[: len(data) // 2], **arguments)
         raise OSError(28, "No space left on device")
 
     if where == "expert":
-        monkeypatch.setattr(safetensors.torch, "save_file", half_a_file)
+        monkeypatch.setattr(weights_module, "write_weights", half_a_file)
     else:
         monkeypatch.setattr(Path, "write_text", half_a_text)
 
@@ -259,6 +298,26 @@ def test_a_link_that_leaves_the_folder_is_not_followed(folder: Path, tmp_path: P
         path.unlink()
 
 
+def test_a_manifest_and_a_folder_that_are_links_out_of_it_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    (folder / MANIFEST_NAME).rename(tmp_path / "elsewhere.json")
+    (folder / MANIFEST_NAME).symlink_to(tmp_path / "elsewhere.json")
+    with refused(MANIFEST_NAME, "a link that leaves the folder"):
+        PhasedExperts.open(folder)
+    (folder / MANIFEST_NAME).unlink()
+    (folder / MANIFEST_NAME).symlink_to(MANIFEST_NAME)
+    with refused(f"no {MANIFEST_NAME} here"):
+        PhasedExperts.open(folder)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(folder: Path) -> None:
+    (folder / "low_noise.safetensors").unlink()
+    os.mkfifo(folder / "low_noise.safetensors")
+    with refused("low_noise.safetensors", "is missing"):
+        PhasedExperts.open(folder)
+    with refused("a safetensors file is expected here, found something else"):
+        open_weights(folder / "low_noise.safetensors")
+
+
 def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
     (folder / "weights").mkdir()
     path = folder / "low_noise.safetensors"
@@ -300,6 +359,16 @@ def test_a_snapshot_cannot_link_to_the_blobs_of_another_repository(folder: Path,
 
 
 # --- damaged and foreign weights --------------------------------------------
+
+
+def test_more_than_the_memory_holds_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: Any, **options: Any) -> Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    experts = PhasedExperts.open(folder)
+    monkeypatch.setattr(torch, "empty", no_memory)
+    with refused("low_noise.safetensors", "bytes, more than there is memory for"):
+        experts.tensors("low_noise")
 
 
 def cut(content: bytes) -> bytes:
@@ -419,6 +488,31 @@ def test_a_module_without_one_of_its_three_parts_is_refused(folder: Path, part: 
         experts.lora_state("low_noise")
 
 
+@pytest.mark.parametrize("part", ["lora_down.weight", "lora_up.weight", "alpha"])
+def test_what_would_be_scaled_wrongly_is_refused_without_a_family_too(folder: Path, part: str) -> None:
+    """ComfyUI and diffusers take the tensors as they are: without alpha they would be scaled by 1."""
+    with refused("every adapted module needs lora_down, lora_up and alpha, 19 of 20 modules have them"):
+        rewrite(folder, "low_noise", lambda t: t.pop(f"{MODULE}.{part}")).tensors("low_noise")
+    accept(folder, "high_noise", alpha=ALPHA / 2)
+    with refused("high_noise.safetensors", f"is not the manifest's alpha {ALPHA / 2}"):
+        PhasedExperts.open(folder).tensors("high_noise")
+    accept(folder, "high_noise", alpha=ALPHA, rank=RANK + 1)
+    with refused("high_noise.safetensors", f"expected rank {RANK + 1}"):
+        PhasedExperts.open(folder).tensors("high_noise")
+
+
+def test_a_file_that_adapts_other_modules_than_the_manifest_s_targets_is_refused(folder: Path) -> None:
+    accept(folder, "low_noise", targets=WAN.lora_targets[1:])
+    with refused("low_noise.safetensors", f"adapts blocks.0.{WAN.lora_targets[0]}", "none of the manifest's targets"):
+        PhasedExperts.open(folder).lora_state("low_noise")
+    accept(folder, "low_noise", targets=(*WAN.lora_targets, "attn1.norm_q"))
+    with refused("low_noise.safetensors", "adapts nothing for the manifest's target 'attn1.norm_q'", "is missing"):
+        PhasedExperts.open(folder).lora_state("low_noise")
+    accept(folder, "low_noise", targets=("_q", *WAN.lora_targets))
+    with refused("adapts nothing for the manifest's target '_q'"):
+        PhasedExperts.open(folder).lora_state("low_noise")
+
+
 def test_a_file_without_any_weights_is_refused(folder: Path) -> None:
     experts = rewrite(folder, "low_noise", lambda t: t.clear())
     with refused("every adapted module needs"):
@@ -434,7 +528,6 @@ def test_a_file_without_any_weights_is_refused(folder: Path) -> None:
         f"{MODULE}.lora_A.weight",
         f"{MODULE}.diff",
         f"{MODULE}.alpha.weight",
-        "odd\nkey",
     ],
 )
 def test_a_key_of_another_format_is_named(folder: Path, key: str) -> None:
@@ -444,8 +537,10 @@ def test_a_key_of_another_format_is_named(folder: Path, key: str) -> None:
 
 
 def test_a_module_that_wan_does_not_have_is_named(folder: Path) -> None:
-    key = "diffusion_model.blocks.0.self_attn.gate.lora_down.weight"
-    experts = rewrite(folder, "low_noise", lambda t: t.update({key: torch.zeros(RANK, 24)}))
+    gate = lora_to_file({"blocks.0.attn1.to_q.lora_A": torch.zeros(RANK, 24)}, ALPHA, WAN)
+    gate |= lora_to_file({"blocks.0.attn1.to_q.lora_B": torch.zeros(24, RANK)}, ALPHA, WAN)
+    gate = {key.replace("self_attn.q", "self_attn.gate"): value for key, value in gate.items()}
+    experts = rewrite(folder, "low_noise", lambda t: t.update(gate))
     with refused("low_noise.safetensors", "'blocks.0.self_attn.gate'"):
         experts.lora_state("low_noise")
 
@@ -468,7 +563,9 @@ def test_lora_from_file_inverts_lora_to_file_for_any_targets() -> None:
     randomise(roles, "high", seed=5)
     state = roles.state_dict("high")
     tensors = lora_to_file(state, 0.5, WAN)
-    entry = Expert("high", "high.safetensors", "lora", "", rank=3, alpha=0.5, targets=("ffn.net.0.proj",))
+    entry = Expert(
+        "high", "high.safetensors", "lora", "", rank=3, alpha=0.5, targets=("ffn.net.0.proj", "attn2.to_out.0")
+    )
     found = lora_from_file(tensors, entry, WAN)
     assert set(found) == set(state) and all(torch.equal(found[key], value) for key, value in state.items())
 

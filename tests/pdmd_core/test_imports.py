@@ -72,7 +72,7 @@ BLOCKED = {{"pdmd_core", "diffusers", "peft", "transformers", "huggingface_hub"}
 {BLOCK}
 import torch
 from {name} import {modules}
-from {name}.experts import card, files, hub, manifest
+from {name}.experts import card, files, hub, lora_keys, manifest
 from {name}.families import family
 
 plan = phases.PhasePlan.from_steps([1], shift=5.0)
@@ -82,7 +82,7 @@ expert = manifest.Expert("all_noise", "x.safetensors", "lora", "", rank=2, alpha
 written = manifest.Manifest(manifest.BaseModel("b", wan.architecture, "wan"), plan, (expert,))
 import pathlib
 folder = pathlib.Path({str(tmp_path / "experts")!r})
-files.write_experts(folder, written, {{"all_noise": files.lora_to_file(state, 1.0, wan)}})
+files.write_experts(folder, written, {{"all_noise": lora_keys.lora_to_file(state, 1.0, wan)}})
 print(sorted(files.PhasedExperts.open(folder).lora_state("all_noise")))
 print(files.PhasedExperts.__module__)
 """

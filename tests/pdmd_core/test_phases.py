@@ -285,6 +285,18 @@ BAD_PLANS = {
     "flat sigmas": (lambda: PhasePlan.from_sigmas([1.0, 0.5]), ["one list of numbers for each phase", "[1.0, 0.5]"]),
     "long array": (lambda: PhasePlan.from_sigmas(np.linspace(1, 0.1, 60)), ["one list of numbers", "found array(["]),
     "word as sigma": (lambda: PhasePlan.from_sigmas([["one"]]), ["one list of numbers", "'one'"]),
+    "phases in a list": (lambda: PhasePlan([Phase("a", (1.0,))]), ["tuple of Phase", "[Phase(", "from_sigmas"]),
+    "phases that are none": (lambda: PhasePlan(("a",)), ["tuple of Phase", "('a',)"]),
+    "sigmas in a list": (lambda: PhasePlan((Phase("a", [1.0]),)), ["sigmas of a Phase are a tuple", "[1.0]"]),
+    "nothing as steps": (lambda: PhasePlan.from_steps(None), ["whole numbers", "found None"]),
+    "a number as steps": (lambda: PhasePlan.from_steps(4), ["whole numbers", "found 4"]),
+    "too many steps": (lambda: PhasePlan.from_steps([10**9, 10**9]), ["at most 1000 steps", "found 2000000000"]),
+    "too many sigmas": (
+        lambda: PhasePlan.from_sigmas([[0.99**i for i in range(1001)]]),
+        ["at most 1000 steps", "found 1001"],
+    ),
+    "too long a name": (lambda: PhasePlan.from_sigmas([[1.0]], ["a" * 10**6]), ["1 to 64", "aaa..."]),
+    "refined too far": (lambda: PhasePlan.from_steps([2]).refined(10**9), ["at most 1000 steps", "found 1000000000"]),
     "no steps": (lambda: PhasePlan.from_steps([]), ["at least 1", "[]"]),
     "zero steps": (lambda: PhasePlan.from_steps([2, 0]), ["at least 1", "[2, 0]"]),
     "half a step": (lambda: PhasePlan.from_steps([2, 1.5]), ["whole numbers", "[2, 1.5]"]),
@@ -309,6 +321,7 @@ BAD_PLANS = {
     "sigma in JSON is text": (lambda: PhasePlan.from_dict({"phases": [phase(sigmas=["1"])]}), ["numbers", "'1'"]),
     "sigma in JSON is true": (lambda: PhasePlan.from_dict({"phases": [phase(sigmas=[True])]}), ["numbers", "True"]),
     "not JSON": (lambda: PhasePlan.from_json("{phases"), ["is JSON", "not"]),
+    "nothing as JSON": (lambda: PhasePlan.from_json(None), ["is JSON", "not"]),
     "nested too deep": (lambda: PhasePlan.from_json("[" * 100_000), ["is JSON", "not"]),
     "infinity in JSON": (
         lambda: PhasePlan.from_json('{"phases": [{"name": "a", "sigmas": [1, Infinity]}]}'),
@@ -330,7 +343,7 @@ def test_what_is_not_a_plan_is_a_one_line_error_with_expected_and_found(make, fr
     with pytest.raises(PhasePlanError) as caught:
         make()
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 250
     for fragment in fragments:
         assert fragment in message
 

@@ -1,0 +1,5 @@
+"""What is raised where experts cannot be used."""
+
+
+class ExpertsError(ValueError):
+    """An experts folder that cannot be used: one line with what was expected, what was found and what to do."""
