@@ -16,7 +16,7 @@ from pdmd_core.experts import MANIFEST_NAME, ExpertsError, PhasedExperts, read_m
 from pdmd_core.phases import PhasePlan
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.hub import READER, WRITER, Client, Hub, Outcome
-from tests.tiny import lora_roles, write_lora_experts
+from tests.tiny import lora_roles, save_wan_pipeline, write_lora_experts
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 FILES = {MANIFEST_NAME, "high_noise.safetensors", "low_noise.safetensors", "scheduler/scheduler_config.json"}
@@ -532,3 +532,20 @@ def test_blobs_that_repositories_share_are_followed_and_no_other_link(written: P
     blob.symlink_to(written / HIGH)
     with pytest.raises(ExpertsError, match="a link that leaves the folder"):
         PhasedExperts.open(snapshot)
+
+
+def test_converting_takes_its_base_from_the_hub(client: Client, hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """The same files as with the base in a folder; of weights, only those of the network are downloaded."""
+    base = save_wan_pipeline(tmp_path / "base")
+    hub.put("user/base", {p.relative_to(base).as_posix(): p.read_bytes() for p in base.rglob("*") if p.is_file()})
+    outputs = []
+    for name in (str(base), "user/base"):
+        outputs.append(tmp_path / f"converted-{len(outputs)}")
+        arguments = ["convert", str(folder), "--to", "full", "--base", name, "--output", str(outputs[-1])]
+        outcome = client.run(f"from pdmd_core.experts.__main__ import main\nassert main({arguments}) == 0")
+        assert outcome.error is None, outcome.error
+    for expert in read_manifest(folder).experts:
+        local, from_hub = ((output / expert.file).read_bytes() for output in outputs)
+        assert local == from_hub
+    loaded = [path for path in hub.asked("/user/base/resolve/") if path.endswith((".safetensors", ".bin"))]
+    assert loaded and all("/transformer/" in path for path in loaded)
