@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.model_detection
 import comfy.sd
 import comfy.weight_adapter
 import folder_paths
@@ -54,7 +55,13 @@ def open_experts(name: str, hub_id: str = "") -> PhasedExperts:
     if name == FROM_HUB:
         if not hub_id.strip():
             raise NodeError("give a Hub id (user/name) or pick an experts folder in models/phased_experts")
-        return PhasedExperts.from_pretrained(hub_id.strip())
+        try:
+            return PhasedExperts.from_pretrained(hub_id.strip())
+        except ImportError as error:
+            raise NodeError(
+                f"loading from the Hub needs the package huggingface_hub, which ComfyUI installs ({error}): install it "
+                "into ComfyUI's Python, or download the folder into models/phased_experts"
+            ) from None
     folder = _folders().get(name)
     if folder is None:
         raise NodeError(f"no experts folder {name!r}: put it, with its {MANIFEST_NAME}, into models/phased_experts")
@@ -123,12 +130,15 @@ def _known(key: str, keys: Mapping[str, Any]) -> bool:
 def _check_shapes(model: Any, patches: Mapping[Any, Any], what: str) -> None:
     """ComfyUI would log a LoRA weight of another shape and go on without it."""
     weights = model.model.state_dict()
-    for key, patch in patches.items():
-        weight = weights.get(key) if isinstance(key, str) else None
+    for target, patch in patches.items():
+        key, part = (target, None) if isinstance(target, str) else (target[0], target[1])
+        weight = weights.get(key)
         if weight is None or weight.dtype not in _EXACT or not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
             continue
         up, down, _, middle, _, reshape = patch.weights
         found = (up.flatten(1).shape[0], down.flatten(1).shape[1])
+        if part is not None:  # one of several projections that lie in one weight
+            weight = weight.narrow(*part)
         expected = (weight.shape[0], weight[0].numel())
         if middle is None and reshape is None and found != expected:
             raise NodeError(
@@ -143,7 +153,7 @@ def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) ->
         rename = family(base_name).native_weight_name
         state = {rename(key): value for key, value in state.items()}
     except ValueError:
-        pass  # no family of ours, or in native names already: as it is
+        pass  # no family of ours, native names already, or a layout that ComfyUI itself converts: as it is
     metadata = None
     if base is not None:  # sizes that a small network's shapes do not tell
         known = {key: value for key, value in base.model.model_config.unet_config.items() if _plain(value)}
@@ -154,11 +164,19 @@ def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) ->
         raise NodeError(f"{what}: does not load: {' '.join(str(error).split())[:300]}") from None
     if model is None:
         raise NodeError(f"{what}: ComfyUI does not know this network ({experts.manifest.base.architecture})")
-    names = set(model.model.diffusion_model.state_dict())
-    if names != set(state):
-        wrong = sorted(names ^ set(state))
+    names, given = set(model.model.diffusion_model.state_dict()), set(state)
+    if names != given:
+        given = _names_in_comfyui(state)
+    if names != given:
+        wrong = sorted(names ^ given)
         raise NodeError(f"{what}: {len(wrong)} weights are missing or unknown, for example {wrong[0]!r}")
     return model
+
+
+def _names_in_comfyui(state: Mapping[str, Any]) -> set[str]:
+    """Of these weights after ComfyUI's own conversion from diffusers' layout; those that it does not know stay."""
+    rest = {key: value.to("meta") for key, value in state.items()}
+    return {*(comfy.model_detection.convert_diffusers_mmdit(rest, "") or {}), *rest}
 
 
 def _plain(value: Any) -> bool:

@@ -28,7 +28,7 @@ class PlanNode(io.ComfyNode):
     """A plan from widgets alone; ``plan`` is also what the front end asks for while widgets move."""
 
     @classmethod
-    def plan(cls, **inputs: Any) -> PhasePlan:
+    def plan(cls, *args: Any, **inputs: Any) -> PhasePlan:
         raise NotImplementedError
 
     @classmethod
@@ -188,9 +188,9 @@ class PlanReport(io.ComfyNode):
             raise NodeError(
                 "this MODEL carries no phased experts: connect a plan, or the MODEL of a Phased Experts node"
             )
-        if plan is None and carried is None:
+        plan = plan or (carried.plan if carried else None)
+        if plan is None:
             raise NodeError("connect a plan or a MODEL that carries phased experts")
-        plan = plan or carried.plan
         cfgs = [expert.cfg for expert in carried.experts] if carried and carried.plan == plan else None
         run = None if sigmas is None else [float(sigma) for sigma in sigmas.flatten()]
         warnings = [] if run is None else sigma_warnings(plan, run)

@@ -102,7 +102,7 @@ def _wrapped(line: str, font: Any, width: float) -> list[str]:
     """At spaces; what follows is indented, which also marks it as the rest of a warning."""
     lines, indent = [line], " " * 4
     while font.getlength(lines[-1]) > width and " " in lines[-1].strip():
-        words, rest = lines[-1].split(" "), []
+        words, rest = lines[-1].split(" "), list[str]()
         while len(words) > 1 and font.getlength(" ".join(words)) > width:
             rest.insert(0, words.pop())
         if not " ".join(words).strip():
@@ -112,6 +112,9 @@ def _wrapped(line: str, font: Any, width: float) -> list[str]:
 
 
 def _shortened(text: str, font: Any, width: float) -> str:
-    while text and font.getlength(text) > width:
+    """Ends in an ellipsis where it has no room; nothing where even that has none."""
+    short = text
+    while short and font.getlength(short) > width:
         text = text[:-1]
-    return text
+        short = f"{text}\u2026" if text else ""
+    return short

@@ -7,7 +7,10 @@ const ROUTE = "/phased_dmd/plan";
 const PLAN_NODES = ["PhasedDMDPlanFromSteps", "PhasedDMDPlanFromSigmas", "PhasedDMDPlanFromExperts"];
 const RUN_NODES = ["PhasedDMDLoadExperts", "PhasedDMDExperts", "PhasedDMDExpertsLoRA", "PhasedDMDSigmas", "PhasedDMDSampler"];
 const WIDTH = 320;
-const HEIGHT = 58;
+const HEIGHT = 70;
+const MARGIN = 10; // that the front end leaves above and below an element on a node
+const NUMBER = 27; // width of a sigma
+const LETTER = 6; // width of a letter of a label; one that is a little too long is set narrower
 const WAIT_MS = 150;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -16,6 +19,15 @@ function element(name, attributes, text) {
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   if (text !== undefined) made.textContent = text;
   return made;
+}
+
+function label(name, left, width) {
+  const room = width - 4;
+  const fits = Math.floor(room / (0.7 * LETTER));
+  const text = name.length <= fits ? name : fits > 2 ? `${name.slice(0, fits - 1)}\u2026` : "";
+  const look = { x: left + width / 2, y: 15, "text-anchor": "middle", "font-size": 10, fill: "#fff" };
+  const narrow = text.length * LETTER > room ? { textLength: room, lengthAdjust: "spacingAndGlyphs" } : {};
+  return element("text", { ...look, ...narrow, "pointer-events": "none", class: "name" }, text);
 }
 
 function timeline(plan) {
@@ -29,18 +41,17 @@ function timeline(plan) {
     const sigmas = phase.sigmas.map((sigma) => sigma.toFixed(4)).join(", ");
     band.append(element("title", {}, `${phase.name}${cfg}: ${sigmas}`));
     svg.append(band);
-    const label = phase.name.slice(0, Math.max(0, Math.floor(width / 6)));
-    const middle = { x: left + width / 2, y: 14, "text-anchor": "middle", "font-size": 10, fill: "#fff" };
-    svg.append(element("text", { ...middle, "pointer-events": "none" }, label));
+    svg.append(label(phase.name, left, width));
   }
-  let last = -Infinity;
+  const ends = [-Infinity, -Infinity]; // of the two rows of numbers: what has no room in the first goes to the second
   for (const sigma of plan.phases.flatMap((phase) => phase.sigmas)) {
     svg.append(element("circle", { cx: x(sigma), cy: 28, r: 4, fill: "#fff", class: "step" }));
-    if (x(sigma) - last < 30) continue;
-    last = x(sigma);
-    const anchor = sigma === 1 ? "start" : "middle";
-    const place = { x: sigma === 1 ? 2 : x(sigma), y: 52, "text-anchor": anchor, "font-size": 10 };
-    svg.append(element("text", { ...place, fill: "#b8bcc2" }, sigma.toFixed(3)));
+    const left = Math.max(2, x(sigma) - NUMBER / 2);
+    const row = ends.findIndex((end) => left > end + 3);
+    if (row < 0) continue;
+    ends[row] = left + NUMBER;
+    const place = { x: left, y: 51 + 13 * row, "font-size": 10, fill: "#b8bcc2", class: "sigma" };
+    svg.append(element("text", place, sigma.toFixed(3)));
   }
   return svg;
 }
@@ -90,7 +101,8 @@ function addTimeline(node) {
   box.className = "phased-dmd-timeline";
   box.style.cssText = "width: 100%; overflow: hidden";
   node.phasedTimeline = box;
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT };
+  const height = () => HEIGHT + 2 * MARGIN;
+  const options = { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: height, getMaxHeight: height };
   const widget = node.addDOMWidget("phase_timeline", "phased_timeline", box, options);
   widget.serialize = false;
 }

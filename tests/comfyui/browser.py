@@ -58,12 +58,21 @@ class FrontEnd:
         )
 
     def timeline(self, node: int) -> dict[str, Any]:
-        """What the time line on a node shows: names and colours of its bands, number of steps, error text."""
+        """What the time line on a node shows: bands, number of steps, texts and those that are cut off, error."""
         return self.do(
             """(id) => {
                 const box = window.app.graph.getNodeById(id).phasedTimeline;
                 const bands = [...box.querySelectorAll("rect.phase")];
+                const texts = [...box.querySelectorAll("text")];
+                const seen = box.getBoundingClientRect();
+                const outside = (text) => {
+                    const {left, right, top, bottom} = text.getBoundingClientRect();
+                    return left < seen.left - 1 || right > seen.right + 1
+                        || top < seen.top - 1 || bottom > seen.bottom + 1;
+                };
                 return {
+                    texts: texts.map((text) => text.textContent),
+                    cut_off: texts.filter(outside).map((text) => text.textContent),
                     bands: bands.map((band) => band.querySelector("title").textContent),
                     widths: bands.map((band) => Number(band.getAttribute("width"))),
                     steps: box.querySelectorAll("circle.step").length,

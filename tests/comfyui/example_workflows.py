@@ -149,35 +149,49 @@ def wan22_i2v(graph: Graph) -> None:
     )
 
 
-def qwen_image(graph: Graph) -> None:
-    name, lora = "qwen_image_fp8_e4m3fn.safetensors", "Qwen-Image-Lightning-8steps-V1.0.safetensors"
-    base = _network(graph, name, (0, 0), _QWEN)
-    plan = _plan(graph, (380, 0), "8", 3.0)
-    (model,) = graph.add(
-        "PhasedDMDExpertsLoRA",
-        (800, 0),
-        (340, 400),
-        models=[
-            {"name": lora, "url": f"{_HUB}/lightx2v/Qwen-Image-Lightning/resolve/main/{lora}", "directory": "loras"}
-        ],
-        model=base,
-        plan=plan,
-        cfg="1",
-        lora_1=lora,
-    )
+def _qwen_image(graph: Graph, model: Output, prefix: str, note: str) -> None:
+    """From the MODEL with its experts to a saved picture."""
     positive, negative = _text(graph, "qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image", _QWEN, (0, 560))
     vae = _vae(graph, "qwen_image_vae.safetensors", _QWEN, (0, 740))
     (empty,) = graph.add("EmptySD3LatentImage", (800, 560), (340, 120), width=1328, height=1328)
     sampled = _sampler(graph, (1190, 0), model, positive=positive, negative=negative, latent_image=empty)
     (images,) = graph.add("VAEDecode", (1580, 0), (240, 60), samples=sampled, vae=vae)
-    graph.add("SaveImage", (1580, 120), (340, 340), images=images, filename_prefix="phased/qwen_image")
+    graph.add("SaveImage", (1580, 120), (340, 340), images=images, filename_prefix=f"phased/{prefix}")
     _report(graph, (1190, 400), model)
-    graph.note(
-        "## Qwen-Image, few steps\n\nOne LoRA is a plan of one phase: 8 steps at shift 3, exactly the sigmas it was "
-        "trained on, whatever the resolution.\n\nWith experts of two phases: steps `2, 2`, shift 3, and a second LoRA; "
-        "or Load Phased Experts in place of the plan and the LoRAs.",
-        (380, 240),
-        (360, 280),
+    graph.note(note, (380, 240), (360, 280))
+
+
+def qwen_image(graph: Graph) -> None:
+    base = _network(graph, "qwen_image_fp8_e4m3fn.safetensors", (0, 0), _QWEN)
+    model, _ = graph.add("PhasedDMDLoadExperts", (800, 0), (340, 300), experts="qwen_image_phased", base_1=base)
+    _qwen_image(
+        graph,
+        model,
+        "qwen_image",
+        "## Qwen-Image, two phase experts, 4 steps\n\nPut your experts folder (`phased_experts.json` and its files) "
+        "into `models/phased_experts/qwen_image_phased`, or pick another one in **Load Phased Experts**, or choose "
+        "`(Hub id)` and write `user/name`. Plan, guidance and base are read from the folder, so nothing else has to be "
+        "set.\n\nThe recipe `qwen_image_phased` of this repository trains such experts; none come with it. To try a "
+        "released few-step LoRA instead, open *qwen image lightning*.",
+    )
+
+
+def qwen_image_lightning(graph: Graph) -> None:
+    lora = "Qwen-Image-Lightning-4steps-V1.0.safetensors"
+    base = _network(graph, "qwen_image_fp8_e4m3fn.safetensors", (0, 0), _QWEN)
+    plan = _plan(graph, (380, 0), "4", 3.0)
+    models = [{"name": lora, "url": f"{_HUB}/lightx2v/Qwen-Image-Lightning/resolve/main/{lora}", "directory": "loras"}]
+    (model,) = graph.add(
+        "PhasedDMDExpertsLoRA", (800, 0), (340, 400), models=models, model=base, plan=plan, cfg="1", lora_1=lora
+    )
+    _qwen_image(
+        graph,
+        model,
+        "qwen_image_lightning",
+        "## Qwen-Image-Lightning, 4 steps\n\nThis released LoRA was distilled without phases: one LoRA for all steps, "
+        "a plan of **one phase**. What the nodes add is that it runs on exactly the sigmas it was trained on (shift 3, "
+        "whatever the resolution).\n\nThe file for 8 steps: steps `8` in the plan, and the LoRA of that name.\n\nWith "
+        "an expert for each phase: steps `2, 2` and a second LoRA, or *qwen image*.",
     )
 
 
@@ -235,13 +249,16 @@ def tiny_on_cpu(graph: Graph) -> None:
     (negative,) = graph.add("CLIPTextEncode", (380, 170), (360, 80), "Negative prompt", clip=clip, text="")
     (empty,) = graph.add("EmptyHunyuanLatentVideo", (380, 300), (360, 160), width=64, height=64, length=1, batch_size=4)
     sampled = _sampler(graph, (790, 0), experts, positive=positive, negative=negative, latent_image=empty)
-    (images,) = graph.add("VAEDecode", (1180, 0), (240, 60), samples=sampled, vae=vae)
-    graph.add("SaveImage", (1180, 120), (340, 340), images=images, filename_prefix="phased/tiny")
+    (images,) = graph.add("VAEDecode", (1180, 0), (340, 60), samples=sampled, vae=vae)
+    (large,) = graph.add(
+        "ImageScaleBy", (1180, 110), (340, 110), image=images, upscale_method="nearest-exact", scale_by=4.0
+    )
+    graph.add("SaveImage", (1180, 270), (340, 430), images=large, filename_prefix="phased/tiny")
     _report(graph, (790, 400), experts)
     graph.note(
         "## Tiny, on a CPU\n\nThe teacher that the Phased DMD repository ships, with its phase experts: four "
         "pictures of 64 "
-        "pixels in 4 steps, in seconds, without a GPU. Needs a clone of the repository in "
+        "pixels (shown four times as large) in 4 steps, in seconds, without a GPU. Needs a clone of the repository in "
         "`custom_nodes`.\n\nPrompts: *a "
         "rocket on a black background*, *a cat moves left on a white background* (length 9 for a clip) ...",
         (0, 540),
@@ -254,7 +271,8 @@ WORKFLOWS: dict[str, tuple[Callable[[Graph], None], list[int], float]] = {
     "phased_wan22_t2v": (wan22_t2v, [2, 2], 5.0),
     "phased_wan22_i2v": (wan22_i2v, [2, 2], 5.0),
     "phased_wan22_undistilled_first_step": (wan22_undistilled_first_step, [1, 1, 2], 5.0),
-    "phased_qwen_image": (qwen_image, [8], 3.0),
+    "phased_qwen_image": (qwen_image, [2, 2], 3.0),
+    "phased_qwen_image_lightning": (qwen_image_lightning, [4], 3.0),
     "phased_lora_on_one_base": (lora_on_one_base, [2, 2], 5.0),
     "phased_three_experts": (three_experts, [1, 1, 2], 5.0),
 }

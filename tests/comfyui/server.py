@@ -106,6 +106,7 @@ def running(tree: Path, base: Path) -> Iterator[Server]:
         port = free.getsockname()[1]
     command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
     command += ["--disable-auto-launch", "--base-directory", str(base), "--disable-api-nodes"]
+    command += ["--preview-method", "latent2rgb"]
     if "--database-url" in (tree / "comfy/cli_args.py").read_text():
         command += ["--database-url", "sqlite:///:memory:"]
     log = base / "server.log"

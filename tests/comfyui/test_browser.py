@@ -75,6 +75,8 @@ def test_the_time_line_follows_the_widgets(ui: FrontEnd) -> None:
     shown = ui.timeline(plan)
     assert shown["bands"] == ["high_noise: 1.0000, 0.9375", "low_noise: 0.8333, 0.6250"]
     assert shown["steps"] == 4 and shown["error"] is None
+    assert shown["texts"] == ["high_noise", "low_noise", "1.000", "0.938", "0.833", "0.625"]
+    assert shown["cut_off"] == []
     ui.set_widget(plan, "steps", "1, 1, 2")
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('rect').length === 3", plan)
     before = ui.timeline(plan)["widths"]
@@ -116,7 +118,7 @@ def test_a_user_opens_the_tiny_template_moves_a_widget_and_sees_the_picture(ui: 
         "([image, report]) => [image, report].map((id) => window.app.graph.getNodeById(id).imgs[0].naturalWidth)",
         [saved, report],
     )
-    assert shown == [64, 960]
+    assert shown == [256, 960]
     for node in (sampler, ui.node("PhasedDMDLoadExperts")):
         ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('rect').length === 2", node)
         assert ui.timeline(node)["bands"][0] == "high_noise, cfg 1: 1.0000, 0.9375"
@@ -153,4 +155,4 @@ def test_nodes_work_without_the_front_end_extension(browser: FrontEnd, server: S
         )
         saved = plain.node("SaveImage")
         plain.do("() => window.app.queuePrompt(0, 1)")
-        plain.wait("(id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth === 64", saved)
+        plain.wait("(id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth === 256", saved)

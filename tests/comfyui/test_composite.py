@@ -367,6 +367,56 @@ def test_an_interrupted_run_leaves_everything_as_it_was(pack, models, build, kin
     assert torch.equal(sample(pack, models, model, "wan", sigmas_of(TWO)), expected)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_out_of_memory_at_the_switch_leaves_everything_as_it_was(
+    pack, models, build, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management
+    import comfy.sampler_helpers
+
+    model, _ = build("wan", TWO, kind)
+    expected, prepare = sample(pack, models, model, "wan", sigmas_of(TWO)), comfy.sampler_helpers.prepare_sampling
+    positive, negative = models.conditioning("wan"), models.conditioning("wan", seed=8)
+    (guider,) = pack.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=1.0)
+    before, calls = state(model), []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise comfy.model_management.OOM_EXCEPTION("no memory for the next expert")
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(comfy.sampler_helpers, "prepare_sampling", full)
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION):
+        sample(pack, models, model, "wan", sigmas_of(TWO), guider=guider)
+    assert guider.model_patcher is model
+    assert state(model) == before
+    comfy.model_management.unload_all_models()  # as the server does then
+    for options in ({"guider": guider}, {}):
+        assert torch.equal(sample(pack, models, model, "wan", sigmas_of(TWO), **options), expected)
+
+
+def test_a_lora_hook_on_a_prompt_is_on_all_experts(pack, models, composite, build) -> None:
+    import comfy.hooks
+    import comfy.sd
+
+    model, experts = build("wan", TWO)
+    users, prompt, negative = lora("wan", seed=9), models.conditioning("wan"), models.conditioning("wan", seed=8)
+    hooked = comfy.hooks.set_hooks_for_conditioning(prompt, comfy.hooks.create_hook_lora(users, 0.7, 0.0))
+
+    def run(model: Any, positive: Any) -> Tensor:
+        (guider,) = pack.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=1.0)
+        return sample(pack, models, model, "wan", sigmas_of(TWO), guider=guider)
+
+    before = [comfy.sd.load_lora_for_models(expert, None, users, 0.7, 0.0)[0] for expert in experts]
+    expected = composite.compose(composite.composite_of(model).plan, [composite.Expert(each) for each in before])
+    plain, states = run(model, prompt), [state(each) for each in (model, *experts)]
+    changes = slice(1, None)  # ComfyUI gives the MODEL of a run with hooks a new uuid
+    torch.testing.assert_close(run(model, hooked), run(expected, prompt), atol=1e-5, rtol=1e-5)
+    assert [state(each) for each in experts] == states[1:] and state(model)[changes] == states[0][changes]
+    assert torch.equal(run(model, prompt), plain) and not torch.allclose(run(expected, prompt), plain, atol=1e-3)
+
+
 def test_two_composites_in_one_graph(pack, models, build) -> None:
     first, _ = build("wan", TWO)
     second, _ = build("qwen", PLANS["three experts"], "lora")

@@ -78,6 +78,37 @@ def test_object_info_has_help_and_words_in_two_languages(server: Server) -> None
         assert words["zh"]["nodeDefs"][name]["display_name"] != info[name]["display_name"]
 
 
+def test_one_progress_bar_and_previews_go_over_both_experts(server: Server) -> None:
+    import asyncio
+    import json
+
+    import aiohttp
+
+    prompt = workflow(21, "watched")
+    prompt["6"]["inputs"]["steps"] = 8
+
+    async def watch() -> tuple[list[tuple[int, int]], int]:
+        progress, previews = [], 0
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=watcher") as ws:
+            body = {"prompt": prompt, "client_id": "watcher"}
+            async with session.post(f"{server.url}/prompt", json=body) as answer:
+                assert (await answer.json())["node_errors"] == {}
+            async for message in ws:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    previews += 1
+                    continue
+                said = json.loads(message.data)
+                if said["type"] == "progress" and said["data"]["node"] == "6":
+                    progress.append((said["data"]["value"], said["data"]["max"]))
+                if said["type"] in ("execution_success", "execution_error"):
+                    break
+        return progress, previews
+
+    progress, previews = asyncio.run(watch())
+    assert [value for value in dict.fromkeys(progress) if value[0]] == [(step, 8) for step in range(1, 9)]
+    assert previews >= 8
+
+
 @pytest.mark.parametrize(
     ("node", "changes", "message"),
     [

@@ -1,4 +1,4 @@
-"""Tiny random Wan and Qwen-Image networks that the real ComfyUI loads, and conditioning for them."""
+"""Tiny random Wan, Qwen-Image and Z-Image networks that the real ComfyUI loads, and conditioning for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tiny import TEXT_FEATURES, randn, transformer
 
-QWEN_WIDTH, QWEN_TEXT, WAN_WIDTH = 128, 32, 24
+QWEN_WIDTH, QWEN_TEXT, WAN_WIDTH, Z_IMAGE_WIDTH, Z_IMAGE_TEXT = 128, 32, 24, 288, 16
 
 
 def wan_file(path: Path, seed: int) -> Path:
@@ -46,8 +46,37 @@ def qwen_state(seed: int) -> dict[str, Tensor]:
     return network.state_dict()
 
 
+Z_IMAGE = {
+    "n_heads": 3,
+    "n_kv_heads": 3,
+    "axes_dims": [32, 32, 32],
+    "axes_lens": [64, 32, 32],
+    "rope_theta": 256.0,
+    "ffn_dim_multiplier": 8 / 3,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+}
+"""What ComfyUI says of Z-Image by its width alone, in small."""
+
+
+def z_image_state(seed: int) -> dict[str, Tensor]:
+    """A block of each kind, in ComfyUI's own layout: attention's projections joined."""
+    import comfy.ldm.lumina.model
+    import comfy.ops
+
+    sizes = {"patch_size": 2, "in_channels": 16, "dim": Z_IMAGE_WIDTH, "n_layers": 1, "cap_feat_dim": Z_IMAGE_TEXT}
+    network = comfy.ldm.lumina.model.NextDiT(
+        **sizes, qk_norm=True, dtype=torch.float32, operations=comfy.ops.disable_weight_init, **Z_IMAGE
+    )
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    return {
+        name: randn(*shape, seed=1000 * seed + n) / (math.sqrt(shape[-1]) if len(shape) > 1 else 1)
+        for n, (name, shape) in enumerate(shapes.items())
+    }
+
+
 def let_networks_be_small() -> None:
-    """ComfyUI takes Qwen-Image's width for granted, and its oldest versions Wan's width of heads: say what they are."""
+    """ComfyUI takes some widths for granted, its oldest versions Wan's heads: say what they are."""
     import comfy.model_detection as detection
 
     original = detection.detect_unet_config
@@ -59,6 +88,8 @@ def let_networks_be_small() -> None:
             config["joint_attention_dim"] = state[f"{prefix}txt_norm.weight"].shape[0]
         if config and config.get("image_model") == "wan2.1" and config["dim"] == WAN_WIDTH:
             config |= {"num_heads": 2, "freq_dim": 32, "text_dim": TEXT_FEATURES}
+        if config and config.get("image_model") == "lumina2" and config["dim"] == Z_IMAGE_WIDTH:
+            config |= Z_IMAGE
         return config
 
     detection.detect_unet_config = detect
