@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-comfyui test-matrix environment clean
+.PHONY: demo test test-long test-comfyui test-matrix environment clean
 
 demo: environment
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
@@ -17,6 +17,10 @@ test: environment
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 	$(MAKE) test-comfyui
+
+# The full size of tests that the suite runs in small: minutes to hours
+test-long: environment
+	$(BIN)/python -m pytest -m long
 
 # In an environment of its own, with the real ComfyUI and Chromium; clones share it by setting PHASED_DMD_COMFYUI
 export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui
