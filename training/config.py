@@ -20,6 +20,7 @@ from pdmd_core.families import TeacherRouting
 from pdmd_core.phases import Phase, PhasePlan, PhasePlanError
 from pdmd_core.roles import FAKE, RoleSpec
 from training.command_line import UserError
+from training.data.examples import ExampleSource
 
 
 class ConfigError(UserError):
@@ -118,13 +119,84 @@ class GeneratorSection(RoleSection):
     )
 
 
+class BucketSection(Section):
+    """A size of training samples."""
+
+    width: int = Field(gt=0, description="pixels")
+    height: int = Field(gt=0, description="pixels")
+    frames: int = Field(1, gt=0, description="frames; 1 for pictures")
+    share: float | None = Field(
+        None, gt=0, description="how often it is drawn, relative to the others; as often as it has examples if null"
+    )
+
+
+class DataSection(Section):
+    """Which columns of the prompts' file or dataset are read, and in what sizes its examples are trained."""
+
+    prompt_column: str = Field("prompt", description="column or key of the prompt")
+    image_column: str = Field("image", description="column or key of the image, for teachers that take one")
+    subset: str | None = Field(None, description="of a dataset: its configuration")
+    split: str = Field("train", description="of a dataset: its split")
+    revision: str | None = Field(None, description="of a dataset on the Hub: its revision")
+    limit: int | None = Field(None, ge=1, description="examples that are read; all if null")
+    buckets: list[BucketSection] | Literal["columns"] | None = Field(
+        None,
+        description="sizes (width, height, frames, share); columns takes them from columns of these names; the size in "
+        "model if null",
+    )
+
+    @model_validator(mode="after")
+    def _shares_are_all_or_none(self) -> DataSection:
+        if isinstance(self.buckets, list):
+            given = sum(bucket.share is not None for bucket in self.buckets)
+            if not self.buckets or 0 < given < len(self.buckets):
+                count = len(self.buckets)
+                raise ValueError(f"buckets: a share is for all of them or for none, found {given} of {count}")
+        return self
+
+    def source(self, location: Path) -> ExampleSource:
+        """The examples there."""
+        return ExampleSource(
+            str(location),
+            self.prompt_column,
+            self.image_column,
+            self.buckets is not None,
+            self.subset,
+            self.split,
+            self.revision,
+            self.limit,
+        )
+
+
+class WatchSection(Section):
+    """What is looked after in a run; thresholds of its warnings."""
+
+    page: bool = Field(True, description="write report.html at validations and at the end")
+    window: int = Field(20, ge=3, description="updates over which numbers are medians before they are compared")
+    diversity_fall: float = Field(
+        0.6, gt=0, lt=1, description="warn when seeds differ by less than this part of what they differed by"
+    )
+    saturation_rise: float = Field(
+        1.5, gt=1, description="warn when saturation or contrast is this many times that of the phase's first samples"
+    )
+    fake_loss_rise: float = Field(1.5, gt=1, description="warn when the fake's loss is this many times its lowest")
+    grad_norm_rise: float = Field(10.0, gt=1, description="warn when a gradient norm is this many times its first")
+    smallest_motion: float = Field(
+        1e-4, gt=0, description="warn when weights will move by less of their size than this in a phase"
+    )
+    share_of_time: float = Field(
+        0.02, ge=0, le=1, description="of the run that watching may take: report.html waits for the end beyond it"
+    )
+
+
 class DistillConfig(Section):
     """Everything that decides a run."""
 
     model: ModelSection = Field(description="the teacher")
     prompts: Path = Field(
-        description="training prompts: a text file, one a line; or .jsonl with a prompt and an image a line"
+        description="training prompts: text, one a line; .csv, .tsv, .jsonl, .parquet; a dataset's folder or Hub id"
     )
+    data: DataSection = Field(DataSection(), description="which columns are read, and in what sizes")
     negative_prompt: str = Field("", description="what the teacher's guidance moves away from")
     plan: PlanSection = Field(description="the phase plan")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="the losses")
@@ -155,6 +227,8 @@ class DistillConfig(Section):
         None, description="prompts of the grids; the first training prompts if null"
     )
     sample_seeds: int = Field(4, ge=1, description="seeds for each prompt of the grids")
+    watch: WatchSection = Field(WatchSection(), description="warnings and the page of a run")
+    cache_dir: Path | None = Field(None, description="where encoded prompts are kept; cache/ of output_dir if null")
     max_bad_updates: int = Field(10, ge=1, description="stop after this many updates in a row with NaN or Inf")
     expert_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of expert files")
 

@@ -22,6 +22,8 @@ FREE_TO_CHANGE = {
     "sample_prompts",
     "sample_seeds",
     "max_bad_updates",
+    "watch",
+    "cache_dir",
     "expert_dtype",
 }
 """Configuration keys that may differ between a run and its resumption: they do not change the numbers."""

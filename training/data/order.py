@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,10 +44,10 @@ class ExampleOrder:
             self._orders[bucket] = round_, order
         return members[self._orders[bucket][1][offset]]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> Tensor:
         """What the next batch depends on; the same on every process."""
-        return {"batches": self.batches, "positions": list(self.positions)}
+        return torch.tensor([self.batches, *self.positions])
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Tensor) -> None:
         """Go on from here, on any number of processes."""
-        self.batches, self.positions = state["batches"], list(state["positions"])
+        self.batches, *self.positions = state.tolist()

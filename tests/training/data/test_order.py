@@ -14,9 +14,9 @@ def order(seed: int = 0) -> ExampleOrder:
 
 def drawn(source: ExampleOrder, batches: int, parts: int = 1) -> list[tuple[int, list[int]]]:
     """Batches of 4, put together from what each of so many processes draws."""
-    state, found = source.state_dict(), []
+    state, found = source.state(), []
     for part in range(parts):
-        source.load_state_dict(state)
+        source.load_state(state)
         found.append([source.draw(4, part, parts) for _ in range(batches)])
     whole = []
     for of_parts in zip(*found, strict=True):
@@ -50,7 +50,7 @@ def test_resumed_on_another_number_of_processes_it_goes_on() -> None:
     first = order()
     assert drawn(first, 5, 2) == whole[:5]
     second = order()
-    second.load_state_dict(first.state_dict())
+    second.load_state(first.state())
     assert drawn(second, 7, 4) == whole[5:]
 
 

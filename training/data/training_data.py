@@ -1,0 +1,87 @@
+"""Everything that the samples of a run are made of, from its configuration."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+
+from pdmd_core.families import ModelFamily
+from training.config import ConfigError, DistillConfig
+from training.data.bank import PromptBank, prompt_bank
+from training.data.buckets import Bucket, buckets_in
+from training.data.encoder import Encoder
+from training.data.examples import Example, PromptError
+from training.data.order import ExampleOrder
+from training.teacher import TeacherSource
+
+VALIDATED = 4
+"""Examples of a validation when the configuration names none."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Conditioning of the examples, the sizes of samples, and the order in which batches come."""
+
+    bank: PromptBank
+    buckets: list[Bucket]
+    shapes: list[tuple[int, ...]]
+    """Of a latent in each bucket."""
+    order: ExampleOrder
+    validation: PromptBank
+    """Conditioning of what validations sample, in the size of the configuration's section model."""
+    validation_shape: tuple[int, ...]
+
+
+def buckets_of(config: DistillConfig) -> list[Bucket]:
+    """The buckets that a configuration gives, or that its data names. Raises PromptError."""
+    model, given = config.model, config.data.buckets
+    if given is None:
+        return [Bucket(model.width, model.height, model.frames)]
+    if given == "columns":
+        return buckets_in(config.data.source(config.prompts), model.frames)
+    return [Bucket(bucket.width, bucket.height, bucket.frames, bucket.share) for bucket in given]
+
+
+def latent_shapes(buckets: Sequence[Bucket], family: ModelFamily, pipeline: DiffusionPipeline) -> list[tuple[int, ...]]:
+    """Shape of a latent in each bucket. Raises ConfigError for a size that the model does not have."""
+    shapes = []
+    for bucket in buckets:
+        try:
+            shapes.append(family.latent_shape(pipeline, bucket.height, bucket.width, bucket.frames))
+        except ValueError as error:
+            raise ConfigError(f"model and data.buckets: {error}") from None
+    return shapes
+
+
+def training_data(
+    config: DistillConfig,
+    source: TeacherSource,
+    family: ModelFamily,
+    pipeline: DiffusionPipeline,
+    device: torch.device | str = "cpu",
+) -> TrainingData:
+    """Read and encode, or find what was encoded before. All processes call this together.
+
+    pipeline: of the teacher, for the sizes of latents. Raises PromptError, ConfigError.
+    """
+    examples, model = config.data.source(config.prompts), config.model
+    buckets, whole = buckets_of(config), Bucket(model.width, model.height, model.frames)
+    shapes, (validation_shape,) = latent_shapes(buckets, family, pipeline), latent_shapes([whole], family, pipeline)
+    encoder = Encoder(source, family, model.max_sequence_length, device)
+    if config.sample_prompts and encoder.takes_image:
+        raise PromptError("sample_prompts: the teacher takes images; leave it out to see the first training prompts")
+    shown = [Example(prompt) for prompt in config.sample_prompts or []] or list(itertools.islice(examples, VALIDATED))
+    cache, dtype = config.cache_dir or config.output_dir / "cache", getattr(torch, model.dtype)
+    bank = prompt_bank(examples, config.negative_prompt, encoder, buckets, cache, dtype)
+    validation = prompt_bank(shown, config.negative_prompt, encoder, [whole], cache, dtype)
+    members = [bank.members(i) for i in range(len(buckets))]
+    for bucket, suitable in zip(buckets, members, strict=True):
+        if bucket.share and not len(suitable):
+            raise PromptError(f"data.buckets: no example of {config.prompts} suits {bucket}: leave the bucket out")
+    shares = [float(len(m)) if b.share is None else b.share for b, m in zip(buckets, members, strict=True)]
+    order = ExampleOrder(members, shares, config.seed)
+    return TrainingData(bank, buckets, shapes, order, validation, validation_shape)
