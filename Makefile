@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-long test-comfyui test-matrix environment clean
+.PHONY: demo test test-long test-comfyui test-comfyui-load test-matrix environment clean
 
 demo: environment
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
@@ -27,6 +27,12 @@ export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui
 test-comfyui:
 	$(PYTHON) tests/comfyui/install.py --browser
 	$(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest -c tests/comfyui/pytest.ini --rootdir . tests/comfyui
+
+# 500 prompts of all kinds, with interrupts and memory that runs out: the full size of what test-comfyui does in small
+test-comfyui-load:
+	$(PYTHON) tests/comfyui/install.py
+	$(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest -c tests/comfyui/pytest.ini --rootdir . -s -m long \
+		--override-ini timeout=14400 tests/comfyui
 
 # The nodes on older ComfyUI; 0.3.75 cannot load the tiny teacher, so no server is started there
 MATRIX := 0.27.0 0.18.2 0.16.3 0.3.75

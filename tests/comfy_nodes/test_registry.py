@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pathspec
 import pytest
@@ -24,8 +25,9 @@ def archive() -> set[str]:
 
 def test_the_archive_has_all_that_nodes_need_and_no_training(archive: set[str]) -> None:
     needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "comfy_nodes").glob("*.py")}
-    needed |= {"__init__.py", "pyproject.toml", "LICENSE", "web/phased_dmd.js", "pdmd_core/phases.py"}
-    needed |= {"pdmd_core/experts/files.py", "locales/zh/nodeDefs.json", "workflows/phased_wan22_t2v.json"}
+    for folder in ("web", "web/docs", "locales/en", "locales/zh", "workflows", "pdmd_core/experts"):
+        needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).iterdir() if path.is_file()}
+    needed |= {"__init__.py", "pyproject.toml", "LICENSE", "pdmd_core/phases.py"}
     assert needed <= archive
     assert not [path for path in archive if path.startswith(("training/", "tests/", "benchmarks/", "docs/"))]
 
@@ -35,6 +37,17 @@ def test_nothing_is_run_or_installed_on_users_machines(archive: set[str]) -> Non
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dependencies"] == []
     assert {"PublisherId", "DisplayName", "requires-comfyui"} <= set(project["tool"]["comfy"])
+
+
+def test_the_icon_is_a_shipped_file_of_the_repository(archive: set[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    address = project["project"]["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
+    icon = project["tool"]["comfy"]["Icon"]
+    assert icon.startswith(address) and icon.removeprefix(address) in archive
+    root = ElementTree.fromstring((ROOT / icon.removeprefix(address)).read_text())
+    assert (
+        root.tag.endswith("svg") and int(root.get("width", 0)) == int(root.get("height", 0)) == 400
+    )  # at most 800x400
 
 
 def test_the_root_can_be_imported_anywhere() -> None:

@@ -3,7 +3,8 @@
     python tests/comfyui/install.py [--version 0.30.0 ...] [--browser]
 
 The cache is ``.comfyui`` at the root of the repository, or the folder named by PHASED_DMD_COMFYUI, which several clones
-may share. It holds ``venv`` (packages of ``comfyui-lock.txt``) and one ``ComfyUI-<version>`` tree for each version.
+may share. It holds ``venv`` (packages of ``comfyui-lock.txt``), one ``ComfyUI-<version>`` tree for each version, and
+``comfy-cli``, an environment of the registry's own tool.
 ComfyUI is GPL-3: it is fetched for tests and never becomes part of this repository.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LOCK = HERE / "comfyui-lock.txt"
+COMFY_CLI_LOCK = HERE / "comfy-cli-lock.txt"
 TORCHVISION = HERE / "torchvision_without_cuda.py"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
@@ -96,6 +98,7 @@ def install(versions: Iterable[str], browser: bool) -> None:
         fcntl.flock(running, fcntl.LOCK_EX)
         stamp = hashlib.sha256(LOCK.read_bytes() + TORCHVISION.read_bytes()).hexdigest()
         _once(cache() / "venv", stamp, _install_packages)
+        _once(cache() / "comfy-cli", hashlib.sha256(COMFY_CLI_LOCK.read_bytes()).hexdigest(), _install_comfy_cli)
         for version in versions:
             source = VERSIONS[version]
             _once(tree(version), source.sha256, partial(_install_tree, source=source))
@@ -125,6 +128,11 @@ def _install_packages(target: Path) -> None:
     shutil.copy(TORCHVISION, packages)
     (packages / "torchvision_without_cuda.pth").write_text(f"import {TORCHVISION.stem}\n")
     _run(python(), "-c", "import torch, torchvision, torchaudio; assert torch.version.cuda is None, torch.__version__")
+
+
+def _install_comfy_cli(target: Path) -> None:
+    _run(sys.executable, "-m", "venv", target)
+    _run(target / "bin/python", "-m", "pip", "install", "-qq", "--no-deps", "--requirement", COMFY_CLI_LOCK)
 
 
 def _install_tree(target: Path, source: Source) -> None:

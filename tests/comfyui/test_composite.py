@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -494,6 +495,127 @@ def test_a_wrapper_around_one_experts_predictions_stays_with_that_expert(pack, m
     assert seen == {"first": [1.0, 0.9375], "second": [0.8333, 0.625], "all": [1.0, 0.9375, 0.8333, 0.625]}
 
 
+def test_wrappers_and_callbacks_after_the_composite_are_on_every_expert(pack, models, build) -> None:
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    model, experts = build("wan", TWO)
+    wrapped, seen, called = model.clone(), [], []
+
+    def wrapper(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(round(float(t[0]), 3))
+        return executor(x, t, *args, **kwargs)
+
+    wrapped.add_wrapper(WrappersMP.DIFFUSION_MODEL, wrapper)
+    for kind in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
+        wrapped.add_callback(kind, lambda patcher, kind=kind: called.append((kind, patcher.model)))
+    sample(pack, models, wrapped, "wan", sigmas_of(TWO))
+    assert seen == [1000.0, 937.5, 833.333, 625.0]
+    pairs = [("on_pre_run", "on_cleanup")] * 2
+    assert [kind for kind, _ in called] == [kind for pair in pairs for kind in pair]
+    assert [network for _, network in called] == [each.model for each in experts for _ in range(2)]
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("full", [1.0, 0.9375]), ("lora", [1.0, 0.9375, 0.8333, 0.625])])
+def test_compiled_blocks_of_one_network_do_not_run_in_anothers_place(pack, models, build, kind: str, steps) -> None:
+    """What torch.compile nodes put on the MODEL after it was made is for the first expert's network."""
+    from comfy.patcher_extension import WrappersMP
+
+    compiled, seen = build("wan", TWO, kind)[0].clone(), []
+
+    def wrapper(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(round(float(t[0]), 4))
+        return executor(x, t, *args, **kwargs)
+
+    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", wrapper)
+    sample(pack, models, compiled, "wan", sigmas_of(TWO))
+    assert seen == steps
+
+
+def test_model_sampling_set_after_the_composite_is_on_every_expert(pack, models, composite, build) -> None:
+    import comfy.model_sampling
+
+    class Half(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        def calculate_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
+            return super().calculate_denoised(sigma, output, x) / 2
+
+    model, experts = build("wan", TWO)
+
+    def patched(each: Any) -> Any:
+        clone, sampling = each.clone(), Half(each.model.model_config)
+        sampling.set_parameters(shift=5.0, timesteps=1000, multiplier=1000)
+        clone.add_object_patch("model_sampling", sampling)
+        return clone
+
+    plan = composite.composite_of(model).plan
+    expected = composite.compose(plan, [composite.Expert(patched(each)) for each in experts])
+    assert type(expected.get_model_object("model_sampling")) is Half  # of another kind: the shift is left to it
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (patched(model), expected, model)]
+    assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2], atol=1e-2)
+
+
+def test_the_shift_keeps_what_else_the_model_says_of_sampling(pack, models, composite) -> None:
+    plan, wan = pack.module("pdmd_core.phases").PhasePlan.from_steps([2, 2], shift=5.0), models.wan()
+    sampling = wan.get_model_object("model_sampling")
+    scaled = hasattr(sampling, "noise_scale")  # newer versions of ComfyUI
+    if scaled:
+        sampling.set_noise_scale(8.0)
+    found = composite.compose(plan, [composite.Expert(wan)] * 2).get_model_object("model_sampling")
+    assert found is not sampling and (found.shift, found.multiplier) == (5.0, sampling.multiplier)
+    assert not scaled or found.noise_scale == 8.0
+
+
+def test_weights_are_patched_once_for_all_runs_and_anew_when_a_lora_changes(
+    pack, models, build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_patcher
+    import comfy.sd
+
+    model, patched = build("wan", TWO)[0], []
+    original = comfy.model_patcher.ModelPatcher.patch_weight_to_device
+
+    def patch(self: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+        if key in self.patches:
+            patched.append(key)
+        return original(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "patch_weight_to_device", patch)
+    weak, strong = (comfy.sd.load_lora_for_models(model, None, lora("wan", 9), x, 0.0)[0] for x in (0.2, 1.0))
+    first = sample(pack, models, weak, "wan", sigmas_of(TWO))
+    assert len(patched) == 8
+    assert torch.equal(sample(pack, models, weak, "wan", sigmas_of(TWO)), first) and len(patched) == 8
+    second = sample(pack, models, strong, "wan", sigmas_of(TWO))
+    assert len(patched) == 16
+    low = [sample(pack, models, each, "wan", sigmas_of(TWO)[2:]) for each in (weak, strong)]
+    assert not torch.allclose(first, second, atol=1e-3) and not torch.allclose(*low, atol=1e-3)
+
+
+def test_a_model_without_its_attachment_is_the_first_expert(pack, models, build) -> None:
+    model, experts = build("wan", TWO)
+    plain = model.clone()
+    plain.remove_attachments(pack.module("comfy_nodes.composite").KEY)
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (plain, experts[0])]
+    assert torch.equal(*outputs)
+
+
+def test_experts_of_different_precision_make_one_model(pack, models, build, composite) -> None:
+    import comfy.sd
+
+    model, (high, low) = build("wan", TWO)
+    config = {
+        key: value
+        for key, value in low.model.model_config.unet_config.items()
+        if isinstance(value, str | int | float | bool | list | tuple)
+    }
+    small = comfy.sd.load_diffusion_model_state_dict(
+        {name: value.clone() for name, value in low.model.diffusion_model.state_dict().items()},
+        model_options={"dtype": torch.float8_e4m3fn},
+        metadata={"config": json.dumps({"transformer": config})},
+    )
+    mixed = composite.compose(composite.composite_of(model).plan, [composite.Expert(each) for each in (high, small)])
+    found, exact = (sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (mixed, model))
+    assert 0 < (found - exact).norm() < 0.3 * exact.norm()
+
+
 def test_errors_are_in_words(pack, models, composite, build) -> None:
     import comfy.model_sampling
 
@@ -511,12 +633,20 @@ def test_errors_are_in_words(pack, models, composite, build) -> None:
         ([wan, qwen], "of one architecture, found WAN21 (.+) for high_noise and QwenImage"),
         ([made, wan], "high_noise already carries phased experts"),
         ([wan, not_flow], "low_noise is a WAN21, which is not a flow matching model"),
+        ([wan, models.wan(num_layers=1)], "found WAN21 (.+num_layers 2.+) for high_noise and WAN21 (.+num_layers 1"),
     ]
     for experts, message in cases:
         with pytest.raises(
             errors.NodeError, match=message.replace("(s)", r"\(s\)").replace("(h", r"\(h").replace("e),", r"e\),")
         ):
             composite.compose(plan, [composite.Expert(expert) for expert in experts])
+    for cfg in (-1.0, 100.5, float("nan")):
+        with pytest.raises(errors.NodeError, match=f"cfg is a number from 0 to 100, found {cfg} for expert low_noise"):
+            composite.compose(plan, [composite.Expert(wan), composite.Expert(wan, cfg)])
+    several = made.clone()
+    several.set_additional_models("multigpu", [wan])
+    with pytest.raises(errors.NodeError, match="phased experts run on one GPU: take the multi-GPU node out"):
+        sample(pack, models, several, "wan", sigmas_of(TWO))
     guided, _ = build("wan", TWO, cfgs=[3.0, None])
     (guider,) = pack.call("BasicGuider", model=guided, conditioning=models.conditioning("wan"))
     with pytest.raises(errors.NodeError, match="high_noise has cfg 3, which needs negative conditioning"):

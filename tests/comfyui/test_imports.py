@@ -1,13 +1,18 @@
-"""What the pack needs besides ComfyUI: nothing."""
+"""What the registry ships, and what that needs besides ComfyUI: nothing."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+import pytest
 
 from tests.comfyui import install
 from tests.comfyui.conftest import VERSION
+from tests.comfyui.server import REPOSITORY
 
 ABSENT = ("diffusers", "peft", "accelerate", "matplotlib")
 LOAD = """
@@ -37,10 +42,41 @@ except ImportError as error:
 """
 
 
-def test_the_pack_loads_with_diffusers_peft_and_accelerate_absent(base: Path) -> None:
-    pack = str(base / "custom_nodes/phased-dmd")
-    code = LOAD.format(absent=ABSENT, tree=str(install.tree(VERSION)), base=str(base), pack=pack)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=base)
+def comfy(*words: str, folder: Path) -> str:
+    """The registry's own command line tool, in this folder."""
+    command = [str(install.cache() / "comfy-cli/bin/comfy"), "--skip-prompt", "--no-enable-telemetry", *words]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "HOME": str(folder.parent)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with the archive that the registry would get, of the last commit, as its only node pack."""
+    base = tmp_path_factory.mktemp("packed")
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(base / "clone")], check=True)
+    assert "All validation checks passed" in comfy("node", "validate", folder=base / "clone")
+    comfy("node", "pack", folder=base / "clone")
+    with zipfile.ZipFile(base / "clone/node.zip") as archive:
+        archive.extractall(base / "custom_nodes/phased-dmd")
+    return base
+
+
+def test_the_archive_holds_help_words_and_templates_and_no_training(packed: Path) -> None:
+    pack = packed / "custom_nodes/phased-dmd"
+    for folder in ("web/docs", "locales/en", "locales/zh", "workflows", "comfy_nodes", "web"):
+        names = {path.name for path in (REPOSITORY / folder).iterdir() if path.is_file()}
+        assert names == {path.name for path in (pack / folder).iterdir() if path.is_file()}, folder
+    assert {path.name for path in pack.iterdir()}.isdisjoint({"training", "tests", "docs", "benchmarks"})
+    assert sum(path.stat().st_size for path in pack.rglob("*") if path.is_file()) < 2**20
+
+
+def test_the_archive_loads_with_diffusers_peft_and_accelerate_absent(packed: Path) -> None:
+    pack = str(packed / "custom_nodes/phased-dmd")
+    code = LOAD.format(absent=ABSENT, tree=str(install.tree(VERSION)), base=str(packed), pack=pack)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=packed)
     assert done.returncode == 0, done.stderr
     nodes, brought, error = done.stdout.splitlines()[-3:]
     assert nodes.count("PhasedDMD") >= 9

@@ -275,6 +275,31 @@ def test_experts_that_cannot_be_loaded_say_why(pack, models, experts_folders, fa
     (broken / "low_noise.safetensors").unlink()
     fails("low_noise.safetensors of expert 'low_noise' is missing", experts="broken", base_1=models.wan(), **load)
     (broken / "phased_experts.json").unlink()
+    entries = tuple(Expert(phase.name, f"{phase.name}.safetensors", "full", "") for phase in TWO.phases)
+    manifest = Manifest(BaseModel("tiny/wan", "WanTransformer3DModel", "wan"), TWO, entries)
+    unlike = {"no network": {"weight": torch.ones(2)}, "wrong": {**tiny.transformer().state_dict()}}
+    unlike["wrong"]["blocks.0.attn1.to_q.weight"] = torch.ones(3, 24)
+    for state, message in zip(
+        unlike.values(), ("ComfyUI does not know this network (WanT", "does not load: "), strict=True
+    ):
+        write_experts(broken, manifest, dict.fromkeys([phase.name for phase in TWO.phases], state))
+        fails(f"high_noise.safetensors of broken: {message}", experts="broken", base_1=models.wan(), **load)
+    lacking = {key: value for key, value in tiny.transformer().state_dict().items() if key != "proj_out.bias"}
+    write_experts(broken, manifest, dict.fromkeys([phase.name for phase in TWO.phases], lacking))
+    fails("1 weights are missing or unknown, for example 'head.head.bias'", experts="broken", **load)
+    (broken / "phased_experts.json").unlink()
+
+
+def test_of_equal_names_the_users_own_folder_is_used(pack, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import folder_paths
+
+    loading = pack.module("comfy_nodes.loading")
+    roots = [base / "models/phased_experts", base / "elsewhere"]
+    for root, plan in zip(roots, (TWO, PhasePlan.from_steps([1, 1], shift=3.0)), strict=True):
+        tiny.write_lora_experts(root / "a/b/twice", plan, tiny.lora_roles(plan))
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: list(map(str, roots)))
+    assert loading.experts_names() == sorted(set(loading.experts_names())) and "a/b/twice" in loading.experts_names()
+    assert loading.open_experts("a/b/twice").manifest.plan.to_dict() == TWO.to_dict()
 
 
 def test_a_changed_folder_is_loaded_again_and_a_new_one_is_listed(pack, our_nodes, base: Path) -> None:
@@ -290,6 +315,8 @@ def test_a_changed_folder_is_loaded_again_and_a_new_one_is_listed(pack, our_node
     before = kind.fingerprint_inputs(experts="appears")
     tiny.write_lora_experts(folder, TWO, tiny.lora_roles(TWO, rank=2))
     assert kind.fingerprint_inputs(experts="appears") != before
+    assert our_nodes["PhasedDMDPlanFromExperts"].fingerprint_inputs(experts="appears") != before
+    assert "(Hub id)" in listed() and "(Hub id)" not in pack.module("comfy_nodes.loading").experts_names()
 
 
 def test_the_phased_sampler_equals_sampler_custom_advanced(pack, models, fails) -> None:
@@ -326,6 +353,7 @@ def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models, fails) -
     assert "expert high_noise  cfg 3.5" in text
     _, text = pack.call("PhasedDMDPlanReport", model=model, plan=plan_of(pack, "1, 1, 2"))
     assert "Warning: the MODEL's experts follow another plan" in text
+    assert pack.call("PhasedDMDPlanReport", model=models.wan(), plan=plan)[1].count("step ") == 4
     fails("connect a plan or a MODEL", "PhasedDMDPlanReport")
     fails("this MODEL carries no phased experts", "PhasedDMDPlanReport", model=models.wan())
 

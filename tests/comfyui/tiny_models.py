@@ -15,13 +15,13 @@ from tests.tiny import TEXT_FEATURES, randn, transformer
 QWEN_WIDTH, QWEN_TEXT, WAN_WIDTH, Z_IMAGE_WIDTH, Z_IMAGE_TEXT = 128, 32, 24, 288, 16
 
 
-def wan_file(path: Path, seed: int) -> Path:
+def wan_file(path: Path, seed: int, **changes: Any) -> Path:
     """The transformer of ``tests.tiny`` as a file for ComfyUI's diffusion_models folder."""
     from safetensors.torch import save_file
 
     from pdmd_core.families import family
 
-    network, names = transformer(seed), family("wan")
+    network, names = transformer(seed, **changes), family("wan")
     native = {names.native_weight_name(name): value for name, value in network.state_dict().items()}
     metadata = {"config": json.dumps({"transformer": names.comfyui_config(network.config)})}
     save_file(native, path, metadata=metadata)
@@ -102,10 +102,10 @@ class TinyModels:
         self.folder = folder
         let_networks_be_small()
 
-    def wan(self, seed: int = 0) -> Any:
+    def wan(self, seed: int = 0, **changes: Any) -> Any:
         import comfy.sd
 
-        return comfy.sd.load_diffusion_model(str(wan_file(self.folder / f"wan{seed}.safetensors", seed)))
+        return comfy.sd.load_diffusion_model(str(wan_file(self.folder / f"wan{seed}.safetensors", seed, **changes)))
 
     def qwen(self, seed: int = 0) -> Any:
         import comfy.sd
