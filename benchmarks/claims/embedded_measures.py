@@ -11,10 +11,11 @@ from torch import Tensor
 
 from benchmarks.claims.evidence import Value
 from pdmd_core.metrics import (
+    Estimate,
+    bootstrap,
     clip_features,
     cosine_distance,
     frechet_distance,
-    frechet_estimate,
     kernel_distance,
     manifold,
     mean_of_units,
@@ -168,23 +169,26 @@ class Measures:
         return float((along[said] > TRAVELS).float().mean()) if bool(said.any()) else None
 
 
-def distances(features: Features, reference: Features, data: Features | None, resamples: int) -> dict[str, Value]:
+def distances(
+    features: Features, reference: Features, data: Features | None, seeds: int, resamples: int
+) -> dict[str, Value]:
     """Distances to the reference samples, and to the data if given, as columns of a row.
 
-    Clips are compared with each feature in units of the reference's standard deviation.
+    Sets are scene by scene, ``seeds`` of each. Clips are compared with each feature in units of the reference's
+    standard deviation.
     """
     sets = [reference.distance_space, features.distance_space]
     sets += [] if data is None else [data.distance_space]
     if reference.clip is not None:
         sets = list(standardised(*sets))
     of_reference, of_samples = sets[:2]
-    frechet = frechet_estimate(of_samples, of_reference, resamples)
+    frechet = frechet_interval(of_samples, of_reference, seeds, resamples)
     kernel = kernel_distance(of_samples, of_reference)
     reached = manifold(features.layout, reference.layout)
     columns: dict[str, Value] = {
         "frechet": frechet.value,
-        "frechet_low": frechet.low,
-        "frechet_high": frechet.high,
+        "frechet_low": max(0.0, frechet.low),
+        "frechet_high": max(0.0, frechet.high),
         "kernel_distance": kernel.value,
         "kernel_distance_deviation": kernel.deviation,
         "precision": reached.precision.value,
@@ -195,3 +199,17 @@ def distances(features: Features, reference: Features, data: Features | None, re
     if reference.clip is not None:
         columns["frechet_frames"] = frechet_distance(features.style, reference.style)
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in columns.items()}
+
+
+def frechet_interval(samples: Tensor, reference: Tensor, seeds: int, resamples: int) -> Estimate:
+    """The Frechet distance with a basic bootstrap over seeds.
+
+    All scenes of a seed share their noise, and every set has all scenes equally often: seeds are the units that vary.
+    Single samples as units would add a noise of scenes that no set has.
+    """
+    by_seed, reference_by_seed = (values.unflatten(0, (-1, seeds)) for values in (samples, reference))
+
+    def of_seeds(i: Tensor, j: Tensor) -> float:
+        return frechet_distance(by_seed[:, i].flatten(0, 1), reference_by_seed[:, j].flatten(0, 1))
+
+    return bootstrap(of_seeds, seeds, seeds, kind="basic", resamples=resamples)

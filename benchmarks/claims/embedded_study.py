@@ -57,7 +57,7 @@ class Measuring:
     networks: str = field(
         default_factory=lambda: digest_of_teacher(("vae",)) + digest_of([MODELS / "features" / "model.safetensors"])
     )
-    version: int = 1
+    version: int = 2
     """Of the definitions in embedded_measures.py: raised when a number changes its meaning."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -307,7 +307,8 @@ class EmbeddedStudy:
         updates: int,
         extra: dict[str, Any],
     ) -> Row:
-        columns = distances(measured.features, self.reference, self.data, self.measuring.resamples)
+        seeds, resamples = self.measuring.seeds, self.measuring.resamples
+        columns = distances(measured.features, self.reference, self.data, seeds, resamples)
         frechet = float(columns.pop("frechet") or 0.0)
         return Row(
             teacher=self.teacher,
