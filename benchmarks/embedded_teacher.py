@@ -22,7 +22,7 @@ from torch import Tensor
 
 from training.embedded.emoji import BACKGROUNDS, EMOJI, EmojiScenes, caption
 from training.embedded.features import load_features, see
-from training.evaluation import wanted_classes
+from training.measures import wanted_classes
 from training.pictures import labelled_columns, save_samples
 from training.sampler import Sampler, SampleSize
 

@@ -20,10 +20,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pdmd_core.experts import PhasedExperts
+from training import evaluate
 from training.config import load_config
-from training.evaluation import Evaluation
-from training.prompts import read_prompts
 from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +38,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/rollout_reuse.json")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    prompts = read_prompts(ROOT / "training/prompts/embedded_eval.txt")
     rows: list[dict[str, Any]] = []
     for name, (rollouts, draws) in VARIANTS.items():
         for seed in range(arguments.seeds):
@@ -51,14 +48,17 @@ def main() -> None:
             start = time.process_time()
             experts = Trainer(config).run()
             seconds = time.process_time() - start
-            evaluation = Evaluation(PhasedExperts.open(experts), prompts, 10, arguments.work_dir)
-            row, _ = evaluation.measure_experts()
+            measured = ["--experts", str(experts), "--output_dir", str(folder), "--cache_dir", str(arguments.work_dir)]
+            measured += ["--no_noise_floor", "--few_steps", "--metrics", "frechet", "diversity"]
+            if evaluate.main(measured):
+                raise SystemExit(1)
+            (row,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
             rows.append(
                 {
                     "variant": name,
                     "seed": seed,
-                    "frechet": row.frechet,
-                    "diversity": row.diversity,
+                    "frechet": row["frechet"],
+                    "diversity": row["diversity"],
                     "processor_seconds": round(seconds, 1),
                 }
             )

@@ -1,143 +1,258 @@
-"""Measuring samples against the teacher's many-step samples, method by method."""
+"""Sampling and measuring the methods of a report; what is there already is not computed again."""
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pdmd_core.experts import PhasedExperts
-from pdmd_core.metrics import frechet_distance, pairwise_distance
 from training.command_line import UserError
-from training.embedded.features import load_features, see
-from training.sampler import Sampler, SampleSize
+from training.comparison import METRICS, Measurement, Rows, Setting
+from training.identity import FileHashes, digest_of, example_identity, experts_identity, teacher_identity
+from training.measures import Measure, Pixels
+from training.prompts import Example, SampleSize
+from training.real_data import data_files, read_sample
+from training.sampler import Decoder, Sampler, decoded_at_once
+from training.store import Store
+from training.teacher import TeacherSource
 
 REFERENCE_SEED = 1_000_000
 """Seeds of the reference start here, those of the methods at 0."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method in a report."""
+class Method:
+    """What samples are made with: experts as their plan says, or the teacher in some steps."""
 
-    method: str
-    network_evaluations: int
-    """For one sample, guidance counted as two."""
-    frechet: float
-    """FD-Emoji to the reference samples (see features.py)."""
-    diversity: float
-    """Mean distance of layout features between seeds of one prompt."""
-    agreement: float
-    """Share of samples whose emoji and background the classifier names as the prompt does."""
-    seconds: float
-    """Time of the network evaluations for all samples, on this machine."""
+    name: str
+    experts: PhasedExperts | None = None
+    steps: int = 0
+    """Of the teacher."""
+    first_seed: int = 0
+
+    @property
+    def calls(self) -> int:
+        """Network calls for one batch, guidance not counted."""
+        return len(self.experts.manifest.plan.sigmas) if self.experts else self.steps
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher and how it samples."""
+
+    source: TeacherSource
+    shift: float
+    guidance_scale: float
+    negative_prompt: str = ""
+
+    @property
+    def guided(self) -> bool:
+        """Whether it takes two evaluations a step."""
+        return self.guidance_scale != 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how networks run. None: a GPU if there is one; a moderate number of samples."""
+
+    device: str | None = None
+    batch: int | None = None
+    dtype: torch.dtype = torch.float32
 
 
 class Evaluation:
-    """Prompts, seeds and the reference samples of one teacher, and the experts measured against them."""
+    """Prompts and seeds, and everything that was computed for them, in ``cache_dir``.
+
+    Samples are kept by what decides them (weights, plan, steps, guidance, size, dtype, prompt, seed), so that more
+    seeds, prompts, methods and metrics are added to what is there.
+    """
 
     def __init__(
         self,
-        experts: PhasedExperts,
-        prompts: Sequence[str],
+        teacher: Teacher,
+        size: SampleSize,
+        examples: Sequence[Example],
         seeds: int,
         cache_dir: Path,
-        teacher: str | None = None,
-        teacher_steps: int = 40,
-        shift: float | None = None,
-        guidance_scale: float | None = None,
+        machine: Machine | None = None,
     ) -> None:
-        if seeds < 2:
-            raise UserError(f"diversity needs at least 2 seeds for each prompt, found {seeds}")
-        training = experts.manifest.training
-        width, height, frames = training.get("size", (64, 64, 1))
-        size = SampleSize(height, width, frames, training.get("max_sequence_length", 512))
-        self.plan = experts.manifest.plan
-        self.prompts, self.seeds = list(prompts), seeds
-        self.teacher_steps = teacher_steps
-        self.shift = shift or self.plan.shift or 3.0
-        self.guidance_scale = guidance_scale or float(training.get("teacher_guidance_scale", 4.0))
-        self.cache_dir = cache_dir
-        self.sampler = Sampler(teacher or experts.manifest.base.model, size, prompts, cache_dir, experts)
-        self.network, emoji, backgrounds = load_features()
-        self.groups = torch.arange(len(self.prompts)).repeat_interleave(seeds)
-        self.wanted = wanted_classes(self.prompts, emoji, backgrounds)
-        self._reference: Tensor | None = None
+        if seeds < 1:
+            raise UserError(f"--seeds: expected at least 1 sample for each prompt, found {seeds}")
+        self.teacher, self.size, self.seeds = teacher, size, seeds
+        self.examples = list(dict.fromkeys(examples))
+        self.cache_dir, self.machine = cache_dir, machine or Machine()
+        self.hashes = FileHashes(cache_dir / "hashes.json")
+        self._teacher_identity = teacher_identity(teacher.source, self.hashes)
+        self._example_ids = [example_identity(example, self.hashes) for example in self.examples]
+        self._decoder: Decoder | None = None
 
-    def pairs(self, first_seed: int = 0) -> list[tuple[int, int]]:
-        """(prompt index, seed) of every sample, prompt by prompt."""
-        return [(p, first_seed + s) for p in range(len(self.prompts)) for s in range(self.seeds)]
+    # --- samples ------------------------------------------------------------
 
-    def teacher(self, steps: int, first_seed: int = 0) -> Tensor:
-        """The teacher's latents in this many steps with guidance."""
-        name = f"teacher, {steps} steps"
-        return self.sampler.with_teacher(self.pairs(first_seed), steps, self.shift, self.guidance_scale, name)
+    def evaluations(self, method: Method) -> int:
+        """Network evaluations for one sample, guidance counted as two."""
+        return method.calls * (2 if not method.experts and self.teacher.guided else 1)
 
-    def reference(self) -> Tensor:
-        """Style features of the reference samples; computed once and kept in the cache folder."""
-        if self._reference is None:
-            path = self.cache_dir / f"reference-{self._identity()}.safetensors"
-            if not path.exists():
-                pixels = self.sampler.decode(self.teacher(self.teacher_steps, REFERENCE_SEED))
-                save_file({"style": see(self.network, pixels).style.contiguous()}, path)
-            self._reference = load_file(path)["style"]
-        return self._reference
+    def ids(self, method: Method) -> list[str]:
+        """Of a method's samples, prompt by prompt."""
+        seeds = range(method.first_seed, method.first_seed + self.seeds)
+        return [f"{example}-{seed}" for example in self._example_ids for seed in seeds]
 
-    def _identity(self) -> str:
-        digest = hashlib.sha256()
-        for network in (self.sampler.roles.base_state_dict(), self.network.state_dict()):
-            for name, value in sorted(network.items()):
-                digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-        settings = [self.prompts, self.seeds, self.teacher_steps, self.shift, self.guidance_scale, self.sampler.shape]
-        digest.update(json.dumps(settings).encode())
-        return digest.hexdigest()[:24]
+    def _pairs(self, method: Method) -> dict[str, tuple[int, int]]:
+        """Id to (example, seed)."""
+        seeds = range(method.first_seed, method.first_seed + self.seeds)
+        pairs = [(index, seed) for index in range(len(self.examples)) for seed in seeds]
+        return dict(zip(self.ids(method), pairs, strict=True))
 
-    def measure(self, method: str, network_evaluations: int, make: Callable[[], Tensor]) -> tuple[Row, Tensor]:
-        """Time ``make`` (latents of ``pairs()``), decode, compare with the reference; the row and the pixels."""
-        reference = self.reference()
-        start = time.perf_counter()
-        latents = make()
-        seconds = time.perf_counter() - start
-        pixels = self.sampler.decode(latents)
-        seen = see(self.network, pixels)
-        agrees = (seen.emoji == self.wanted[0][self.groups]) & (seen.background == self.wanted[1][self.groups])
-        row = Row(
-            method=method,
-            network_evaluations=network_evaluations,
-            frechet=float(f"{frechet_distance(seen.style, reference):.5g}"),
-            diversity=round(pairwise_distance(seen.layout, self.groups), 4),
-            agreement=round(float(agrees.float().mean()), 4),
-            seconds=round(seconds, 2),
+    def _folder(self, method: Method) -> Path:
+        """Where a method's samples are: named after everything that changes them but prompt and seed."""
+        size = [self.size.height, self.size.width, self.size.frames, self.size.max_sequence_length]
+        if method.experts:
+            how: dict[str, object] = {"experts": experts_identity(method.experts.manifest)}
+        else:
+            how = {"steps": method.steps, "shift": self.teacher.shift, "guidance_scale": self.teacher.guidance_scale}
+            how |= {"negative_prompt": self.teacher.negative_prompt} if self.teacher.guided else {}
+        how |= {"teacher": self._teacher_identity, "size": size, "dtype": str(self.machine.dtype), "version": 1}
+        folder = self.cache_dir / "samples" / digest_of(how)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "method.json").write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    def _latents(self, method: Method) -> Store:
+        return Store(self._folder(method) / "latents")
+
+    def sample(self, methods: Sequence[Method]) -> None:
+        """Make the samples that are missing, experts first: they are quick, and what is wrong with them shows at once.
+
+        Raises UserError and ExpertsError.
+        """
+        owners = {id(method.experts): method.experts for method in methods}
+        for owner in sorted(owners.values(), key=lambda experts: experts is None):
+            own = [method for method in methods if method.experts is owner]
+            todo = [
+                (method, store, store.missing(self.ids(method))) for method in own for store in [self._latents(method)]
+            ]
+            if not any(ids for _, _, ids in todo):
+                continue
+            try:
+                sampler = self._sampler(owner)
+                for method, store, ids in todo:
+                    self._fill(sampler, method, store, ids)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    "the device ran out of memory; what was sampled is kept. Use --dtype bfloat16, or --batch_size "
+                    "smaller than it was, and run the same command again"
+                ) from None
+            del sampler  # two teachers do not fit in memory
+            _free()
+
+    def _sampler(self, experts: PhasedExperts | None) -> Sampler:
+        source, machine = self.teacher.source, self.machine
+        return Sampler(
+            source.path,
+            self.size,
+            self.examples,
+            self.cache_dir,
+            experts,
+            machine.batch,
+            machine.device,
+            source.pipeline,
+            machine.dtype,
+            self.teacher.negative_prompt,
+            source.revision,
         )
-        return row, pixels
 
-    def measure_teacher(self, steps: int) -> tuple[Row, Tensor]:
-        """The teacher in this many steps, with guidance unless the scale is 1."""
-        guided = self.guidance_scale != 1
-        name = f"teacher, {steps} steps" + (" with guidance" if guided else "")
-        return self.measure(name, steps * (2 if guided else 1), lambda: self.teacher(steps))
+    def _fill(self, sampler: Sampler, method: Method, store: Store, ids: Sequence[str]) -> None:
+        pairs = self._pairs(method)
+        parts = [ids[i : i + sampler.batch] for i in range(0, len(ids), sampler.batch)]
+        with tqdm(total=len(parts) * method.calls, desc=f"sample {method.name}", unit="step") as bar:
+            for part in parts:
+                wanted = [pairs[name] for name in part]
+                start = time.perf_counter()
+                if method.experts:
+                    latents = sampler.with_experts(wanted, None, bar.update)
+                else:
+                    latents = sampler.with_teacher(
+                        wanted, method.steps, self.teacher.shift, self.teacher.guidance_scale, None, bar.update
+                    )
+                latents = latents.cpu()
+                seconds = (time.perf_counter() - start) / len(part)
+                for (index, seed), sample in zip(wanted, latents, strict=True):
+                    if not bool(sample.isfinite().all()):
+                        raise UserError(
+                            f"{method.name}: seed {seed} of {self.examples[index].prompt[:40]!r} has values that are "
+                            f"not finite: use another --dtype than {str(self.machine.dtype)[6:]}, or train anew"
+                        )
+                store.add(part, {"latents": latents, "seconds": torch.full((len(part),), seconds)})
 
-    def measure_experts(self) -> tuple[Row, Tensor]:
-        """The experts as their plan says, without guidance."""
-        steps = len(self.plan.sigmas)
-        return self.measure(f"phase experts, {steps} steps", steps, lambda: self.sampler.with_experts(self.pairs()))
+    def seconds(self, method: Method) -> float:
+        """Time that sampling took, whenever it was."""
+        return float(self._latents(method).rows(self.ids(method), ["seconds"])["seconds"].sum())
+
+    # --- what is seen in samples ------------------------------------------------------------
+
+    def look(self, method: Method, measures: Sequence[Measure]) -> Rows:
+        """What the measures see in a method's samples, in the order of ``ids``; samples must be there."""
+        ids, folder = self.ids(method), self._folder(method)
+        stores = {m.name: Store(folder / f"{m.name}-{m.identity}") for m in measures}
+        missing = [name for name in dict.fromkeys(ids) if any(name not in store for store in stores.values())]
+        if missing:
+            latents = self._latents(method)
+            for part in _parts(missing, decoded_at_once(self.size), f"look at {method.name}"):
+                self._add(stores, measures, part, self._decode(latents.rows(part, ["latents"])["latents"]))
+        return {name: store.rows(ids) for name, store in stores.items()}
+
+    def look_at_data(self, folder: Path, measures: Sequence[Measure]) -> Rows:
+        """What the measures see in the pictures or clips of a folder. Raises UserError."""
+        size = [self.size.height, self.size.width, self.size.frames]
+        files = {digest_of(self.hashes(path), size): path for path in data_files(folder, self.size)}
+        stores = {m.name: Store(self.cache_dir / "data" / f"{m.name}-{m.identity}") for m in measures}
+        missing = [name for name in files if any(name not in store for store in stores.values())]
+        for part in _parts(missing, decoded_at_once(self.size), "look at the data"):
+            self._add(stores, measures, part, torch.stack([read_sample(files[name], self.size) for name in part]))
+        return {name: store.rows(list(files)) for name, store in stores.items()}
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self._decoder is None:
+            self._decoder = Decoder(self.teacher.source, self.size, self.machine.device)
+        return self._decoder(latents)
+
+    @staticmethod
+    def _add(stores: dict[str, Store], measures: Sequence[Measure], ids: Sequence[str], pixels: Tensor) -> None:
+        seen = Pixels(pixels)
+        for measure in measures:
+            if stores[measure.name].missing(ids):
+                stores[measure.name].add(ids, measure(seen))
 
 
-def wanted_classes(prompts: Sequence[str], emoji: Sequence[str], backgrounds: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Indices of the emoji and of the background that each prompt names; -1 where it names none."""
+def compare(
+    setting: Setting, names: Sequence[str], methods: Sequence[tuple[str, Rows]], reference: Rows
+) -> dict[str, list[Measurement]]:
+    """Every metric of these names for every method, by method; the bar counts both, since bootstraps take time."""
+    found: dict[str, list[Measurement]] = {method: [] for method, _ in methods}
+    with tqdm(total=len(names) * len(methods), desc="metrics", leave=False) as bar:
+        for name in names:
+            for method, rows in methods:
+                metric = METRICS[name]
+                for measured in metric.measure(setting, rows, reference):
+                    found[method].append(replace(measured, column=replace(measured.column, source=metric.source)))
+                bar.update()
+    return found
 
-    def find(text: str, names: Sequence[str]) -> int:
-        return next((i for i, name in enumerate(names) if name in text), -1)
 
-    parts = [prompt.rpartition(" on a ") for prompt in prompts]
-    return (
-        torch.tensor([find(subject, emoji) for subject, _, _ in parts]),
-        torch.tensor([find(place, backgrounds) for _, _, place in parts]),
-    )
+def _parts(ids: Sequence[str], size: int, label: str) -> tqdm[list[str]]:
+    parts = [list(ids[i : i + size]) for i in range(0, len(ids), size)]
+    return tqdm(parts, desc=label, unit="batch", disable=not parts)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

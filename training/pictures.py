@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -41,31 +41,46 @@ def save_samples(path: Path, pixels: Tensor, columns: int, zoom: int = 2) -> lis
     strips = pixels.flatten(0, 1)
     grid(strips, pixels.shape[1], zoom).save(written[0])
     written.append(path.with_suffix(".gif"))
-    frames[0].save(written[1], save_all=True, append_images=frames[1:], duration=120, loop=0)
+    animation(written[1], frames)
     return written
 
 
-def labelled_columns(columns: Sequence[tuple[str, Tensor]], rows: Sequence[str], zoom: int = 2) -> Image.Image:
-    """Methods side by side, each (title, samples (prompts, seeds, 3, height, width)); prompts are rows."""
+def labelled_columns(
+    columns: Sequence[tuple[str, Tensor]], rows: Sequence[str], zoom: int = 2, heading: str | None = None
+) -> Image.Image:
+    """Methods side by side, each (title, samples (rows, columns of the block, 3, height, width)), with a label a row.
+
+    Rows are prompts and columns seeds, or rows seeds and columns the frames of a clip. heading: a line over all.
+    """
     font = ImageFont.load_default(13)
-    label_width = 10 + max(int(font.getlength(row)) for row in rows)
     blocks = [grid(samples.flatten(0, 1), samples.shape[1], zoom) for _, samples in columns]
     height = blocks[0].height
-    widths = [max(block.width, int(font.getlength(title))) for (title, _), block in zip(columns, blocks, strict=True)]
-    sheet = Image.new("RGB", (label_width + sum(widths) + 16 * len(blocks), height + 26), "white")
-    draw = ImageDraw.Draw(sheet)
     step = height / len(rows)
-    for i, row in enumerate(rows):
-        draw.text((4, 24 + step * (i + 0.5)), row, fill="black", font=font, anchor="lm")
+    labels = [_wrapped(row, int(step / 17)) for row in rows]
+    label_width = 10 + max(int(font.getlength(line)) for label in labels for line in label.splitlines())
+    widths = [max(block.width, int(font.getlength(title))) for (title, _), block in zip(columns, blocks, strict=True)]
+    width, top = label_width + sum(widths) + 16 * len(blocks), 24 if heading is None else 46
+    sheet = Image.new("RGB", (width, top + height + 2), "white")
+    draw = ImageDraw.Draw(sheet)
+    if heading is not None:
+        while font.getlength(heading) > width - 8 and len(heading) > 4:
+            heading = heading[:-4].rstrip() + "..."
+        draw.text((4, 5), heading, fill="black", font=font)
+    for i, label in enumerate(labels):
+        draw.multiline_text((4, top + step * (i + 0.5)), label, fill="black", font=font, anchor="lm")
     x = label_width
     for (title, _), block, width in zip(columns, blocks, widths, strict=True):
-        draw.text((x, 5), title, fill="black", font=font)
-        sheet.paste(block, (x, 24))
+        draw.text((x, top - 19), title, fill="black", font=font)
+        sheet.paste(block, (x, top))
         x += width + 16
     return sheet
 
 
-def read_image(path: Path) -> Tensor:
-    """A picture file as (3, height, width) in [0, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1) / 255
+def _wrapped(text: str, lines: int) -> str:
+    """At most so many lines of 40 letters, and one at least."""
+    return "\n".join(textwrap.wrap(text, 40, max_lines=max(1, lines), placeholder=" ...") or [" "])
+
+
+def animation(path: Path, frames: Sequence[Image.Image]) -> None:
+    """An animated GIF, eight frames a second."""
+    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=120, loop=0)

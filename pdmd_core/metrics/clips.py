@@ -30,14 +30,19 @@ def clip_features(frames: Tensor, flow: Tensor) -> Tensor:
             f"expected frame features (clips, frames, dimensions) and flow (clips, pairs, 2, height, width) of the "
             f"same clips, found {tuple(frames.shape)} and {tuple(flow.shape)}"
         )
+    return torch.cat([over_time(frames), flow_statistics(flow).to(frames.device)], dim=1)
+
+
+def flow_statistics(flow: Tensor) -> Tensor:
+    """The part of ``clip_features`` that says how a clip moves: (clips, pairs, 2, height, width) to (clips, 24)."""
     fields = torch.cat([flow, flow_length(flow)[:, :, None]], dim=2).double()
-    cells = F.adaptive_avg_pool2d(fields.flatten(0, 1), _CELLS).unflatten(0, flow.shape[:2]).flatten(2)
-    parts = (frames.double(), cells.to(frames.device))
-    return torch.cat([over(part, 1) for part in parts for over in (torch.mean, _deviation)], dim=1)
+    return over_time(F.adaptive_avg_pool2d(fields.flatten(0, 1), _CELLS).unflatten(0, flow.shape[:2]).flatten(2))
 
 
-def _deviation(values: Tensor, dim: int) -> Tensor:
-    return values.std(dim, correction=0)
+def over_time(values: Tensor) -> Tensor:
+    """Mean and standard deviation over frames: (clips, frames, dimensions) to (clips, 2 * dimensions)."""
+    values = values.double()
+    return torch.cat([values.mean(1), values.std(1, correction=0)], dim=1)
 
 
 def standardised(reference: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -15,18 +15,22 @@ from .intervals import Estimate, bootstrap
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """``|mean_1 - mean_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))`` of features (samples, dimensions).
 
-    In squared units of the features. Computed in float64 from symmetric square roots, so that it is never complex; 0
-    for equal sets. It is biased upwards for few samples: compare at equal counts, beside the distance between two sets
-    of the reference (the noise floor). Raises ValueError for fewer than two samples, features that are not finite or of
-    different dimensions.
+    In squared units of the features. Computed in float64, from symmetric square roots or singular values, so that it is
+    never complex; 0 for equal sets. It is biased upwards for few samples: compare at equal counts, beside the distance
+    between two sets of the reference (the noise floor). Raises ValueError for fewer than two samples, features that are
+    not finite or of different dimensions.
     """
     check_pair(first, second)
     first, second = first.double(), second.double()
-    covariance_1, covariance_2 = (torch.atleast_2d(torch.cov(features.T)) for features in (first, second))
-    root = _square_root(covariance_1)
-    cross = torch.linalg.eigvalsh(root @ covariance_2 @ root).clamp(min=0).sqrt().sum()
     shift = (first.mean(0) - second.mean(0)).square().sum()
-    return max(0.0, float(shift + covariance_1.trace() + covariance_2.trace() - 2 * cross))
+    # C_1 = a^T a and C_2 = b^T b
+    a, b = ((features - features.mean(0)) / (len(features) - 1) ** 0.5 for features in (first, second))
+    if min(len(a), len(b)) < a.shape[1]:  # the trace of the root is the sum of the singular values of a b^T
+        cross = torch.linalg.svdvals(a @ b.T).sum()
+    else:
+        root = _square_root(a.T @ a)
+        cross = torch.linalg.eigvalsh(root @ (b.T @ b) @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, float(shift + a.square().sum() + b.square().sum() - 2 * cross))
 
 
 def frechet_estimate(first: Tensor, second: Tensor, resamples: int = 200, seed: int = 0) -> Estimate:

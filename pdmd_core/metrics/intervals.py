@@ -46,13 +46,14 @@ def bootstrap(
     draws = [
         statistic(*(torch.randint(count, (count,), generator=generator) for count in counts)) for _ in range(resamples)
     ]
-    low, high = _quantiles(torch.tensor(draws, dtype=torch.float64), level)
+    low, high = quantiles(torch.tensor(draws, dtype=torch.float64), level)
     if kind == "basic":
         low, high = 2 * value - high, 2 * value - low
     return Estimate(value, low, high, min(counts))
 
 
-def _quantiles(draws: Tensor, level: float) -> tuple[float, float]:
+def quantiles(draws: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The two between which this share of the draws (resamples,) lies."""
     tail = (1 - level) / 2
     low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
@@ -65,7 +66,7 @@ def mean_of_units(values: Tensor, level: float = 0.95, resamples: int = 1000, se
     if count > 1:
         generator = torch.Generator().manual_seed(seed)
         draws = [values[torch.randint(count, (count,), generator=generator)].mean() for _ in range(resamples)]
-        low, high = _quantiles(torch.stack(draws), level)
+        low, high = quantiles(torch.stack(draws), level)
     return Estimate(float(values.mean()), low, high, count)
 
 

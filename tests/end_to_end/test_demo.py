@@ -29,7 +29,7 @@ def test_the_demo_s_experts_are_at_least_twice_as_close_to_the_teacher_as_the_te
     assert distill.main(["--config", "training/configs/embedded_demo.yaml", "--output_dir", str(folder)]) == 0
     assert evaluate.main(["--experts", str(folder / "experts"), "--output_dir", str(folder)]) == 0
     rows = report(folder)
-    assert set(rows["experts"]) == {"method", "network_evaluations", "frechet", "diversity", "agreement", "seconds"}
+    assert set(rows["experts"]) >= {"method", "network_evaluations", "frechet", "diversity", "agreement", "seconds"}
     assert [row["network_evaluations"] for row in rows.values()] == [80, 8, 4]
     assert rows["experts"]["frechet"] <= 0.5 * rows["few"]["frechet"]
     assert rows["experts"]["agreement"] >= 0.8

@@ -1,107 +1,231 @@
-"""Reports: what they hold, that the reference is made once, and that features see what they say."""
+"""Evaluation: what is kept and used again, what happens after a kill, that numbers are right where they are known."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import yaml
+from torch import Tensor
 
-from pdmd_core.experts import PhasedExperts
-from pdmd_core.metrics import frechet_distance
-from training import distill, evaluate
-from training.embedded.features import LAYOUT, STYLE, load_features, see
-from training.evaluation import Evaluation, wanted_classes
+from pdmd_core.experts import ExpertsError, PhasedExperts
+from tests.tiny import save_wan_pipeline
+from tests.tiny_experts import save_experts
+from training.command_line import UserError
+from training.evaluation import Evaluation, Machine, Method, Teacher
+from training.measures import Pixels
+from training.prompts import Example, SampleSize
+from training.sampler import Sampler
+from training.teacher import TeacherSource
+
+PROMPTS = ("a panda", "a fox", "an apple")
+
+
+class Brightness:
+    """A measure that counts how often it looks."""
+
+    identity = "1"
+
+    def __init__(self, name: str) -> None:
+        self.name, self.seen = name, 0
+
+    def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
+        self.seen += len(pixels.all)
+        return {"mean": pixels.all.flatten(1).mean(1)}
+
+
+@pytest.fixture(scope="module")
+def experts(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_experts(tmp_path_factory.mktemp("evaluation") / "experts", teacher, (16, 16, 1))
 
 
 @pytest.fixture
-def experts(settings_of_run: dict[str, Any], tmp_path: Path) -> Path:
-    """Experts of one update at the size the feature network sees."""
-    settings = {**settings_of_run, "updates": 1, "model": {**settings_of_run["model"], "height": 64, "width": 64}}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert distill.main(["--config", str(path)]) == 0
-    return tmp_path / "run" / "experts"
+def evaluation(teacher: Path, tmp_path: Path) -> Callable[..., Evaluation]:
+    def make(seeds: int = 2, prompts: tuple[str, ...] = PROMPTS, cache: str = "cache", **changes: Any) -> Evaluation:
+        source = TeacherSource(str(teacher))
+        settings = Teacher(source, **{"shift": 3.0, "guidance_scale": 2.0} | changes)
+        size = SampleSize(16, 16, 1, 12)
+        machine = Machine("cpu", batch=2)
+        return Evaluation(settings, size, [Example(p) for p in prompts], seeds, tmp_path / cache, machine)
+
+    return make
 
 
-def test_a_report_has_a_row_and_a_picture_for_each_method(experts: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("a panda on a blue background\na fox on a red background\n", encoding="utf-8")
-    output = tmp_path / "report"
-    arguments = ["--experts", str(experts), "--output_dir", str(output), "--prompts", str(prompts)]
-    assert evaluate.main([*arguments, "--seeds", "3", "--teacher_steps", "5"]) == 0
-    data = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert (data["prompts"], data["seeds"]) == (2, 3)
-    assert [row["network_evaluations"] for row in data["rows"]] == [10, 8, 4]
-    for row in data["rows"]:
-        assert set(row) == {"method", "network_evaluations", "frechet", "diversity", "agreement", "seconds"}
-        assert row["frechet"] > 0 and row["diversity"] > 0 and row["seconds"] > 0
-        assert row["method"] in (output / "report.md").read_text(encoding="utf-8")
-    assert (output / "report.png").stat().st_size > 1000
+def latents(evaluation: Evaluation, method: Method) -> Tensor:
+    return evaluation._latents(method).rows(evaluation.ids(method), ["latents"])["latents"]
 
 
-def test_the_reference_is_sampled_once_for_one_teacher(experts: Path, tmp_path: Path) -> None:
-    def evaluation(seeds: int) -> Evaluation:
-        prompts = ["a panda on a blue background"]
-        return Evaluation(PhasedExperts.open(experts), prompts, seeds, tmp_path / "cache", teacher_steps=2)
-
-    first = evaluation(2).reference()
-    again = evaluation(2)
-    with mock.patch.object(Evaluation, "teacher", side_effect=AssertionError("sampled again")):
-        assert torch.equal(again.reference(), first)
-        with pytest.raises(AssertionError, match="sampled again"):
-            evaluation(3).reference()
+def no_sampling() -> Any:
+    return mock.patch("training.evaluation.Sampler", side_effect=AssertionError("sampled again"))
 
 
-def test_the_teacher_against_itself_has_distance_zero(experts: Path, tmp_path: Path) -> None:
-    prompts = ["a panda on a blue background", "a fox on a red background"]
-    evaluation = Evaluation(PhasedExperts.open(experts), prompts, 3, tmp_path / "cache", teacher_steps=2)
-    with mock.patch("training.evaluation.REFERENCE_SEED", 0):
-        row, pixels = evaluation.measure_teacher(2)
-    assert row.frechet == pytest.approx(0, abs=1e-3)
-    assert pixels.shape == (6, 1, 3, 64, 64)
+FEW = Method("teacher, 2 steps", steps=2)
 
 
-def test_style_is_blind_to_place_and_layout_is_not() -> None:
-    network, _, _ = load_features()
-    picture = torch.full((1, 1, 3, 64, 64), 0.5)
-    left, right = picture.clone(), picture.clone()
-    left[..., 16:32, 12:28] = torch.tensor([1.0, 0.2, 0.1]).view(3, 1, 1)
-    right[..., 32:48, 32:48] = torch.tensor([1.0, 0.2, 0.1]).view(3, 1, 1)
-    one, other, plain = see(network, left), see(network, right), see(network, picture)
-    assert one.style.shape == (1, STYLE)
-    assert one.layout.shape == (1, LAYOUT)
-
-    def relative(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> float:
-        return float((a - b).norm() / (a - c).norm())
-
-    assert relative(one.style, other.style, plain.style) < 0.15
-    assert relative(one.layout, other.layout, plain.layout) > 0.3
+def test_samples_are_those_of_the_sampler_prompt_by_prompt(
+    evaluation: Callable[..., Evaluation], experts: Path, teacher: Path, tmp_path: Path
+) -> None:
+    made, own = evaluation(), PhasedExperts.open(experts)
+    method = Method("experts", own)
+    made.sample([FEW, method])
+    pairs = [(prompt, seed) for prompt in range(3) for seed in range(2)]
+    sampler = Sampler(str(teacher), SampleSize(16, 16, 1, 12), PROMPTS, tmp_path / "other", own, device="cpu")
+    torch.testing.assert_close(latents(made, method), sampler.with_experts(pairs, None))
+    torch.testing.assert_close(latents(made, FEW), sampler.with_teacher(pairs, 2, 3.0, 2.0, None))
+    assert (made.evaluations(method), made.evaluations(FEW)) == (2, 4)
+    assert evaluation(guidance_scale=1.0).evaluations(FEW) == 2
+    assert made.seconds(FEW) > 0
 
 
-def test_style_distance_grows_with_blur() -> None:
-    network, _, _ = load_features()
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.rand(64, 1, 3, 16, 16, generator=generator).repeat_interleave(4, -1).repeat_interleave(4, -2)
+def test_what_is_there_is_not_sampled_again_and_more_seeds_and_prompts_only_cost_what_is_new(
+    evaluation: Callable[..., Evaluation],
+) -> None:
+    evaluation().sample([FEW])
+    before = latents(evaluation(), FEW)
+    with no_sampling():
+        evaluation().sample([FEW])
+        evaluation(seeds=1, prompts=PROMPTS[::-1]).sample([FEW])
+    drawn: list[tuple[int, int]] = []
+    original = Sampler.with_teacher
 
-    def blurred(size: int) -> torch.Tensor:
-        flat = torch.nn.functional.avg_pool2d(pictures.flatten(0, 1), size, 1, size // 2, count_include_pad=False)
-        return see(network, flat[:, :, :64, :64].unflatten(0, (64, 1))).style
+    def with_teacher(self: Sampler, pairs: Any, *rest: Any) -> Tensor:
+        drawn.extend(pairs)
+        return original(self, pairs, *rest)
 
-    reference = blurred(1)
-    distances = [frechet_distance(blurred(size), reference) for size in (1, 3, 5, 9)]
-    assert distances == sorted(distances)
-    assert distances[1] > 10 * max(distances[0], 1e-6)
+    with mock.patch.object(Sampler, "with_teacher", with_teacher):
+        evaluation(seeds=3, prompts=(*PROMPTS, "a rocket")).sample([FEW])
+    assert sorted(drawn) == [(0, 2), (1, 2), (2, 2), (3, 0), (3, 1), (3, 2)]
+    assert torch.equal(latents(evaluation(), FEW), before)
 
 
-def test_prompts_name_their_classes() -> None:
-    emoji, backgrounds = ["red heart", "fox"], ["red", "blue"]
-    wanted = wanted_classes(
-        ["a fox on a red background", "a red heart on a blue background", "words"], emoji, backgrounds
-    )
-    assert wanted[0].tolist() == [1, 0, -1]
-    assert wanted[1].tolist() == [0, 1, -1]
+@pytest.mark.parametrize(
+    "changes", [{"guidance_scale": 3.0}, {"shift": 4.0}, {"negative_prompt": "blurry"}], ids=lambda c: next(iter(c))
+)
+def test_what_changes_the_teacher_s_samples_does_not_use_old_ones(
+    changes: dict[str, Any], evaluation: Callable[..., Evaluation]
+) -> None:
+    evaluation().sample([FEW])
+    before, other = latents(evaluation(), FEW), evaluation(**changes)
+    other.sample([FEW])
+    assert (latents(other, FEW) - before).abs().max() > 1e-4
+    with no_sampling(), pytest.raises(AssertionError):
+        evaluation().sample([Method("more steps", steps=3)])
+
+
+def test_other_experts_and_another_dtype_do_not_use_old_samples(
+    evaluation: Callable[..., Evaluation], experts: Path, teacher: Path, tmp_path: Path
+) -> None:
+    other = save_experts(tmp_path / "other", teacher, (16, 16, 1), seed=1)
+    methods = [Method(name, PhasedExperts.open(folder)) for name, folder in (("a", experts), ("b", other))]
+    made = evaluation()
+    made.sample(methods)
+    assert (latents(made, methods[0]) - latents(made, methods[1])).abs().max() > 1e-3
+    half = evaluation()
+    half.machine = Machine("cpu", dtype=torch.bfloat16)
+    half.sample(methods[:1])
+    difference = (latents(half, methods[0]) - latents(made, methods[0])).abs().max()
+    assert 0 < difference < 0.5
+
+
+def test_a_kill_loses_the_batch_in_progress_and_the_rest_is_the_same(evaluation: Callable[..., Evaluation]) -> None:
+    whole = evaluation(cache="whole")
+    whole.sample([FEW])
+    original, batches = Sampler.with_teacher, []
+
+    def killed(self: Sampler, pairs: Any, *rest: Any) -> Tensor:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(pairs)
+        return original(self, pairs, *rest)
+
+    with mock.patch.object(Sampler, "with_teacher", killed), pytest.raises(KeyboardInterrupt):
+        evaluation().sample([FEW])
+    assert len(evaluation()._latents(FEW).missing(evaluation().ids(FEW))) == 2
+    evaluation().sample([FEW])
+    assert torch.equal(latents(evaluation(), FEW), latents(whole, FEW))
+
+
+def test_a_damaged_file_is_made_again(
+    evaluation: Callable[..., Evaluation], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation().sample([FEW])
+    before = latents(evaluation(), FEW)
+    path = next(evaluation()._latents(FEW).folder.iterdir())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 64
+    path.write_bytes(data)
+    again = evaluation()
+    again.sample([FEW])
+    assert torch.equal(latents(again, FEW), before)
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_measure_looks_once_and_a_new_one_needs_no_sampling(evaluation: Callable[..., Evaluation]) -> None:
+    made, first, second = evaluation(), Brightness("brightness"), Brightness("light")
+    made.sample([FEW])
+    rows = made.look(FEW, [first])["brightness"]["mean"]
+    assert rows.shape == (6,) and first.seen == 6
+    again = evaluation()
+    with no_sampling(), mock.patch("training.evaluation.Decoder", side_effect=AssertionError("decoded again")):
+        again.sample([FEW])
+        assert torch.equal(again.look(FEW, [first])["brightness"]["mean"], rows)
+    with no_sampling():
+        assert torch.equal(evaluation().look(FEW, [first, second])["light"]["mean"], rows)
+    assert (first.seen, second.seen) == (6, 6)
+    first.identity = "2"
+    evaluation().look(FEW, [first])
+    assert first.seen == 12, "another network of the same name looks itself"
+
+
+def test_experts_of_another_teacher_are_refused_before_the_teacher_samples(
+    evaluation: Callable[..., Evaluation], tmp_path: Path
+) -> None:
+    from tests.tiny import transformer, wan_pipeline
+
+    pipeline = wan_pipeline()
+    pipeline.register_modules(transformer=transformer(ffn_dim=48))
+    pipeline.save_pretrained(tmp_path / "wider")
+    wrong = save_experts(tmp_path / "wrong", tmp_path / "wider", (16, 16, 1))
+    forbidden = mock.patch.object(Sampler, "with_teacher", side_effect=AssertionError("sampled first"))
+    with forbidden, pytest.raises(ExpertsError, match="does not fit the base") as caught:
+        evaluation().sample([FEW, Method("wrong", PhasedExperts.open(wrong))])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_samples_that_are_not_finite_are_refused_and_not_kept(evaluation: Callable[..., Evaluation]) -> None:
+    broken = mock.patch.object(Sampler, "with_teacher", return_value=torch.full((2, 16, 1, 2, 2), torch.nan))
+    with broken, pytest.raises(UserError, match="seed 0 of 'a panda' has values that are not finite"):
+        evaluation().sample([FEW])
+    assert len(evaluation()._latents(FEW).missing(evaluation().ids(FEW))) == 6
+
+
+def test_a_device_without_memory_is_one_line(evaluation: Callable[..., Evaluation]) -> None:
+    full = mock.patch.object(Sampler, "with_teacher", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    with full, pytest.raises(UserError, match="--dtype bfloat16, or --batch_size"):
+        evaluation().sample([FEW])
+
+
+def test_prompts_that_are_there_twice_count_once(teacher: Path, tmp_path: Path) -> None:
+    settings, size = Teacher(TeacherSource(str(teacher)), 3.0, 1.0), SampleSize(16, 16, 1, 12)
+    made = Evaluation(settings, size, [Example("x"), Example("y"), Example("x")], 2, tmp_path)
+    assert len(made.ids(FEW)) == len(set(made.ids(FEW))) == 4
+    with pytest.raises(UserError, match="at least 1 sample"):
+        Evaluation(settings, size, [Example("x")], 0, tmp_path)
+
+
+def test_a_changed_teacher_in_the_same_place_is_another_one(tmp_path: Path) -> None:
+    place, size = tmp_path / "teacher", SampleSize(16, 16, 1, 12)
+    found = []
+    for changed in (False, True):
+        save_wan_pipeline(place)
+        if changed:
+            file = next((place / "transformer").glob("*.safetensors"))
+            data = bytearray(file.read_bytes())
+            data[-2] ^= 1
+            file.write_bytes(data)
+        made = Evaluation(Teacher(TeacherSource(str(place)), 3.0, 1.0), size, [Example("x")], 1, tmp_path / "cache")
+        found.append(made._folder(FEW))
+    assert found[0] != found[1]
