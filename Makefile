@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-long test-comfyui test-comfyui-load test-matrix environment clean
+.PHONY: demo test audit test-long test-comfyui test-comfyui-load test-matrix environment clean
 
 demo: environment
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
@@ -17,6 +17,10 @@ test: environment
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 	$(MAKE) test-comfyui
+
+# Known vulnerabilities in the pinned packages; without network only a warning
+audit: environment
+	$(BIN)/python .ci/audit.py
 
 # The full size of tests that the suite runs in small: minutes to hours
 test-long: environment
