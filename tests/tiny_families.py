@@ -1,7 +1,8 @@
-"""Tiny random pipelines of the other model families, of the real diffusers and transformers classes."""
+"""Tiny random pipelines of every family, of the real diffusers and transformers classes; equal weights every time."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,15 @@ from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     WanImageToVideoPipeline,
     WanPipeline,
     ZImagePipeline,
@@ -23,8 +30,12 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
+    ProcessorMixin,  # noqa: F401 - diffusers looks for it here to load the processor of this module
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -32,6 +43,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3Config,
     Qwen3Model,
+    T5Config,
+    T5EncoderModel,
 )
 
 from tests.tiny import LATENT_CHANNELS, autoencoder, text_encoder, tokenizer, transformer
@@ -62,6 +75,12 @@ def wan_two_networks() -> WanPipeline:
     """Wan 2.2 text to video, A14B: two networks, high noise at sigma >= 0.875."""
     networks = {"transformer": transformer(0), "transformer_2": transformer(1)}
     return _quiet(WanPipeline(**_shared(), **networks, vae=autoencoder(), boundary_ratio=0.875))
+
+
+def wan_image() -> WanImageToVideoPipeline:
+    """Image to video with one network that takes the image's latents only."""
+    network = transformer(0, in_channels=2 * LATENT_CHANNELS + 4)
+    return _quiet(WanImageToVideoPipeline(**_shared(), transformer=network, vae=_spread_autoencoder()))
 
 
 def wan_image_two_networks() -> WanImageToVideoPipeline:
@@ -120,17 +139,26 @@ def _spread_autoencoder() -> AutoencoderKLWan:
     return vae
 
 
-def _qwen_tokenizer() -> Qwen2Tokenizer:
-    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    special = ("<|endoftext|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    vocabulary |= {token: 300 + i for i, token in enumerate(special)}
-    built = Qwen2Tokenizer(vocab=vocabulary, merges=[])
-    built.add_special_tokens({"additional_special_tokens": list(special[1:])})
+# --- Qwen-Image ---------------------------------------------------------------
+
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token for each byte, and the special tokens that templates use."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *_SPECIAL, "<|video_pad|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    built = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=list(tokens[-6:]))
+    built.chat_template = (
+        "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
     return built
 
 
-def _qwen_parts() -> dict[str, Any]:
+def _qwen_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(0)
+    token = qwen_tokenizer().convert_tokens_to_ids
     scaling = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
     config = Qwen2_5_VLConfig(
         text_config={
@@ -153,18 +181,24 @@ def _qwen_parts() -> dict[str, Any]:
             "out_hidden_size": 16,
             "fullatt_block_indexes": [0],
         },
-        image_token_id=301,
-        video_token_id=302,
-        vision_start_token_id=303,
-        vision_end_token_id=304,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
     )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def _qwen_parts(levels: int = 3, **changes: Any) -> dict[str, Any]:
+    """levels: of the autoencoder; each but the first halves the sides. changes: of the network."""
+    torch.manual_seed(0)
     channels = 4
     vae = AutoencoderKLQwenImage(
-        base_dim=8,
+        base_dim=2,
         z_dim=channels,
-        dim_mult=[1, 1, 1, 1],
+        dim_mult=[1] * levels,
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
+        temperal_downsample=[False] * (levels - 1),
         latents_mean=[0.1 * i for i in range(channels)],
         latents_std=[1.0 + 0.2 * i for i in range(channels)],
     ).eval()
@@ -176,21 +210,34 @@ def _qwen_parts() -> dict[str, Any]:
         num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(8, 4, 4),
+        **changes,
     ).eval()
     return {
-        "tokenizer": _qwen_tokenizer(),
-        "text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(),
+        "tokenizer": qwen_tokenizer(),
+        "text_encoder": _qwen_text_encoder(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "vae": vae,
         "transformer": network,
     }
 
 
-class _PictureProcessor(Qwen2VLProcessor):
+class PictureProcessor(Qwen2VLProcessor):
     """Without its part for videos, which needs torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return object if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        self.image_processor.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> PictureProcessor:
+        return cls(Qwen2VLImageProcessorPil.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder))
+
+
+def _picture_processor() -> PictureProcessor:
+    return PictureProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), qwen_tokenizer())
 
 
 def qwen_image() -> QwenImagePipeline:
@@ -198,11 +245,26 @@ def qwen_image() -> QwenImagePipeline:
     return _quiet(QwenImagePipeline(**_qwen_parts()))
 
 
+def qwen_image_to_image() -> QwenImageImg2ImgPipeline:
+    """Starts midway, from a picture."""
+    return _quiet(QwenImageImg2ImgPipeline(**_qwen_parts()))
+
+
 def qwen_image_edit() -> QwenImageEditPipeline:
-    """Image to image: the text encoder sees the image, and its latents follow the sample's tokens."""
-    parts = _qwen_parts()
-    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
-    return _quiet(QwenImageEditPipeline(**parts, processor=_PictureProcessor(images, parts["tokenizer"])))
+    """The text encoder sees the picture, and its latents follow the sample's tokens.
+
+    Edit pipelines scale every picture to a million pixels: the latents are 32 times smaller.
+    """
+    return _quiet(QwenImageEditPipeline(**_qwen_parts(levels=6), processor=_picture_processor()))
+
+
+def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
+    """As Qwen-Image-Edit-2511: another template, and the given picture's tokens have a timestep of their own."""
+    parts = _qwen_parts(levels=6, zero_cond_t=True)
+    return _quiet(QwenImageEditPlusPipeline(**parts, processor=_picture_processor()))
+
+
+# --- others -------------------------------------------------------------------
 
 
 def z_image() -> ZImagePipeline:
@@ -219,10 +281,13 @@ def z_image() -> ZImagePipeline:
         axes_dims=[8, 4, 4],
         axes_lens=[256, 32, 32],
     ).eval()
+    with torch.no_grad():  # made with torch.empty
+        network.x_pad_token.zero_()
+        network.cap_pad_token.zero_()
     vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[4, 4, 4, 4],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 4],
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=2,
@@ -234,14 +299,105 @@ def z_image() -> ZImagePipeline:
     ).eval()
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 512}
     text = Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512)
-    tokens = _qwen_tokenizer()
-    tokens.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return _quiet(
         ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=vae,
             text_encoder=Qwen3Model(text).eval(),
-            tokenizer=tokens,
+            tokenizer=qwen_tokenizer(),
             transformer=network,
+        )
+    )
+
+
+def _clip(kind: type[Any]) -> Any:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        projection_dim=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return kind(config).eval()
+
+
+def _t5() -> Any:
+    torch.manual_seed(0)
+    return T5EncoderModel(T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+def _autoencoder_kl(channels: int) -> Any:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    ).eval()
+
+
+def flux(guidance_embeds: bool = False) -> FluxPipeline:
+    """Text to image with two text encoders."""
+    torch.manual_seed(0)
+    network = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
+    ).eval()
+    return _quiet(
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=_autoencoder_kl(1),
+            text_encoder=_clip(CLIPTextModel),
+            tokenizer=tokenizer(),
+            text_encoder_2=_t5(),
+            tokenizer_2=tokenizer(),
+            transformer=network,
+        )
+    )
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    """Text to image with three text encoders."""
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    ).eval()
+    return _quiet(
+        StableDiffusion3Pipeline(
+            transformer=network,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=_autoencoder_kl(4),
+            text_encoder=_clip(CLIPTextModelWithProjection),
+            tokenizer=tokenizer(),
+            text_encoder_2=_clip(CLIPTextModelWithProjection),
+            tokenizer_2=tokenizer(),
+            text_encoder_3=_t5(),
+            tokenizer_3=tokenizer(),
         )
     )

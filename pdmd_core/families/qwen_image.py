@@ -1,14 +1,15 @@
-"""Qwen-Image and Qwen-Image-Edit: ``QwenImagePipeline`` and ``QwenImageEditPipeline``."""
+"""Qwen-Image and Qwen-Image-Edit: ``QwenImagePipeline``, ``QwenImageEditPipeline``, ``QwenImageEditPlusPipeline``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from ..flow import Sigma
 from .base import Conditioning, ModelFamily, classifier_free_guidance
@@ -38,10 +39,17 @@ _WEIGHT = re.compile(
 )
 
 
+_REFERENCE = 1024 * 1024
+"""Pixels of the image that an edit pipeline encodes."""
+_SEEN_BY_PLUS = 384 * 384
+"""Pixels of the image that the text encoder sees in ``QwenImageEditPlusPipeline``; elsewhere it sees the reference."""
+
+
 class QwenImageFamily(ModelFamily):
     """The network's timestep is sigma; latents are (channels, 1, height / 8, width / 8), packed 2x2 for the network.
 
-    The native layout of the network is diffusers' own.
+    The native layout of the network is diffusers' own. Edit pipelines have ``image_latents`` of one image, whose tokens
+    follow those of the sample.
     """
 
     name = "qwen_image"
@@ -91,13 +99,21 @@ class QwenImageFamily(ModelFamily):
         max_sequence_length: int,
         images: Sequence[Image] | None = None,
     ) -> dict[str, Tensor]:
-        call: dict[str, Any] = {"max_sequence_length": max_sequence_length}
-        if images is not None:
-            call["image"] = [_resized(pipeline, image) for image in images]
-        embeds, mask = pipeline.encode_prompt(list(prompts), **call)
-        if mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        return {"prompt_embeds": embeds, "prompt_mask": mask}
+        length = {"max_sequence_length": max_sequence_length}
+        if images is None:
+            rows = [pipeline.encode_prompt(list(prompts), **length)]
+        elif _is_plus(pipeline):  # several images there are those of one prompt
+            seen = [_resized(pipeline, image, _SEEN_BY_PLUS) for image in images]
+            rows = [pipeline.encode_prompt(p, [i], **length) for p, i in zip(prompts, seen, strict=True)]
+        else:
+            rows = [
+                pipeline.encode_prompt(list(prompts), [_resized(pipeline, i, _REFERENCE) for i in images], **length)
+            ]
+        tokens, masks = [], []
+        for embeds, mask in rows:
+            tokens += embeds.unbind()
+            masks += torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+        return {"prompt_embeds": pad_sequence(tokens, True), "prompt_mask": pad_sequence(masks, True)}
 
     def prompts_see_images(self, pipeline: DiffusionPipeline) -> bool:
         return self.takes_image(pipeline)
@@ -108,7 +124,7 @@ class QwenImageFamily(ModelFamily):
     ) -> dict[str, Tensor]:
         latents = []
         for image in images:
-            resized = _resized(pipeline, image)
+            resized = _resized(pipeline, image, _REFERENCE)
             pixels = pipeline.image_processor.preprocess(resized, resized.height, resized.width).unsqueeze(2)
             latents.append(pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None))
         return {"image_latents": torch.cat(latents)}
@@ -155,9 +171,16 @@ def _grid(x: Tensor) -> tuple[int, int, int]:
     return 1, x.shape[3] // 2, x.shape[4] // 2
 
 
-def _resized(pipeline: DiffusionPipeline, image: Image) -> Image:
-    """As the edit pipeline resizes what it is given: about one megapixel, sides multiples of 32."""
+def _is_plus(pipeline: DiffusionPipeline) -> bool:
+    """Whether it is the pipeline of Qwen-Image-Edit-2509 and later."""
+    from diffusers import QwenImageEditPlusPipeline
+
+    return isinstance(pipeline, QwenImageEditPlusPipeline)
+
+
+def _resized(pipeline: DiffusionPipeline, image: Image, pixels: int) -> Image:
+    """As edit pipelines resize what they are given: about this many pixels, sides multiples of 32."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 
-    width, height, _ = calculate_dimensions(1024 * 1024, image.width / image.height)
+    width, height, _ = calculate_dimensions(pixels, image.width / image.height)
     return pipeline.image_processor.resize(image, height, width)

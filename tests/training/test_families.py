@@ -36,12 +36,19 @@ class Kind:
     unguided: dict[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
 
 
+UNGUIDED_TRUE = {"true_cfg_scale": 1.0}
 KINDS = {
+    "wan 2.1": Kind(wan_pipeline, (16, 32, 5), 12),
     "wan 2.2 a14b": Kind(tiny_families.wan_two_networks, (16, 32, 5), 12, two=True),
     "wan 2.2 a14b image": Kind(tiny_families.wan_image_two_networks, (16, 32, 5), 12, images=True, two=True),
     "wan 2.1 image": Kind(tiny_families.wan_image_clip, (16, 32, 5), 12, images=True),
     "wan 2.2 5b image": Kind(lambda: tiny_families.wan_5b(WanImageToVideoPipeline), (32, 64, 5), 12, images=True),
-    "qwen image": Kind(tiny_families.qwen_image, (32, 48, 1), 330, unguided={"true_cfg_scale": 1.0}),
+    "wan 2.2 5b": Kind(tiny_families.wan_5b, (32, 64, 5), 12),
+    "qwen image": Kind(tiny_families.qwen_image, (32, 48, 1), 330, unguided=UNGUIDED_TRUE),
+    "qwen image edit": Kind(tiny_families.qwen_image_edit, (64, 128, 1), 500, images=True, unguided=UNGUIDED_TRUE),
+    "qwen image edit plus": Kind(
+        tiny_families.qwen_image_edit_plus, (64, 128, 1), 500, images=True, unguided=UNGUIDED_TRUE
+    ),
     "z image": Kind(tiny_families.z_image, (32, 48, 1), 16, unguided={"guidance_scale": 0.0}),
 }
 TWO = [name for name, kind in KINDS.items() if kind.two]

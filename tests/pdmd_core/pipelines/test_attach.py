@@ -17,6 +17,7 @@ from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts
 from tests.pipeline_state import assert_same, state_of
+from tests.tiny_families import qwen_image_to_image
 from tests.tiny_pipelines import (
     CASES,
     GIVEN,
@@ -24,7 +25,6 @@ from tests.tiny_pipelines import (
     full_experts,
     lora_experts,
     networks_of,
-    qwen_image_to_image,
     random_lora,
 )
 

@@ -15,11 +15,11 @@ from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.scheduler import PhasedDMDScheduler
+from tests.tiny_families import flux
 from tests.tiny_pipelines import (
     CASES,
     Case,
     first_call,
-    flux,
     full_experts,
     lora_experts,
     networks_of,

@@ -18,6 +18,7 @@ from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.tiny import randn
+from tests.tiny_families import qwen_image_to_image
 from tests.tiny_pipelines import (
     CASES,
     GIVEN,
@@ -27,7 +28,6 @@ from tests.tiny_pipelines import (
     full_experts,
     lora_experts,
     networks_of,
-    qwen_image_to_image,
 )
 
 TWO = PhasePlan.from_steps([2, 2], shift=5.0)
