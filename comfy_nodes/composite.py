@@ -146,9 +146,7 @@ class Run:
     def end(self) -> None:
         """Leave guider and experts as they were."""
         for k, options in self._options.items():
-            patcher = self._patchers[k]
-            comfy.samplers.cast_to_load_options(options, device=patcher.offload_device)
-            patcher.restore_hook_patches()
+            comfy.samplers.cast_to_load_options(options, device=self._patchers[k].offload_device)
         self.guider.model_patcher = self.carrier
 
     def _name(self) -> str:
@@ -218,9 +216,13 @@ def check(plan: PhasePlan, experts: Sequence[Expert]) -> None:
 
 
 def _shapes(model: Any) -> dict[str, Any]:
-    """What must be the same in all experts. Precision and device need not be."""
+    """What must be the same in all experts: not precision and device. A file's own config has lists for tuples."""
     config = model.model.model_config.unet_config
-    return {key: value for key, value in config.items() if key not in ("dtype", "device", "operations")}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in config.items()
+        if key not in ("dtype", "device", "operations")
+    }
 
 
 def _described(model: Any) -> str:

@@ -122,6 +122,7 @@ def fresh_page(browser: Browser, url: str, without: str | None = None) -> Iterat
         opened.page.on("console", lambda message: _collect(opened, message))
         opened.page.goto(url, wait_until="domcontentloaded")
         opened.wait(_READY)
+        opened.do("() => window.app.extensionManager.setting?.set('Comfy.Minimap.Visible', false)")
         opened.page.wait_for_timeout(2000)
         opened.close_dialogs()
         yield opened

@@ -58,7 +58,7 @@ def _plan(graph: Graph, at: tuple[int, int], steps: str, shift: float, names: st
 
 def _sampler(graph: Graph, at: tuple[int, int], model: Output, **inputs: Any) -> Output:
     (latent,) = graph.add(
-        "PhasedDMDSampler", at, (340, 330), model=model, seed=1, steps=0, cfg=1.0, sampler_name="euler", **inputs
+        "PhasedDMDSampler", at, (340, 560), model=model, seed=1, steps=0, cfg=1.0, sampler_name="euler", **inputs
     )
     return latent
 
@@ -66,7 +66,7 @@ def _sampler(graph: Graph, at: tuple[int, int], model: Output, **inputs: Any) ->
 def _video(graph: Graph, at: tuple[int, int], latent: Output, vae: Output, prefix: str) -> None:
     (images,) = graph.add("VAEDecode", at, (240, 60), samples=latent, vae=vae)
     (video,) = graph.add("CreateVideo", (at[0], at[1] + 110), (240, 80), images=images, fps=16.0)
-    graph.add("SaveVideo", (at[0], at[1] + 240), (340, 340), video=video, filename_prefix=prefix)
+    graph.add("SaveVideo", (at[0], at[1] + 270), (340, 340), video=video, filename_prefix=prefix)
 
 
 def _report(graph: Graph, at: tuple[int, int], model: Output) -> None:
@@ -108,7 +108,7 @@ def wan22_t2v(graph: Graph, plain_first: bool = False) -> None:
     (empty,) = graph.add("EmptyHunyuanLatentVideo", (800, 760), (340, 160), width=640, height=640, length=81)
     sampled = _sampler(graph, (1190, 0), model, positive=positive, negative=negative, latent_image=empty)
     _video(graph, (1580, 0), sampled, vae, "phased/wan22")
-    _report(graph, (1190, 400), model)
+    _report(graph, (1190, 620), model)
     first = (
         "The first step runs **without** the few-step LoRA and **with** guidance (cfg 3.5): it decides the "
         "motion, which "
@@ -140,7 +140,7 @@ def wan22_i2v(graph: Graph) -> None:
     ready = graph.add("WanImageToVideo", (800, 660), (340, 230), **inputs, **size)
     sampled = _sampler(graph, (1190, 0), model, positive=ready[0], negative=ready[1], latent_image=ready[2])
     _video(graph, (1580, 0), sampled, vae, "phased/wan22_i2v")
-    _report(graph, (1190, 400), model)
+    _report(graph, (1190, 620), model)
     graph.note(
         "## Wan2.2 image to video, 4 steps\n\nChoose a start image at the lower left. Both networks are one MODEL; the "
         "hand-over is at sigma 0.8333, exactly where the 4-step LoRAs were trained to hand over.",
@@ -157,7 +157,7 @@ def _qwen_image(graph: Graph, model: Output, prefix: str, note: str) -> None:
     sampled = _sampler(graph, (1190, 0), model, positive=positive, negative=negative, latent_image=empty)
     (images,) = graph.add("VAEDecode", (1580, 0), (240, 60), samples=sampled, vae=vae)
     graph.add("SaveImage", (1580, 120), (340, 340), images=images, filename_prefix=f"phased/{prefix}")
-    _report(graph, (1190, 400), model)
+    _report(graph, (1190, 620), model)
     graph.note(note, (380, 240), (360, 280))
 
 
@@ -205,7 +205,7 @@ def _wan21_loras(graph: Graph, steps: str, names: str, loras: list[str], text: s
     (empty,) = graph.add("EmptyHunyuanLatentVideo", (800, 620), (340, 160), width=832, height=480, length=81)
     sampled = _sampler(graph, (1190, 0), model, positive=positive, negative=negative, latent_image=empty)
     _video(graph, (1580, 0), sampled, vae, "phased/wan21")
-    _report(graph, (1190, 400), model)
+    _report(graph, (1190, 620), model)
     graph.note(text, (380, 240), (360, 340))
 
 
@@ -254,7 +254,7 @@ def tiny_on_cpu(graph: Graph) -> None:
         "ImageScaleBy", (1180, 110), (340, 110), image=images, upscale_method="nearest-exact", scale_by=4.0
     )
     graph.add("SaveImage", (1180, 270), (340, 430), images=large, filename_prefix="phased/tiny")
-    _report(graph, (790, 400), experts)
+    _report(graph, (790, 620), experts)
     graph.note(
         "## Tiny, on a CPU\n\nThe teacher that the Phased DMD repository ships, with its phase experts: four "
         "pictures of 64 "
