@@ -52,3 +52,14 @@ def test_sigmas_of_a_run_and_warnings_stand_out(part) -> None:
     assert timeline._WARNING in pixels(timeline.draw(PLAN, "all is well", [1.0, 0.5, 0.0]))
     long = "Warning: " + "words " * 60
     assert timeline.draw(PLAN, long).height > timeline.draw(PLAN, "Warning: word").height
+
+
+def test_names_without_room_end_in_an_ellipsis(part) -> None:
+    timeline, name = part("timeline"), "undistilled"
+    font = timeline._font(17)
+    width = font.getlength(name)
+    assert timeline._shortened(name, font, width) == name
+    short = timeline._shortened(name, font, 0.6 * width)
+    assert short.endswith("\u2026") and name.startswith(short[:-1]) and len(short) > 3
+    assert font.getlength(short) <= 0.6 * width
+    assert timeline._shortened(name, font, 1) == ""
