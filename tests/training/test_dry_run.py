@@ -15,7 +15,7 @@ from tests.tiny_families import wan_two_networks
 from training.command_line import UserError
 from training.config import ConfigError, load_config, parse_config
 from training.dry_run import describe, pipeline_on_meta
-from training.teacher import TeacherError, TeacherSource, networks_of
+from training.teacher import TeacherError, TeacherSource, family_of_pipeline, networks_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
@@ -40,15 +40,64 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_recipe_says_what_it_takes(model: str, recipe: str) -> None:
     config = load_config(CONFIGS / f"{model}_{recipe}.yaml")
     single = recipe == "phased_single_gpu"
-    text = describe(config, memory_per_gpu=80 if single else None)
+    gpus = 1 if single else 16 if "a14b" in model else 8
+    text = describe(config, memory_per_gpu=80, gpus=gpus)
     parameters, latents = MODELS[model]
     assert parameters in text and f"latents {latents}" in text
     assert ("transformer_2 below" in text) == ("a14b" in model)
-    assert text.count("network evaluations each") == len(config.plan.build()) == (1 if recipe == "dmd_sgts" else 2)
+    assert ("one network at a time" in text) == (single and "a14b" in model)
+    phases = text.count("network evaluations of each sample")
+    assert phases == len(config.plan.build()) == (1 if recipe == "dmd_sgts" else 2)
+    assert (config.sharding == "fsdp") == (not single)
     if not single and model != "wan2_1_t2v_1_3b":
         with pytest.raises(UserError, match=r"does not fit: .* GiB .*80 GiB given; the largest is fake") as caught:
             describe(config, memory_per_gpu=80)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def role_bytes(text: str) -> dict[str, float]:
+    """MiB by role."""
+    return {name: float(size) for name, size in re.findall(r"^  (\w+) +([\d.]+) MiB:", text, re.MULTILINE)}
+
+
+def test_shards_divide_the_base_and_full_copies_and_nothing_else(
+    settings_of_run: dict[str, Any], tmp_path: Path
+) -> None:
+    wan_two_networks().save_pretrained(tmp_path / "two")
+    settings_of_run["model"] |= {"path": str(tmp_path / "two")}
+    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "fake": {"kind": "full"}, "batch_size": 8}
+
+    def on(gpus: int, **changes: Any) -> dict[str, float]:
+        return role_bytes(describe(parse_config(settings_of_run | changes, "test"), gpus=gpus))
+
+    alone = on(1)
+    assert on(8) == alone, "without sharding every GPU holds everything"
+    for gpus, shards, changes in (
+        (8, 8, {"sharding": "fsdp"}),
+        (8, 4, {"sharding": "hsdp", "shard_size": 4}),
+        (4, 4, {"sharding": "fsdp"}),
+    ):
+        found = on(gpus, **changes)
+        for role in ("teacher", FAKE):
+            assert found[role] == pytest.approx(alone[role] / shards, abs=0.06)
+        for role in ("high_noise", "low_noise"):
+            assert found[role] == alone[role]
+        assert found["gathered"] > 0 and "gathered" not in alone
+        assert found["all"] == pytest.approx(sum(v for role, v in found.items() if role != "all"), abs=0.2)
+    with pytest.raises(ConfigError, match="8 samples cannot be divided among 3"):
+        on(3)
+
+
+def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
+    wan_two_networks().save_pretrained(tmp_path / "two")
+    settings_of_run["model"] |= {"path": str(tmp_path / "two")}
+    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "gradient_checkpointing": True}
+    both, one = (
+        role_bytes(describe(parse_config(settings_of_run | {"offload_idle_network": idle}, "test")))
+        for idle in (False, True)
+    )
+    assert one["teacher"] == pytest.approx(both["teacher"] / 2, abs=0.06)
+    assert {role: one[role] for role in ("high_noise", FAKE)} == {role: both[role] for role in ("high_noise", FAKE)}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -62,6 +111,29 @@ def test_recipes_have_the_paper_s_settings(model: str) -> None:
         assert generator.max_grad_norm == fake.max_grad_norm == 1
         sigmas = [1, 0.9, 0.75, 0.5] if model == "qwen_image" else [1, 0.9375, 5 / 6, 0.625]
         assert config.plan.build().sigmas == pytest.approx(sigmas)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "kind", "boundary"),
+    [
+        ("wan2_1_t2v_14b", 14_288_491_584, "WanPipeline", None),
+        ("wan2_1_t2v_1_3b", 1_418_996_800, "WanPipeline", None),
+        ("wan2_2_t2v_a14b", 14_288_491_584, "WanPipeline", 0.875),
+        ("wan2_2_i2v_a14b", 14_288_491_584 + 20 * 4 * 5120, "WanImageToVideoPipeline", 0.9),  # mask and image
+        ("qwen_image", 20_430_401_088, "QwenImagePipeline", None),
+    ],
+)
+def test_architectures_are_those_of_the_released_models(
+    model: str, weights: int, kind: str, boundary: float | None
+) -> None:
+    """weights: of each network, exactly, so that no size in its config can be another one."""
+    pipeline = pipeline_on_meta(TeacherSource(f"training/architectures/{model}"))
+    found = family_of_pipeline(pipeline)
+    assert type(pipeline).__name__ == kind
+    assert found.teacher_routing(pipeline.config).boundary == boundary
+    networks = networks_of(pipeline, found)
+    assert list(networks) == ["transformer", "transformer_2"][: 1 if boundary is None else 2]
+    assert {sum(p.numel() for p in network.parameters()) for network in networks.values()} == {weights}
 
 
 def test_bytes_are_those_of_the_real_roles(settings_of_run: dict[str, Any], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from PIL import Image
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
+from pdmd_core.pipelines import attach_experts
 from pdmd_core.roles import FAKE
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests import tiny_families
@@ -108,12 +109,43 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def sampled(
+    name: str, config: DistillConfig, experts: PhasedExperts, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Latents with the experts and with the teacher by our own sampler, and the same call for a stock pipeline."""
+    kind, (height, width, frames) = KINDS[name], KINDS[name].size
+    example = read_examples(config.prompts)[1]
+    size = SampleSize(height, width, frames, kind.tokens)
+    sampler = Sampler(
+        str(config.model.path),
+        size,
+        [Example("another", example.image), example],
+        folder / "cache",
+        experts,
+        device="cpu",
+    )
+    found = sampler.with_experts([(1, 7)], progress=None)
+    steps = len(experts.manifest.plan.sigmas)
+    teachers_own = sampler.with_teacher([(1, 7)], steps, 5.0, 1.0, progress=None)
+    call: dict[str, Any] = {"prompt": example.prompt, "height": height, "width": width, **kind.unguided}
+    call |= {"max_sequence_length": kind.tokens, "num_inference_steps": steps, "output_type": "latent"}
+    if frames > 1:
+        call["num_frames"] = frames
+    if example.image is not None:  # the samples' aspect ratio: (64, 48) is cut to (64, 32)
+        top = (48 - 64 * height // width) // 2
+        image = Image.open(example.image).convert("RGB")
+        call["image"] = image.resize((width, height), Image.Resampling.BICUBIC, box=(0, top, 64, 48 - top))
+    return found, teachers_own, call
+
+
+def unpacked(pipe: Any, latents: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Latents of Qwen-Image as our own sampler gives them."""
+    return pipe._unpack_latents(latents, *kind.size[:2], pipe.vae_scale_factor)
+
+
 @torch.no_grad()
-def stock_sample(
-    teacher: Path, experts: PhasedExperts, prompt: str, image: Image.Image | None, call: Any
-) -> torch.Tensor:
+def stock_sample(teacher: Path, experts: PhasedExperts, call: dict[str, Any]) -> torch.Tensor:
     """By stock diffusers: its own LoRA loading, its own loop, our scheduler, latents as they come."""
-    plan = experts.manifest.plan
     pipe = DiffusionPipeline.from_pretrained(teacher, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = PhasedDMDScheduler.from_pretrained(experts.folder, subfolder="scheduler")
@@ -130,16 +162,8 @@ def stock_sample(
 
     if not two:
         pipe.transformer.set_adapters(names[0])
-    if image is not None:
-        call["image"] = image
-    return pipe(
-        prompt=prompt,
-        num_inference_steps=len(plan.sigmas),
-        generator=torch.Generator().manual_seed(7),
-        output_type="latent",
-        callback_on_step_end=use_expert_of_next_step,
-        **call,
-    )[0]
+    generator = torch.Generator().manual_seed(7)
+    return pipe(**call, generator=generator, callback_on_step_end=use_expert_of_next_step)[0]
 
 
 @every_kind
@@ -155,23 +179,10 @@ def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
         ups = [value for key, value in experts.lora_state(expert.name).items() if key.endswith("lora_B")]
         assert sum(bool(value.any()) for value in ups) > len(ups) // 2, "trained"
 
-    height, width, frames = kind.size
-    example = read_examples(config.prompts)[1]
-    size = SampleSize(height, width, frames, kind.tokens)
-    prompts = [Example("another", example.image), example]
-    sampler = Sampler(str(teacher), size, prompts, tmp_path / "cache", experts, device="cpu")
-    found = sampler.with_experts([(1, 7)], progress=None)
-    teachers_own = sampler.with_teacher([(1, 7)], 4, 5.0, 1.0, progress=None)
-    call = {"height": height, "width": width, "max_sequence_length": kind.tokens, **kind.unguided}
-    if frames > 1:
-        call["num_frames"] = frames
-    image = Image.open(example.image).convert("RGB") if example.image else None
-    if image is not None:  # the samples' aspect ratio: (64, 48) is cut to (64, 32)
-        top = (48 - 64 * height // width) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=(0, top, 64, 48 - top))
-    expected = stock_sample(teacher, experts, example.prompt, image, call)
+    found, teachers_own, call = sampled(name, config, experts, tmp_path)
+    expected = stock_sample(teacher, experts, call)
     if expected.ndim == 3:
-        expected = sampler.pipeline._unpack_latents(expected, height, width, sampler.pipeline.vae_scale_factor)
+        expected = unpacked(DiffusionPipeline.from_pretrained(teacher), expected, kind)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - teachers_own).abs().max() > 0.02, "experts are not the teacher"
 
@@ -224,9 +235,15 @@ def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
         Trainer(config_of(name, teachers[name], tmp_path, plan=plan))
     assert "generator.component" in str(caught.value) and len(str(caught.value).splitlines()) == 1
     role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "component": "transformer"}
-    trainer = Trainer(config_of(name, teachers[name], tmp_path, plan=plan, generator=role, updates=1))
-    (expert,) = PhasedExperts.open(trainer.run()).manifest.experts
-    assert expert.component == "transformer"
+    config = config_of(name, teachers[name], tmp_path, plan=plan, generator=role)
+    experts = PhasedExperts.open(Trainer(config).run())
+    assert [expert.component for expert in experts.manifest.experts] == ["transformer"]
+    found, teachers_own, call = sampled(name, config, experts, tmp_path)
+    pipe = attach_experts(DiffusionPipeline.from_pretrained(teachers[name]), experts)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(**call, generator=torch.Generator().manual_seed(7))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - teachers_own).abs().max() > 0.02, "one network with its expert, at all sigmas"
 
 
 def test_a_component_that_the_teacher_does_not_have_is_one_line(teachers: dict[str, Path], tmp_path: Path) -> None:
