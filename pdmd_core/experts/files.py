@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_KEY = "phased_experts"
+RELEASED = "files"
+"""Key of ``Manifest.training``: names of LoRA files that other projects released (``experts.released``)."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -179,8 +181,10 @@ class PhasedExperts:
 
         expert, weights = self.manifest.expert(name), open_weights(self.verify(name))
         tensors = {key: weights.read(key) for key in weights.specs}
-        if expert.kind == "lora" and name not in self.paths and self.manifest.base.family in FAMILIES:
-            check_lora(tensors, expert)  # of another family a file has the keys that its pipeline's own loader reads
+        # released files, and those of other families, have whatever keys their pipeline's own loader reads
+        ours = RELEASED not in self.manifest.training and self.manifest.base.family in FAMILIES
+        if expert.kind == "lora" and ours:
+            check_lora(tensors, expert)
         return tensors
 
     def lora_state(self, name: str) -> dict[str, Tensor]:

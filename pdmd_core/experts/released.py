@@ -10,7 +10,7 @@ from typing import Any
 
 from ..families import family
 from ..phases import PhasePlan
-from .files import PhasedExperts, sha256_of
+from .files import RELEASED, PhasedExperts, sha256_of
 from .inspect import inspect
 from .manifest import BaseModel, Expert, ExpertsError, Manifest
 from .weights import open_weights
@@ -55,7 +55,7 @@ def experts_from_lora_files(
         _expert(name, paths[name], *read[name], component) for name, component in zip(names, components, strict=True)
     )
     origin = BaseModel(base or DEFAULT_BASES[kind], family(kind).architecture, kind)
-    training = {"files": [path.name for path in paths.values()]}
+    training = {RELEASED: [path.name for path in paths.values()]}
     return PhasedExperts(paths[names[0]].parent, Manifest(origin, plan, experts, 1.0, training), paths)
 
 
@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     report = inspect(path)
     if report["what"] == "expert":
         raise ExpertsError(f"{path}: an expert of this project; open its folder with from_pretrained")
-    if report["what"] != "LoRA" or report["unpaired_modules"]:
+    if report["what"] != "LoRA" or report["unpaired_modules"] or min(report["ranks"], default=0) < 1:
         raise ExpertsError(f"{path}: not a LoRA file: every module needs a down and an up projection")
     ups = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight")
     weights = open_weights(path)
@@ -74,6 +74,12 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     for name, spec in weights.specs.items():
         if name.endswith(".alpha") and not (spec.numel == 1 and 0 < float(weights.read(name)) < math.inf):
             raise ExpertsError(f"{path}: {name} is not one positive number, by which the LoRA is scaled")
+    inside = report["alpha_in_metadata"]
+    if inside and not report["alphas"] and {*inside} != {*map(float, report["ranks"])}:
+        raise ExpertsError(
+            f"{path}: alpha {inside[0]:g} at rank {report['ranks'][0]} is in the metadata alone, where most programs "
+            "lose it: add an .alpha tensor to each module"
+        )
     return report, tuple(sorted(modules))
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
@@ -103,6 +104,48 @@ def test_a_pipeline_with_released_files_is_saved_with_them(tmp_path: Path) -> No
     torch.testing.assert_close(run(loaded), run(pipeline), rtol=1e-5, atol=1e-5)
 
 
+def test_released_files_of_another_layout_keep_it_when_saved(tmp_path: Path) -> None:
+    """No alpha, which is then the rank, and diffusers' own names."""
+    halves = {"lora_A": randn(4, 24, seed=1), "lora_B": randn(24, 4, seed=2)}
+    tensors = {f"transformer.blocks.0.attn1.to_q.{part}.weight": value for part, value in halves.items()}
+    save_file(tensors, tmp_path / "one.safetensors")
+    experts = PhasedExperts.from_lora_files(PhasePlan.from_steps([4], shift=5.0), tmp_path / "one.safetensors")
+    pipeline = attach_experts(wan_pipeline(), experts)
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = load_phased_pipeline(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(run(loaded), run(pipeline), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (torch.tensor(float("nan")), "is not one positive number"),
+        (torch.tensor(-2.0), "is not one positive number"),
+        (torch.tensor(0.0), "is not one positive number"),
+        (torch.ones(2), "is not one positive number"),
+    ],
+)
+def test_an_alpha_that_scales_to_nonsense_is_refused(tmp_path: Path, alpha: Tensor, message: str) -> None:
+    path = lightning(tmp_path / "high.safetensors", 1)
+    save_file({k: alpha.clone() if k.endswith(".alpha") else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(ExpertsError, match=message):
+        PhasedExperts.from_lora_files(PhasePlan.from_steps([4], shift=5.0), path)
+
+
+def test_an_alpha_that_would_be_lost_is_refused(tmp_path: Path) -> None:
+    tensors = {k: v for k, v in load_file(lightning(tmp_path / "x.safetensors", 1)).items() if not k.endswith(".alpha")}
+    plan = PhasePlan.from_steps([4], shift=5.0)
+    for alpha in (4, 8):
+        metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": alpha})}
+        save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+        if alpha == 4:  # as without
+            assert PhasedExperts.from_lora_files(plan, tmp_path / "x.safetensors").manifest.experts[0].alpha == 4.0
+        else:
+            with pytest.raises(ExpertsError, match=r"alpha 8 at rank 4 is in the metadata alone"):
+                PhasedExperts.from_lora_files(plan, tmp_path / "x.safetensors")
+
+
 def test_files_are_named_by_phase_for_any_plan(tmp_path: Path) -> None:
     plan = PhasePlan.from_steps([1, 1, 1], shift=5.0)
     files = {f"{n}_noise": lightning(tmp_path / f"{n}.safetensors", i) for i, n in enumerate(("high", "middle", "low"))}
@@ -130,6 +173,8 @@ def test_what_cannot_be_experts_is_said_in_one_line(tmp_path: Path) -> None:
     high, low = lightning(tmp_path / "high.safetensors", 1), lightning(tmp_path / "low.safetensors", 2)
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
     save_file({"x.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "half.safetensors")
+    scalar = {"blocks.0.ffn.0.lora_down.weight": torch.tensor(1.0), "blocks.0.ffn.0.lora_up.weight": torch.tensor(1.0)}
+    save_file(scalar, tmp_path / "scalar.safetensors")
     pair = {"unet.mid.lora_down.weight": torch.zeros(2, 3), "unet.mid.lora_up.weight": torch.zeros(3, 2)}
     save_file(pair, tmp_path / "unet.safetensors")
     cases = {
@@ -139,6 +184,7 @@ def test_what_cannot_be_experts_is_said_in_one_line(tmp_path: Path) -> None:
         "not a LoRA file": {"high": high, "low": tmp_path / "weights.safetensors"},
         "every module needs a down and an up": {"high": high, "low": tmp_path / "half.safetensors"},
         "found high.safetensors: wan, unet.safetensors: unknown": {"high": high, "low": tmp_path / "unet.safetensors"},
+        "not a LoRA file: ": {"high": high, "low": tmp_path / "scalar.safetensors"},
         "expected here, found a folder": {"high": high, "low": tmp_path},
         "one component for each of the 2 experts": {"high": high, "low": low, "components": ["transformer"]},
     }
