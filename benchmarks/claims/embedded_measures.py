@@ -189,6 +189,7 @@ def distances(
         "frechet": frechet.value,
         "frechet_low": max(0.0, frechet.low),
         "frechet_high": max(0.0, frechet.high),
+        "frechet_layout": frechet_distance(features.layout, reference.layout),
         "kernel_distance": kernel.value,
         "kernel_distance_deviation": kernel.deviation,
         "precision": reached.precision.value,
@@ -202,10 +203,9 @@ def distances(
 
 
 def frechet_interval(samples: Tensor, reference: Tensor, seeds: int, resamples: int) -> Estimate:
-    """The Frechet distance with a basic bootstrap over seeds.
+    """The Frechet distance with a basic bootstrap over seeds: a unit has one sample of every scene.
 
-    All scenes of a seed share their noise, and every set has all scenes equally often: seeds are the units that vary.
-    Single samples as units would add a noise of scenes that no set has.
+    Every set has all scenes equally often; single samples as units would add a noise of scenes that no set has.
     """
     by_seed, reference_by_seed = (values.unflatten(0, (-1, seeds)) for values in (samples, reference))
 

@@ -69,6 +69,7 @@ class EmbeddedReport:
         columns = [
             (self.distance, "frechet", 1.0, 1 if self.clips else 3),
             ("kernel distance x 10^3", "kernel_distance", 1e3, 1),
+            ("FD of layout", "frechet_layout", 1.0, 1),
             ("diversity, % of teacher", "diversity", diversity, 1),
             ("spread of place, px", "place_spread", 1.0, 2),
             ("coverage, %", "coverage", 100, 1),

@@ -57,7 +57,7 @@ class Measuring:
     networks: str = field(
         default_factory=lambda: digest_of_teacher(("vae",)) + digest_of([MODELS / "features" / "model.safetensors"])
     )
-    version: int = 2
+    version: int = 4
     """Of the definitions in embedded_measures.py: raised when a number changes its meaning."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,8 +115,8 @@ class AskedScenes(EmojiScenes):
 class EmbeddedStudy:
     """Files of one choice of settings, in a folder named after them; measurements in one below, named after theirs."""
 
-    lrs = (3e-4, 1e-3, 3e-3)
-    """The grid of learning rates."""
+    lrs = (1e-3, 3e-4, 3e-3)
+    """The grid of learning rates; the middle first."""
     grid_seeds = 1
     """It is run with the first so many seeds; the best learning rate of each method gets the others."""
     updates = 120
@@ -167,19 +167,19 @@ class EmbeddedStudy:
         return Measures(self.measuring.scenes, self.measuring.seeds)
 
     def pairs(self, first_seed: int) -> list[tuple[int, int]]:
-        """(prompt index, noise seed) of every sample, scene by scene."""
-        first = len(self.settings.prompts)
-        scenes, seeds = range(len(self.measuring.scenes)), range(self.measuring.seeds)
-        return [(first + i, first_seed + seed) for i in scenes for seed in seeds]
+        """(prompt index, noise seed) of every sample, scene by scene; no two have the same noise."""
+        first, seeds = len(self.settings.prompts), self.measuring.seeds
+        scenes = range(len(self.measuring.scenes))
+        return [(first + i, first_seed + i * seeds + k) for i in scenes for k in range(seeds)]
 
     def shown_scenes(self, count: int) -> list[Scene]:
         """Some of the measured scenes, for pictures."""
         return [self.measuring.scenes[i] for i in self._shown(count)]
 
     def shown_pairs(self, count: int, seeds: int) -> list[tuple[int, int]]:
-        """``pairs`` of these, with the first seeds of the rows of seed 0."""
-        first = len(self.settings.prompts)
-        return [(first + i, seed) for i in self._shown(count) for seed in range(seeds)]
+        """Those of the first seeds of these scenes, in the rows of seed 0."""
+        pairs = self.pairs(_noise_seed(0))
+        return [pairs[i * self.measuring.seeds + k] for i in self._shown(count) for k in range(seeds)]
 
     def _shown(self, count: int) -> list[int]:
         scenes = len(self.measuring.scenes)
@@ -327,4 +327,4 @@ class EmbeddedStudy:
 
 def _noise_seed(seed: int) -> int:
     """The same for all methods at one seed."""
-    return 1000 * seed
+    return 10_000 * seed
