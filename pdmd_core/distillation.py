@@ -58,11 +58,19 @@ class Objective:
 class PhasedDistiller:
     """Losses of phase ``phase`` of ``plan``; roles are "teacher", "fake" and the names of the plan's phases."""
 
-    def __init__(self, plan: PhasePlan, phase: int, networks: VelocityOfRole, objective: Objective) -> None:
+    def __init__(
+        self,
+        plan: PhasePlan,
+        phase: int,
+        networks: VelocityOfRole,
+        objective: Objective,
+        guidance_batched: bool = True,
+    ) -> None:
         self.plan = plan
         self.phase = phase
         self.networks = networks
         self.objective = objective
+        self.guidance_batched = guidance_batched
         self.sigma_end, _ = plan.interval(phase)
         self.score_interval = score_interval(plan, phase, objective.score_range)
 
@@ -126,8 +134,9 @@ class PhasedDistiller:
         return distribution_matching_loss(rollout.x_s, direction).mean()
 
     def teacher_velocity(self, x: Tensor, sigma: Sigma, conditioning: Conditioning, negative: Conditioning) -> Tensor:
-        """The teacher with classifier-free guidance, both halves in one batch."""
-        return guided_velocity(self.networks, x, sigma, conditioning, negative, self.objective.guidance_scale)
+        """The teacher with classifier-free guidance."""
+        scale = self.objective.guidance_scale
+        return guided_velocity(self.networks, x, sigma, conditioning, negative, scale, self.guidance_batched)
 
 
 def score_interval(plan: PhasePlan, phase: int, score_range: ScoreRange) -> tuple[float, float]:
@@ -152,10 +161,18 @@ def guided_velocity(
     conditioning: Conditioning,
     negative: Conditioning,
     guidance_scale: float,
+    batched: bool = True,
 ) -> Tensor:
-    """The teacher's velocity, guided away from the negative conditioning; one evaluation without it at scale 1."""
+    """The teacher's velocity, guided away from the negative conditioning; one evaluation without it at scale 1.
+
+    batched: both halves in one evaluation of twice the batch, or in two, which take less memory.
+    """
     if guidance_scale == 1:
         return networks.velocity(TEACHER, x, sigma, conditioning)
+    if not batched:
+        alone = networks.velocity(TEACHER, x, sigma, conditioning)
+        other = networks.velocity(TEACHER, x, sigma, {name: negative[name] for name in conditioning})
+        return networks.guide(alone, other, guidance_scale)
     both = {name: torch.cat([value, negative[name]]) for name, value in conditioning.items()}
     twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
     positive, negative_velocity = networks.velocity(TEACHER, torch.cat([x, x]), twice, both).chunk(2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +47,7 @@ class Roles:
              are frozen.
     specs:   role name to how it holds weights, for every role but the teacher.
     routing: which of two networks runs where; names the one network where there is one.
+    empty_copies: full copies get their shapes on the meta device but no weights: whoever asks gives them some.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Roles:
         family: ModelFamily,
         specs: Mapping[str, RoleSpec],
         routing: TeacherRouting | None = None,
+        empty_copies: bool = False,
     ) -> None:
         if TEACHER in specs:
             raise ValueError("the teacher is the base network itself and takes no specification")
@@ -66,7 +68,7 @@ class Roles:
             raise ValueError(f"the teacher's networks are {_names(self.routing.components)}, found {_names(bases)}")
         self.bases = {name: bases[name].requires_grad_(False).eval() for name in self.routing.components}
         self._copies = {
-            (role, name): copy.deepcopy(self.bases[name]).float()
+            (role, name): _copy(self.bases[name], empty_copies)
             for role, spec in specs.items()
             if spec.kind == "full"
             for name in self.components(role)
@@ -75,6 +77,10 @@ class Roles:
         self._own: dict[str, dict[str, nn.Parameter]] = {}
         self._trainable: frozenset[str] = frozenset()
         self._active: dict[str, str] = {}
+        self.asked_anywhere: Callable[[list[bool]], list[bool]] = lambda networks: networks
+        """Which networks some process asks, given which ones this process asks: where they must run in step, all do."""
+        self.before_use: Callable[[str], None] = lambda component: None
+        """Told which of the teacher's networks is about to run, or about to be run backwards."""
         for role, spec in specs.items():
             if spec.kind == "lora":
                 self._add_adapter(role, spec)
@@ -125,34 +131,48 @@ class Roles:
         components = self.components(role)
         if len(components) == 1:
             return self.family.velocity(self.network(role), x, sigma, conditioning)
-        sigma = torch.as_tensor(sigma)
+        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
         high = self.routing.first_runs(sigma)
-        for component, everywhere in zip(components, (high.all(), ~high.any()), strict=True):
-            if everywhere:
-                return self.family.velocity(self.network(role, component), x, sigma, conditioning)
-        rows = [side.nonzero().flatten().to(x.device) for side in (high, ~high)]
-        parts = [
-            self.family.velocity(
+        rows = [side.nonzero().flatten() for side in (high, ~high)]
+        asked = self.asked_anywhere([len(own) > 0 for own in rows])
+        parts = []
+        for component, own, runs in zip(components, rows, asked, strict=True):
+            if not runs:
+                continue
+            shown = own if len(own) else own.new_zeros(1)  # nothing to ask, but other processes wait for this network
+            whole = len(own) == len(x)
+            velocity = self.family.velocity(
                 self.network(role, component),
-                x[own],
-                sigma.to(x.device)[own],
-                {key: value[own] for key, value in conditioning.items()},
+                x if whole else x[shown],
+                sigma if whole else sigma[shown],
+                conditioning if whole else {key: value[shown] for key, value in conditioning.items()},
             )
-            for component, own in zip(components, rows, strict=True)
-        ]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+            parts.append(velocity[: len(own)])
+        return torch.cat(parts)[torch.cat(rows).argsort()] if len(parts) > 1 else parts[0]
+
+    def networks(self) -> list[nn.Module]:
+        """Every network: those of the teacher, then the full copies."""
+        return [*self.bases.values(), *self._copies.values()]
+
+    def forget_parameters(self) -> None:
+        """To be called when the parameters of networks were replaced by others."""
+        self._own.clear()
+        self._restore_gradients()
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """The guided velocity from those with prompt and negative prompt, as the teacher's pipeline combines them."""
         return self.family.guide(positive, negative, scale)
 
-    def activate(self, role: str) -> None:
-        """Make the base networks compute this role; does nothing for a role that owns copies."""
-        for component in self.components(role):
-            self._activate(role, component)
+    def activate(self, role: str, component: str | None = None) -> None:
+        """Make the base networks (or this one) compute this role; does nothing for a role that owns copies."""
+        for name in self.components(role) if component is None else [component]:
+            self._activate(role, name)
 
     def _activate(self, role: str, component: str) -> None:
-        if (role, component) in self._copies or role == self._active.get(component):
+        if (role, component) in self._copies:
+            return
+        self.before_use(component)
+        if role == self._active.get(component):
             return
         for layer in self._layers[component].values():
             if role == TEACHER:
@@ -186,7 +206,8 @@ class Roles:
             self._own[role] = named
         return self._own[role]
 
-    def _owns_copies(self, role: str) -> bool:
+    def owns_copies(self, role: str) -> bool:
+        """Whether the role is full copies of its networks."""
         return (role, self.components(role)[0]) in self._copies
 
     def _prefix(self, role: str, component: str) -> str:
@@ -220,7 +241,7 @@ class Roles:
 
     def reset(self, role: str, generator: torch.Generator | None = None) -> None:
         """Make the role the teacher again: up-projections zero, fresh down-projections; or copies of the base."""
-        if self._owns_copies(role):
+        if self.owns_copies(role):
             for component in self.components(role):
                 self._copies[role, component].load_state_dict(self.base_state_dict(component))
             return
@@ -229,8 +250,8 @@ class Roles:
                 if name.endswith("lora_B"):
                     parameter.zero_()
                 else:
-                    bound = 1 / parameter.shape[1] ** 0.5
-                    parameter.uniform_(-bound, bound, generator=generator)
+                    bound = 1 / parameter.shape[1] ** 0.5  # drawn on the CPU: the same on every device
+                    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
     def base_state_dict(self, component: str | None = None) -> dict[str, Tensor]:
         """A network of the teacher (the first when None) under its own names, without adapters."""
@@ -243,7 +264,7 @@ class Roles:
 
     def state_dict(self, role: str) -> dict[str, Tensor]:
         """The role's own weights, detached, by the names of ``named_parameters`` (buffers too for a full copy)."""
-        if self._owns_copies(role):
+        if self.owns_copies(role):
             return {
                 self._prefix(role, component) + name: value
                 for component in self.components(role)
@@ -267,6 +288,16 @@ class Roles:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
+
+
+def _copy(network: nn.Module, empty: bool) -> nn.Module:
+    """A float32 copy; an empty one has its parameters on the meta device."""
+    instead = {}
+    if empty:
+        for parameter in network.parameters():
+            shape = torch.empty_like(parameter, dtype=torch.float32, device="meta")
+            instead[id(parameter)] = nn.Parameter(shape, requires_grad=False)
+    return copy.deepcopy(network, instead).float()
 
 
 def _names(components: Iterable[str]) -> str:

@@ -203,7 +203,10 @@ class DistillConfig(Section):
     generator: GeneratorSection = Field(GeneratorSection(), description="the experts")
     fake: RoleSection = Field(RoleSection(), description="the fake score network")
     updates: int | list[int] = Field(1000, description="generator updates in each phase; a list gives one per phase")
-    batch_size: int = Field(64, gt=0, description="samples in an update on each process")
+    batch_size: int = Field(64, gt=0, description="samples of an update, divided among all processes")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="samples a process evaluates at once, gradients add up; all of its share if null"
+    )
     fake_updates: int = Field(5, ge=1, description="fake updates before each generator update")
     draws_per_rollout: int = Field(
         1, ge=1, description="fake gradient steps (fresh noise and sigma) taken on the samples of one rollout"
@@ -214,6 +217,20 @@ class DistillConfig(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the expert's weights; null is off")
     precision: Literal["no", "bf16"] = Field("no", description="autocast of the forward passes")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    guidance_batched: bool = Field(
+        True, description="the teacher sees prompt and negative prompt in one batch; two evaluations take less memory"
+    )
+    offload_idle_network: bool = Field(
+        False, description="of a two-network teacher, keep only the network that runs on the device"
+    )
+    sharding: Literal["none", "fsdp", "hsdp"] = Field(
+        "none",
+        description="spread the base and full copies over all processes, or over groups of them (hsdp); adapters stay "
+        "whole",
+    )
+    shard_size: int | None = Field(
+        None, ge=1, description="processes in a group with sharding hsdp; those of one node if null"
+    )
     seed: int = Field(0, ge=0, description="seed of weights, prompts, noise and sigmas")
     output_dir: Path = Field(Path("runs/distill"), description="where everything is written")
     tracker: str | None = Field("tensorboard", description="a tracker that accelerate knows, or null")
@@ -238,6 +255,16 @@ class DistillConfig(Section):
         if any(n < 1 for n in (value if isinstance(value, list) else [value])):
             raise ValueError("updates are at least 1 in each phase")
         return value
+
+    @model_validator(mode="after")
+    def _placements_agree(self) -> DistillConfig:
+        if self.shard_size is not None and self.sharding != "hsdp":
+            raise ValueError(f"shard_size is for sharding hsdp, found sharding {self.sharding}: leave it out")
+        if self.offload_idle_network and self.sharding != "none":
+            raise ValueError("offload_idle_network keeps networks whole: set sharding to none, or leave it out")
+        if self.offload_idle_network and not self.gradient_checkpointing:
+            raise ValueError("offload_idle_network frees memory only with gradient_checkpointing: true")
+        return self
 
     @model_validator(mode="after")
     def _one_number_for_each_phase(self) -> DistillConfig:

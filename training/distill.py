@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory-per-gpu", type=float, metavar="GIB", help="with --dry-run: fail when the run needs more than this"
     )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="with --dry-run: how many GPUs share the run")
     parser.add_argument("--push_to_hub", metavar="ID", help="upload experts/ to this Hub repository at the end")
     parser.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace configuration values")
@@ -64,17 +65,17 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         config = load_config(options.config, overrides)
         if options.dry_run:
-            return dry_run(config, options.memory_per_gpu)
+            return dry_run(config, options.memory_per_gpu, options.gpus)
         return distill(config, options.resume, options.push_to_hub, options.private)
 
     return exit_status("distill.py", run)
 
 
-def dry_run(config: DistillConfig, memory_per_gpu: float | None = None) -> int:
+def dry_run(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1) -> int:
     """Print plan, roles, memory, evaluations and outputs."""
     from training.dry_run import describe
 
-    print(describe(config, memory_per_gpu))
+    print(describe(config, memory_per_gpu, gpus))
     return 0
 
 

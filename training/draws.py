@@ -20,8 +20,9 @@ class Draws:
         """What is one for a whole batch: the step that trains, fresh weights of a role."""
         self.samples = torch.Generator().manual_seed(seed + 1000)
         """What each sample has of its own."""
-        self.total = batch * processes
-        self.own = slice(rank * batch, (rank + 1) * batch)
+        self.total = batch
+        own = batch // processes
+        self.own = slice(rank * own, (rank + 1) * own)
 
     def examples(self, count: int) -> Tensor:
         """Which of ``count`` examples, shape (batch,)."""

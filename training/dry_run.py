@@ -13,14 +13,13 @@ from torch import nn
 
 from pdmd_core.distillation import evaluations_per_update
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import FAKE, TEACHER, Roles
+from pdmd_core.roles import Roles
 from training.command_line import UserError
 from training.config import ConfigError, DistillConfig
+from training.memory import in_words, static_memory
 from training.prompts import read_prompts
+from training.sharding import check_processes
 from training.teacher import TeacherSource, family_of_pipeline, networks_of
-
-OPTIMIZED = 4
-"""Float32 numbers for each weight that trains: itself, its gradient, AdamW's two moments."""
 
 
 def pipeline_on_meta(source: TeacherSource) -> DiffusionPipeline:
@@ -46,11 +45,13 @@ def _on_meta(architecture: str, source: TeacherSource, name: str) -> nn.Module:
         return kind.from_config(settings)
 
 
-def describe(config: DistillConfig, memory_per_gpu: float | None = None) -> str:
-    """Plan, roles, static memory of a GPU, evaluations per update, outputs.
+def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1) -> str:
+    """Plan, roles, static memory of each of ``gpus`` GPUs, evaluations per update, outputs.
 
-    memory_per_gpu: in GiB. Raises UserError when the static memory is more.
+    memory_per_gpu: in GiB. Raises UserError when the static memory is more, ConfigError when the GPUs cannot divide the
+    work.
     """
+    check_processes(config, gpus)
     plan, model = config.plan.build(), config.model
     prompts = read_prompts(config.prompts)
     source = TeacherSource(str(model.architecture or model.path), model.revision, model.pipeline)
@@ -61,7 +62,6 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None) -> str:
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     routing, networks = family.teacher_routing(pipeline.config), networks_of(pipeline, family)
-    base = {name: _count(network) for name, network in networks.items()}
     specs = config.role_specs(routing)
     with torch.device("meta"):
         roles = Roles(networks, family, specs, routing)
@@ -70,55 +70,45 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None) -> str:
         first, second = routing.components
         lines.append(f"  {first} at sigma >= {routing.boundary:g}, {second} below")
     size = f"{model.width}x{model.height}" + (f", {model.frames} frames" if model.frames > 1 else "")
-    lines += [f"samples: {size}, latents {'x'.join(map(str, shape))}", "", "static memory of a GPU:"]
-    held = {TEACHER: sum(base.values()) * getattr(torch, model.dtype).itemsize}
-    lines.append(f"  {TEACHER:12} {_bytes(held[TEACHER])}: {_weights(sum(base.values()))} in {model.dtype}")
-    for role, spec in roles.specs.items():
-        count = sum(p.numel() for p in roles.parameters(role))
-        # Experts train one after the other: the others are frozen then, and hold their weights only.
-        trains = role in (FAKE, plan.phases[-1].name)
-        average = bool(config.ema_decay) and trains and role != FAKE
-        held[role] = 4 * count * ((OPTIMIZED if trains else 1) + average)
-        how = f"LoRA rank {spec.rank}, alpha {spec.alpha:g}" if spec.kind == "lora" else "full copy"
-        where = f" on {' and '.join(roles.components(role))}" if len(networks) > 1 else ""
-        lines.append(f"  {role:12} {_bytes(held[role])}: {_weights(count)}, {how}{where}")
-    total = sum(held.values())
-    lines += [f"  {'all':12} {_bytes(total)}: weights, gradients, optimizer; activations come on top", ""]
-    lines += [*_evaluations(config, plan), ""]
+    lines += [
+        f"samples: {size}, latents {'x'.join(map(str, shape))}",
+        "",
+        f"static memory of {'a GPU' if gpus == 1 else f'each of {gpus} GPUs'}:",
+    ]
+    held = static_memory(config, plan, roles, gpus)
+    lines += [f"  {part.role:12} {in_words(part.bytes)}: {part.how}" for part in held]
+    total = sum(part.bytes for part in held)
+    lines += [f"  {'all':12} {in_words(total)}: weights, gradients, optimizer; activations come on top", ""]
+    lines += [*_evaluations(config, plan, gpus), ""]
     files = ["config.yaml", "metrics.jsonl", "samples/", "checkpoints/", "logs/", "experts/"]
     lines += [
         f"{len(prompts)} prompts from {config.prompts}",
         f"writes {', '.join(str(Path(config.output_dir) / f) for f in files)}",
     ]
     if memory_per_gpu is not None and total > memory_per_gpu * 2**30:
-        largest = max(held, key=lambda role: held[role])
+        largest = max(held, key=lambda part: part.bytes)
         raise UserError(
-            f"does not fit: {_bytes(total).strip()} of weights, gradients and optimizer for each GPU, "
-            f"{memory_per_gpu:g} GiB given; the largest is {largest} ({_bytes(held[largest]).strip()}); use kind: "
-            "lora, a lower rank, or model.dtype: bfloat16"
+            f"does not fit: {in_words(total).strip()} of weights, gradients and optimizer for each GPU, "
+            f"{memory_per_gpu:g} GiB given; the largest is {largest.role} ({in_words(largest.bytes).strip()}); use "
+            "sharding: fsdp on more GPUs (--gpus), kind: lora, a lower rank, or model.dtype: bfloat16"
         )
     return "\n".join(lines)
 
 
-def _evaluations(config: DistillConfig, plan: PhasePlan) -> list[str]:
-    lines = []
+def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]:
+    own = config.batch_size // gpus
+    at_once = min(config.micro_batch_size or own, own)
+    lines = [f"an update has {config.batch_size} samples, {own} for each GPU, {at_once} at once"]
+    guidance = ""
+    if config.objective.guidance_scale != 1:
+        guidance = (
+            "; the teacher's is of twice the batch" if config.guidance_batched else "; the teacher's counts twice"
+        )
     for k, phase in enumerate(plan.phases):
         counts = evaluations_per_update(plan, k, config.fake_updates, config.draws_per_rollout)
         parts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
         lines.append(
-            f"phase {phase.name}: {config.updates_of(k)} updates of {config.batch_size} samples, "
-            f"{sum(counts.values()):g} network evaluations each ({parts}; the teacher's is of twice the batch)"
+            f"phase {phase.name}: {config.updates_of(k)} updates, {sum(counts.values()):g} network evaluations of each "
+            f"sample ({parts}{guidance})"
         )
     return lines
-
-
-def _count(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def _weights(count: int) -> str:
-    return f"{count / 1e9:.2f} G parameters" if count >= 1e9 else f"{count / 1e6:.2f} M parameters"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**30:7.2f} GiB" if count >= 2**30 else f"{count / 2**20:7.1f} MiB"

@@ -16,17 +16,23 @@ from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
 from training.config import DistillConfig
+from training.sharding import whole
 
 
 def export_experts(
-    folder: Path, config: DistillConfig, plan: PhasePlan, roles: Roles, training: Mapping[str, Any]
-) -> Manifest:
-    """Write ``folder`` as described in docs: one safetensors file for each phase, manifest, scheduler, README."""
+    folder: Path, config: DistillConfig, plan: PhasePlan, roles: Roles, training: Mapping[str, Any], write: bool = True
+) -> None:
+    """Write ``folder`` as described in docs: one safetensors file for each phase, manifest, scheduler, README.
+
+    All processes must ask together where weights are in shards, one of them with ``write``.
+    """
     dtype = getattr(torch, config.expert_dtype)
     experts, weights = [], {}
     for phase in plan.phases:
         spec = roles.specs[phase.name]
-        state = {name: value.to(dtype) for name, value in roles.state_dict(phase.name).items()}
+        state = whole(roles.state_dict(phase.name), dtype)
+        if not write:
+            continue
         lora = spec.kind == "lora"
         weights[phase.name] = lora_to_file(state, spec.alpha, roles.family) if lora else _contiguous(state)
         experts.append(
@@ -41,6 +47,8 @@ def export_experts(
                 targets=tuple(spec.targets or roles.family.lora_targets) if lora else None,
             )
         )
+    if not write:
+        return
     base = BaseModel(
         model=config.model.path,
         architecture=roles.family.architecture,
@@ -50,11 +58,10 @@ def export_experts(
     manifest = write_experts(folder, Manifest(base, plan, tuple(experts), 1.0, training), weights)
     PhasedDMDScheduler.from_plan(plan).save_pretrained(folder / "scheduler")
     write_card(folder, manifest)
-    return manifest
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def roles_from_experts(

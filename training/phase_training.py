@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +14,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from pdmd_core.distillation import PhasedDistiller
+from pdmd_core.families import Conditioning
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, Roles
 from training.config import DistillConfig, RoleSection
 from training.draws import Draws
 from training.prompts import PromptBank
+from training.sharding import average_gradients, gathered
+
+Rows = slice | Tensor
+"""Some of the samples of a process."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class PhaseTraining:
     ) -> None:
         self.config, self.roles, self.accelerator = config, roles, accelerator
         self.device = accelerator.device
-        self.distiller = PhasedDistiller(plan, phase, roles, config.objective.build())
+        self.batch = config.batch_size // accelerator.num_processes
+        """Samples of this process."""
+        self.distiller = PhasedDistiller(plan, phase, roles, config.objective.build(), config.guidance_batched)
         self.sections: dict[str, RoleSection] = {self.expert: config.generator, FAKE: config.fake}
         roles.set_trainable(self.sections)
         self.optimizers = {
@@ -76,14 +84,10 @@ class PhaseTraining:
         for _ in range(config.fake_updates):
             indices, noise = self._draw(draws, source)
             conditioning = source.bank.conditioning(indices, self.device)
-            step = distiller.draw_step(draws.shared)
-            with self.accelerator.autocast():
-                rollout = distiller.rollout(noise, conditioning, step, gradient=False)
+            x_s = self._rollout(noise, conditioning, distiller.draw_step(draws.shared))
             for _ in range(config.draws_per_rollout):
                 t, renoise = self._draw_score(draws, source)
-                with self.accelerator.autocast():
-                    loss = distiller.fake_loss(rollout.x_s, conditioning, t, renoise)
-                value, norm = self._step(FAKE, loss)
+                value, norm = self._train(FAKE, t, partial(self._fake_loss, x_s, conditioning, t, renoise))
                 fake_losses.append(value)
                 fake_norms.append(norm)
                 sigmas["fake"] += t.tolist()
@@ -91,16 +95,14 @@ class PhaseTraining:
         conditioning = source.bank.conditioning(indices, self.device)
         negative = source.bank.negative_conditioning(indices, self.device)
         step = distiller.draw_step(draws.shared)
-        with self.accelerator.autocast():
-            rollout = distiller.rollout(noise, conditioning, step, gradient=True)
-            t, renoise = self._draw_score(draws, source)
-            loss = distiller.generator_loss(rollout, conditioning, negative, t, renoise)
-        generator_loss, norm = self._step(self.expert, loss)
+        t, renoise = self._draw_score(draws, source)
+        loss_of = partial(self._generator_loss, noise, conditioning, negative, step, t, renoise)
+        loss, norm = self._train(self.expert, t, loss_of)
         sigmas["generator"] += t.tolist()
         if self.average is not None and math.isfinite(norm):
             self.average.step(self.roles.parameters(self.expert))
         values = {
-            "generator_loss": generator_loss,
+            "generator_loss": loss,
             "fake_loss": sum(fake_losses) / len(fake_losses),
             "generator_grad_norm": norm,
             "fake_grad_norm": sum(fake_norms) / len(fake_norms),
@@ -113,29 +115,70 @@ class PhaseTraining:
     def _draw_score(self, draws: Draws, source: Batches) -> tuple[Tensor, Tensor]:
         return draws.score_sigmas(self.distiller), draws.noise(source.shape).to(self.device)
 
-    def _step(self, role: str, loss: Tensor) -> tuple[float, float]:
-        """Backward, average over processes, clip, step; a NaN or Inf skips the step. Returns loss and gradient norm.
+    def _rollout(self, noise: Tensor, conditioning: Conditioning, step: int) -> Tensor:
+        samples = []
+        for part in self._parts():
+            with self.accelerator.autocast():
+                rollout = self.distiller.rollout(noise[part], _rows(conditioning, part), step, gradient=False)
+            samples.append(rollout.x_s)
+        return torch.cat(samples)
 
-        What is averaged is equal on all processes, so all of them take or skip the step together.
+    def _fake_loss(self, x_s: Tensor, conditioning: Conditioning, t: Tensor, noise: Tensor, part: Rows) -> Tensor:
+        return self.distiller.fake_loss(x_s[part], _rows(conditioning, part), t[part], noise[part])
+
+    def _generator_loss(
+        self,
+        noise: Tensor,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        step: int,
+        t: Tensor,
+        renoise: Tensor,
+        part: Rows,
+    ) -> Tensor:
+        own = _rows(conditioning, part)
+        rollout = self.distiller.rollout(noise[part], own, step, gradient=True)
+        return self.distiller.generator_loss(rollout, own, _rows(negative, part), t[part], renoise[part])
+
+    def _parts(self, t: Tensor | None = None) -> list[Rows]:
+        """This process's samples in parts that are evaluated at once; t: of the samples, where the parts may go by it.
+
+        With one network on the device at a time the samples of a part are compared on one network.
         """
-        parameters = self.roles.parameters(role)
-        self.roles.activate(role)  # what gradient checkpointing recomputes must be this role
-        loss.backward()
+        size = self.config.micro_batch_size or self.batch
+        if t is None or not self.config.offload_idle_network:
+            return [slice(i, min(i + size, self.batch)) for i in range(0, self.batch, size)]
+        high = self.roles.routing.first_runs(t)
+        sides = [side.nonzero().flatten() for side in (high, ~high)]
+        return [rows for side in sides if len(side) for rows in side.split(size)]
+
+    def _train(self, role: str, t: Tensor, loss_of: Callable[[Rows], Tensor]) -> tuple[float, float]:
+        """One optimizer step on the mean of a loss, part by part; a NaN or Inf skips it. Returns loss, gradient norm.
+
+        Averages over processes are equal on all of them, so all take or skip the step together.
+        """
+        parameters, optimizer = self.roles.parameters(role), self.optimizers[role]
+        total = torch.zeros((), device=self.device)
+        for part in self._parts(t):
+            with self.accelerator.autocast():
+                loss = loss_of(part) * (len(t[part]) / self.batch)
+            # What gradient checkpointing recomputes must be this role, on a network that is there.
+            of_two = self.config.offload_idle_network and role == FAKE
+            self.roles.activate(role, self.roles.routing.component_at(float(t[part][0])) if of_two else None)
+            loss.backward()
+            total += loss.detach()
         if len(self.roles.components(role)) > 1:  # a network that had no sample here may have had one elsewhere
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            for gradient in gradients:
-                gradient.copy_(self.accelerator.reduce(gradient, "mean"))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.sections[role].max_grad_norm)
-        value = float(self.accelerator.reduce(loss.detach(), "mean"))
-        finite = math.isfinite(value) and bool(torch.isfinite(norm))
+        average_gradients(parameters, self.accelerator.num_processes)
+        norm = float(gathered(torch.nn.utils.clip_grad_norm_(parameters, self.sections[role].max_grad_norm)))
+        value = float(self.accelerator.reduce(total, "mean"))
+        finite = math.isfinite(value) and math.isfinite(norm)
         if finite:
-            self.optimizers[role].step()
-        self.optimizers[role].zero_grad(set_to_none=True)
-        return value, float(norm) if finite else math.nan
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value, norm if finite else math.nan
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -155,6 +198,10 @@ class PhaseTraining:
             self.average.copy_to(self.roles.parameters(self.expert))
         self.average = None
         self.roles.set_trainable([])
+
+
+def _rows(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:
+    return {name: value[part] for name, value in conditioning.items()}
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], section: RoleSection) -> torch.optim.AdamW:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from pdmd_core.roles import Roles
+import torch
+from torch import Tensor
+
+from pdmd_core.roles import FAKE, Roles
+from training.checkpoints import load_tensors
 from training.config import ConfigError, DistillConfig, with_defaults
 from training.draws import Draws
 from training.phase_training import PhaseTraining
@@ -25,35 +30,67 @@ FREE_TO_CHANGE = {
     "watch",
     "cache_dir",
     "expert_dtype",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "guidance_batched",
+    "offload_idle_network",
+    "sharding",
+    "shard_size",
 }
-"""Configuration keys that may differ between a run and its resumption: they do not change the numbers."""
+"""Keys that may differ between a run and its resumption: they change no number, or only how sums are rounded."""
 
 
-def state_of_run(
-    config: DistillConfig, progress: Progress, roles: Roles, training: PhaseTraining, draws: Draws
-) -> dict[str, Any]:
-    """Everything that the next update depends on: tensors and plain values."""
-    average = training.average
+def tensors_of_run(roles: Roles, training: PhaseTraining, draws: Draws) -> dict[str, Tensor]:
+    """Every tensor that the next update depends on, by name; not copies, but for the generators' states.
+
+    Experts of later phases are not among them: they are what the seed makes them.
+    """
+    tensors = {f"draws/{name}": value for name, value in draws.state_dict().items()}
+    distiller = training.distiller
+    for role in [FAKE, *(phase.name for phase in distiller.plan.phases[: distiller.phase + 1])]:
+        tensors |= {f"roles/{role}/{name}": value for name, value in roles.state_dict(role).items()}
+    for role, optimizer in training.optimizers.items():
+        for name, parameter in roles.named_parameters(role).items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizers/{role}/{name}/{key}"] = value
+    if training.average is not None:
+        names = roles.named_parameters(training.expert)
+        tensors |= {f"average/{name}": value for name, value in zip(names, training.average.shadow_params, strict=True)}
+    return tensors
+
+
+def values_of_run(config: DistillConfig, progress: Progress, training: PhaseTraining) -> dict[str, Any]:
+    """What else it depends on, as JSON knows it."""
     return {
         "config": json.loads(config.model_dump_json()),
         "progress": asdict(progress),
-        "roles": {role: roles.state_dict(role) for role in roles.specs},
-        "optimizers": {role: optimizer.state_dict() for role, optimizer in training.optimizers.items()},
-        "average": average.state_dict() if average is not None else None,
-        "draws": draws.state_dict(),
+        "optimizers": [role for role, optimizer in training.optimizers.items() if optimizer.state],
+        "averaged_updates": training.average.optimization_step if training.average is not None else 0,
     }
 
 
-def load_state(state: dict[str, Any], roles: Roles, training: PhaseTraining, draws: Draws) -> None:
-    """Inverse of ``state_of_run``, for a training of the phase that the state's progress names."""
-    for role, weights in state["roles"].items():
-        roles.load_state_dict(role, weights)
-    for role, optimizer in training.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][role])
+def resume_from(checkpoint: Path, values: dict[str, Any], roles: Roles, training: PhaseTraining, draws: Draws) -> None:
+    """Go on where a checkpoint was taken, with a training of its phase. Raises CheckpointError."""
+    for role in values["optimizers"]:
+        _make_state(training.optimizers[role])
+    tensors = tensors_of_run(roles, training, draws)
+    load_tensors(checkpoint, tensors)
+    draws.load_state_dict({name: tensors[f"draws/{name}"] for name in draws.state_dict()})
     if training.average is not None:
-        training.average.load_state_dict(state["average"])
-        training.average.to(training.device)
-    draws.load_state_dict(state["draws"])
+        training.average.optimization_step = values["averaged_updates"]
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state of one that has made a step, by a step of length zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def check_same_config(before: dict[str, Any], config: DistillConfig) -> None:

@@ -14,16 +14,18 @@ from tqdm.auto import tqdm
 from pdmd_core.distillation import PhasedDistiller, expert_velocities
 from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
-from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from training.checkpoints import list_checkpoints, load_values, save_checkpoint
 from training.command_line import UserError
 from training.config import ConfigError, DistillConfig
 from training.draws import Draws
 from training.export import export_experts
+from training.offload import keep_one_network
 from training.phase_training import Batches, PhaseTraining
 from training.pictures import save_samples
 from training.progress import Progress, UpdateReport
 from training.prompts import Example, PromptBank, PromptError, SampleSize, encode_examples, read_examples
-from training.run_state import check_same_config, load_state, state_of_run
+from training.run_state import check_same_config, resume_from, tensors_of_run, values_of_run
+from training.sharding import check_processes, mesh_of, shard_roles
 from training.teacher import TeacherSource, family_of_pipeline, load_image_side, networks_of
 from training.watching.metrics import Metrics
 
@@ -45,6 +47,8 @@ class Trainer:
             project_dir=str(self.output_dir / "logs"),
         )
         self.device = self.accelerator.device
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        check_processes(config, processes)
         self.plan = config.plan.build()
         model = config.model
         self.source = TeacherSource(model.path, model.revision, model.pipeline)
@@ -54,14 +58,21 @@ class Trainer:
         self.bank = self._prompt_bank()
         torch.manual_seed(config.seed)
         routing = self.family.teacher_routing(self.pipeline.config)
-        networks = {name: part.to(self.device) for name, part in networks_of(self.pipeline, self.family).items()}
-        self.roles = Roles(networks, self.family, config.role_specs(routing), routing)
+        networks, mesh = networks_of(self.pipeline, self.family), mesh_of(config, self.device, processes)
+        one_at_a_time = config.offload_idle_network and len(networks) > 1
+        if mesh is None and not one_at_a_time:
+            networks = {name: network.to(self.device) for name, network in networks.items()}
+        self.roles = Roles(networks, self.family, config.role_specs(routing), routing, empty_copies=mesh is not None)
+        if mesh is not None:
+            shard_roles(self.roles, mesh, self.device, torch.bfloat16 if config.precision == "bf16" else None)
+        if one_at_a_time:
+            keep_one_network(self.roles, self.device)
+        self.sharded = mesh is not None
         if config.gradient_checkpointing:
             for role in self.roles.specs:
                 for component in self.roles.components(role):
                     enable_gradient_checkpointing(self.roles.network(role, component))
         self.progress = Progress()
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.draws = Draws(config.seed, config.batch_size, rank, processes)
         self.training: PhaseTraining
         """Of the current phase."""
@@ -178,14 +189,15 @@ class Trainer:
         """The average becomes the expert, which is frozen from now on; after the last phase experts are written."""
         self.training.finish()
         self._validate(f"{self.training.expert}-final")
-        if self.progress.phase + 1 == len(self.plan) and self.accelerator.is_main_process:
-            export_experts(self.output_dir / "experts", self.config, self.plan, self.roles, self._summary())
+        if self.progress.phase + 1 == len(self.plan):
+            main = self.accelerator.is_main_process
+            export_experts(self.output_dir / "experts", self.config, self.plan, self.roles, self._summary(), main)
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _validate(self, name: str) -> None:
         """A grid of fixed prompts and seeds through the experts so far; the last step jumps to sigma 0."""
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.sharded):
             return
         config = self.config
         extra = len(config.sample_prompts or [])
@@ -200,6 +212,8 @@ class Trainer:
         sigmas = [s for phase in self.plan.phases[: self.progress.phase + 1] for s in phase.sigmas]
         with self.training.averaged(), self.accelerator.autocast():
             latents = sample(route(experts, self.plan), sigmas, noise.to(self.device))
+        if not self.accelerator.is_main_process:
+            return
         self.pipeline.vae.to(self.device)
         pixels = self.family.decode(self.pipeline, latents).cpu()
         save_samples(self.output_dir / "samples" / name, pixels, columns=config.sample_seeds)
@@ -211,7 +225,7 @@ class Trainer:
         return {
             "method": "Phased DMD" if len(self.plan) > 1 else "DMD",
             "updates": [config.updates_of(k) for k in range(len(self.plan))],
-            "batch_size": config.batch_size * self.accelerator.num_processes,
+            "batch_size": config.batch_size,
             "fake_updates": config.fake_updates,
             "draws_per_rollout": config.draws_per_rollout,
             "teacher_guidance_scale": config.objective.guidance_scale,
@@ -226,21 +240,21 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next update depends on."""
-        if self.accelerator.is_main_process:
-            state = state_of_run(self.config, self.progress, self.roles, self.training, self.draws)
-            save_checkpoint(self.output_dir / "checkpoints", self.progress.total, state, self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        tensors = tensors_of_run(self.roles, self.training, self.draws)
+        values = values_of_run(self.config, self.progress, self.training)
+        folder = self.output_dir / "checkpoints"
+        save_checkpoint(folder, self.progress.total, tensors, values, self.config.keep_checkpoints)
 
     def _resume(self) -> None:
         checkpoints = list_checkpoints(self.output_dir / "checkpoints")
         if not checkpoints:
             self.accelerator.print(f"{self.output_dir}: no checkpoint to resume from, starting at update 0")
             return
-        state = load_checkpoint(checkpoints[-1])
-        check_same_config(state["config"], self.config)
-        self.progress = Progress(**state["progress"])
+        values = load_values(checkpoints[-1])
+        check_same_config(values["config"], self.config)
+        self.progress = Progress(**values["progress"])
         self._start_phase()
-        load_state(state, self.roles, self.training, self.draws)
+        resume_from(checkpoints[-1], values, self.roles, self.training, self.draws)
         self.accelerator.print(f"resumed from {checkpoints[-1]}")
 
 

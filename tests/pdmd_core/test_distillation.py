@@ -190,13 +190,21 @@ def test_rollout_uses_the_conditioning_and_the_weights_of_each_expert():
 
 @pytest.mark.parametrize("sigma", [0.7, torch.tensor(0.7), torch.tensor([0.2, 0.5, 0.7, 0.9])], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.5, 4.0])
-def test_guidance_is_the_formula_of_two_separate_evaluations(sigma, scale):
+@pytest.mark.parametrize(("batched", "sizes"), [(True, [2 * BATCH]), (False, [BATCH, BATCH])])
+def test_guidance_is_the_formula_of_two_separate_evaluations(sigma, scale, batched, sizes):
     networks = TinyNetworks()
-    found = guided_velocity(networks, normal(1), sigma, POSITIVE, NEGATIVE, scale)
-    assert [len(call.x) for call in networks.calls] == [2 * BATCH]
+    found = guided_velocity(networks, normal(1), sigma, POSITIVE, NEGATIVE, scale, batched)
+    assert [len(call.x) for call in networks.calls] == sizes
     positive = networks.velocity("teacher", normal(1), sigma, POSITIVE)
     negative = networks.velocity("teacher", normal(1), sigma, NEGATIVE)
     torch.testing.assert_close(found, negative + scale * (positive - negative))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_generator_loss_asks_the_teacher_as_the_distiller_was_told(batched):
+    networks = TinyNetworks()
+    generator_update(PhasedDistiller(PLAN, 0, networks, Objective(), batched))
+    assert [len(c.x) for c in networks.calls if c.role == "teacher"] == ([2 * BATCH] if batched else [BATCH, BATCH])
 
 
 def test_guidance_of_one_evaluates_the_teacher_once_without_the_negative():

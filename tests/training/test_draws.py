@@ -19,7 +19,7 @@ def drawn(draws: Draws) -> list[Tensor]:
 
 def test_processes_take_their_rows_of_one_batch() -> None:
     whole = drawn(Draws(seed=3, batch=6))
-    parts = [drawn(Draws(seed=3, batch=2, rank=rank, processes=3)) for rank in range(3)]
+    parts = [drawn(Draws(seed=3, batch=6, rank=rank, processes=3)) for rank in range(3)]
     for all_rows, *rows in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat(rows), all_rows)
         assert len({row.numpy().tobytes() for row in rows}) == 3, "every process has samples of its own"

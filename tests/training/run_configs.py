@@ -1,0 +1,14 @@
+"""Trainers one after the other in the processes that torchrun started; what has a checkpoint goes on from it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from training.config import load_config
+from training.trainer import Trainer
+
+for name in sys.argv[1:]:
+    Trainer(load_config(Path(name))).run(resume=True)
