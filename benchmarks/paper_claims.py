@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.claims.embedded_report import EmbeddedReport
-from benchmarks.claims.embedded_study import EmbeddedStudy
+from benchmarks.claims.embedded_study import SETTINGS, EmbeddedStudy
 from benchmarks.claims.evidence import Row, best_lr
 from benchmarks.claims.methods import METHODS, Run, runs
 from benchmarks.claims.mixture_report import MixtureReport
@@ -144,9 +145,14 @@ class Claims:
         print(report.markdown())
 
 
-def make_study(teacher: str, work_dir: Path) -> Study:
+def make_study(teacher: str, options: argparse.Namespace) -> Study:
     """The study of one of TEACHERS."""
-    return MixtureStudy(work_dir) if teacher == "mixture" else EmbeddedStudy(work_dir, teacher)
+    if teacher == "mixture":
+        return MixtureStudy(options.work_dir)
+    settings = SETTINGS[teacher]
+    if options.guidance_scale is not None:
+        settings = replace(settings, guidance_scale=options.guidance_scale)
+    return EmbeddedStudy(options.work_dir, teacher, settings)
 
 
 def make_report(study: Study, rows: Sequence[Row], updates: int) -> MixtureReport | EmbeddedReport:
@@ -168,6 +174,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", nargs="+", type=float, help="the grid of learning rates (the teacher's own)")
     parser.add_argument("--updates", type=int, help="generator updates over all phases (the teacher's own)")
+    parser.add_argument("--guidance_scale", type=float, help="of the embedded teacher, pictures and clips (its own)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paper_claims")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "evidence")
     options = parser.parse_args(arguments)
@@ -181,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
     for teacher in options.teacher:
-        claims = Claims(make_study(teacher, options.work_dir), options)
+        claims = Claims(make_study(teacher, options), options)
         for stage in STAGES:
             if stage in options.stages:
                 print(f"{teacher}, stage {stage}: {STAGES[stage]}", flush=True)

@@ -95,6 +95,9 @@ CLIPS = EmbeddedSettings(
 )
 
 
+SETTINGS = {"pictures": PICTURES, "clips": CLIPS}
+
+
 class AskedScenes(EmojiScenes):
     """Real scenes of given captions; what they do not say stays random."""
 
@@ -125,11 +128,11 @@ class EmbeddedStudy:
     """Times the updates, in the stage "long"."""
 
     def __init__(
-        self, work_dir: Path, teacher: str, settings: EmbeddedSettings | None = None, measuring: Measuring | None = None
+        self, work_dir: Path, teacher: str, settings: EmbeddedSettings, measuring: Measuring | None = None
     ) -> None:
         clips = teacher == "clips"
         self.teacher = teacher
-        self.settings = settings or (CLIPS if clips else PICTURES)
+        self.settings = settings
         self.measuring = measuring or Measuring(tuple(default_scenes(clips)), seeds=8 if clips else 24)
         steps = self.measuring.teacher_steps
         self.references = {

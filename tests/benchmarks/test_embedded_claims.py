@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from benchmarks import paper_claims
 from benchmarks.claims import embedded_study
 from benchmarks.claims.embedded_measures import Measures, Scene, all_scenes, measured_scenes
-from benchmarks.claims.embedded_study import CLIPS, PICTURES, AskedScenes, EmbeddedStudy, Measuring
+from benchmarks.claims.embedded_study import SETTINGS, AskedScenes, EmbeddedStudy, Measuring
 from benchmarks.claims.embedded_training import EmbeddedProblem, digest_of, distil, fake_of
 from benchmarks.claims.methods import METHODS, Run
 from pdmd_core.distillation import evaluations_per_update
@@ -27,7 +27,7 @@ SCENES = {"pictures": tuple(measured_scenes(clips=False)[:3]), "clips": tuple(me
 
 def make(work_dir: Path, teacher: str, seeds: int = 2, batch_size: int = 2) -> EmbeddedStudy:
     """A tiny study."""
-    base = CLIPS if teacher == "clips" else PICTURES
+    base = SETTINGS[teacher]
     settings = replace(base, recipe=replace(base.recipe, batch_size=batch_size))
     return EmbeddedStudy(work_dir, teacher, settings, Measuring(SCENES[teacher], seeds, teacher_steps=2, resamples=2))
 
@@ -42,7 +42,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pa
     """Runs paper_claims.py on a study; the folder that it wrote."""
 
     def run(study: EmbeddedStudy, options: str) -> Path:
-        monkeypatch.setattr(paper_claims, "make_study", lambda teacher, work_dir: study)
+        monkeypatch.setattr(paper_claims, "make_study", lambda teacher, options: study)
         arguments = ["--teacher", study.teacher, *options.split(), "--output_dir", str(tmp_path / "evidence")]
         paper_claims.main(arguments)
         return tmp_path / "evidence"
@@ -257,3 +257,18 @@ def test_the_teacher_is_its_contents(tmp_path: Path) -> None:
     assert digest_of([first]) == digest_of([second])
     second.write_text("2")
     assert digest_of([first]) != digest_of([second])
+
+
+def test_the_command_makes_the_study_that_was_asked_for(tmp_path: Path) -> None:
+    def study(*arguments: str):
+        options = paper_claims.parse(["--work_dir", str(tmp_path), *arguments])
+        return paper_claims.make_study(options.teacher[0], options)
+
+    pictures, guided, clips = (
+        study("--teacher", *rest) for rest in (["pictures"], ["pictures", "--guidance_scale", "3"], ["clips"])
+    )
+    assert (pictures.settings.frames, clips.settings.frames) == (1, 9)
+    assert guided.settings == replace(pictures.settings, guidance_scale=3.0)
+    assert len({pictures.folder, guided.folder, clips.folder}) == 3
+    assert study("--teacher", "mixture").teacher == "mixture"
+    assert paper_claims.parse([]).teacher == ["mixture", "pictures", "clips"]

@@ -29,7 +29,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> MixtureStudy:
 @pytest.fixture
 def command(study: MixtureStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[str], Path]]:
     """Arguments of a short run; the command's study is the short one."""
-    monkeypatch.setattr(paper_claims, "make_study", lambda teacher, work_dir: study)
+    monkeypatch.setattr(paper_claims, "make_study", lambda teacher, options: study)
     options = "--teacher mixture --methods phased_4x1 biased_4x1 --seeds 2 --lrs 1e-3 --updates 80"
     yield [*options.split(), "--output_dir", str(tmp_path / "evidence")], tmp_path / "evidence"
 
