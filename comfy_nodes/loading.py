@@ -11,6 +11,7 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_detection
+import comfy.model_management
 import comfy.sd
 import comfy.weight_adapter
 import folder_paths
@@ -160,8 +161,11 @@ def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) ->
         metadata = {"config": json.dumps({"transformer": known})}
     try:
         model = comfy.sd.load_diffusion_model_state_dict(dict(state), metadata=metadata)
-    except RuntimeError as error:
-        raise NodeError(f"{what}: does not load: {' '.join(str(error).split())[:300]}") from None
+    except comfy.model_management.OOM_EXCEPTION:
+        raise  # a RuntimeError for which ComfyUI frees memory
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        hint = "" if base is not None else "; connect the base to base_1, which tells sizes that the file does not"
+        raise NodeError(f"{what}: does not load: {' '.join(str(error).split())[:300]}{hint}") from None
     if model is None:
         raise NodeError(f"{what}: ComfyUI does not know this network ({experts.manifest.base.architecture})")
     names, given = set(model.model.diffusion_model.state_dict()), set(state)

@@ -141,3 +141,9 @@ def test_full_experts_load_in_both_layouts(pack, bases, base: Path, layout: str)
         pack.module("comfy_nodes.errors").NodeError, match="weights are missing or unknown, for example"
     ):
         pack.call("PhasedDMDLoadExperts", **load)
+
+
+def test_weights_that_comfyuis_conversion_does_not_know_are_not_forgotten(pack) -> None:
+    flux = {"x_embedder.weight": torch.ones(4, 2), "x_embedder.bias": torch.ones(4), "unknown.weight": torch.ones(1)}
+    names = pack.module("comfy_nodes.loading")._names_in_comfyui(flux)
+    assert names == {"img_in.weight", "img_in.bias", "unknown.weight"}
