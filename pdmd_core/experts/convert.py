@@ -146,7 +146,8 @@ class Conversion:
             base.check_full(expert.file, expert.component, full.shapes)
         else:
             lora = self.experts.lora_state(expert.name)
-            base.check_lora(expert.file, expert.component, {name: tuple(value.shape) for name, value in lora.items()})
+            shapes = {name: tuple(value.shape) for name, value in lora.items()}
+            base.check_lora(expert.file, expert.component, shapes, expert.targets or ())
             own = base.weights(expert.component)
             base.check_full(WEIGHTS_NAME, expert.component, own.shapes)
             full = merged(own, lora, (expert.alpha or 0.0) / (expert.rank or 1))

@@ -127,7 +127,8 @@ def _fits(expert: Expert, path: Path, base: BaseFiles) -> str:
         base.check_full(expert.file, expert.component, weights.shapes)
         return f"{len(weights.specs)} weights of {expert.component}"
     state = lora_from_file({name: weights.read(name) for name in weights.specs}, expert, base.family)
-    base.check_lora(expert.file, expert.component, {name: tuple(value.shape) for name, value in state.items()})
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    base.check_lora(expert.file, expert.component, shapes, expert.targets or ())
     return f"{len(state) // 2} modules of {expert.component}, rank {expert.rank}, alpha {expert.alpha:g}"
 
 

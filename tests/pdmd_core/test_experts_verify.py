@@ -97,6 +97,11 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str, str]] 
     "width": (lambda t: t.update({NAN: torch.zeros(25, 4)}), "fits base", "takes (24, 4)"),
     "input": (lambda t: t.update({DOWN: torch.zeros(4, 33)}), "fits base", "takes (4, 32)"),
     "lacking": (lambda t: t.pop(NAN), "fits base", "every adapted module needs"),
+    "partly": (
+        lambda t: [t.pop(key) for key in [*t] if "blocks.1.ffn.2." in key],
+        "fits base",
+        "leaves out 1 of the modules that it targets, blocks.1.ffn.net.2 for one",
+    ),
     "foreign": (lambda t: t.update(x=torch.zeros(1)), "fits base", "'x'"),
 }
 
