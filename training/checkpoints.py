@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole or not at all by all processes together, read by any number of them.
 
-A checkpoint is a folder with the shards of torch.distributed.checkpoint, and ``run.json`` for what is no tensor.
+A checkpoint is a folder with the shards of torch.distributed.checkpoint, ``run.json`` for what is no tensor, and
+``sha256.json``, which shows damage to any of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from training.command_line import UserError
+from training.digests import damage, write_digests
 
 VALUES = "run.json"
 _NAME = re.compile(r"update-(\d{8})")
+_UNFINISHED = ".unfinished-"
+"""What a checkpoint is called while it is written or removed."""
 
 
 class CheckpointError(UserError):
@@ -42,11 +46,12 @@ def save_checkpoint(
     All processes must save together: each writes its shards, the first one the rest. values: as JSON knows them.
     Raises CheckpointError; the checkpoints before are untouched then.
     """
-    target, temporary = folder / f"update-{update:08d}", folder / f".writing-{update:08d}"
+    target, temporary = folder / f"update-{update:08d}", folder / f"{_UNFINISHED}{update:08d}"
     alone, first = not dist.is_initialized(), not dist.is_initialized() or dist.get_rank() == 0
-    with _one_line(f"{target}: cannot be written, the checkpoints before are kept; free space or change output_dir"):
+    with _one_line(lambda: _not_written(target, tensors)), _removed_on_failure(temporary):
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         _wait_for_all()
         with _without_warnings():
@@ -56,12 +61,15 @@ def save_checkpoint(
                 json.dump(values, file)
                 file.flush()
                 os.fsync(file.fileno())
+        _wait_for_all()
+        write_digests(temporary)
+        if first:
             _sync(temporary)
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             temporary.replace(target)
             _sync(folder)
             for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
         _wait_for_all()
     return target
 
@@ -73,9 +81,37 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / VALUES).is_file())
 
 
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are what was written; None when there is no checkpoint.
+
+    Newer ones that are damaged are set aside under the name ``damaged-...``, and said. All processes ask together.
+    Raises CheckpointError when there are checkpoints and every one is damaged.
+    """
+    problems: dict[Path, str] = {}
+    for checkpoint in reversed(list_checkpoints(folder)):
+        problem = damage(checkpoint)
+        if problem is None:
+            for path, text in problems.items():
+                aside = folder / f"damaged-{path.name}"
+                say(f"{path} is damaged ({text}): it is now {aside.name}, going on from {checkpoint.name}")
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.replace(aside)
+            _wait_for_all()
+            return checkpoint
+        problems[checkpoint] = problem
+    if problems:
+        found = "; ".join(f"{path.name}: {text}" for path, text in problems.items())
+        raise CheckpointError(
+            f"{folder}: every checkpoint is damaged ({found}); bring one back from a copy, or remove this folder to "
+            "start anew"
+        )
+    return None
+
+
 def load_values(path: Path) -> dict[str, Any]:
     """What a checkpoint holds beside tensors. Raises CheckpointError."""
-    with _one_line(f"{path}: cannot be read; remove it to use an older one"):
+    with _one_line(lambda: f"{path}: cannot be read; remove it to use an older one"):
         values = json.loads((path / VALUES).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"{VALUES} is no object")
@@ -87,7 +123,7 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     All processes must load together. Nothing but tensors is read: what else a damaged file names is refused.
     """
-    with _one_line(f"{path}: cannot be read; remove it to use an older one"), _without_warnings():
+    with _one_line(lambda: f"{path}: cannot be read; remove it to use an older one"), _without_warnings():
         dcp.load(dict(tensors), storage_reader=_TensorReader(path), no_dist=not dist.is_initialized())
 
 
@@ -126,8 +162,34 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours holds")
 
 
+def _remove(checkpoint: Path) -> None:
+    """It is no checkpoint any more before its first file is gone."""
+    if checkpoint.exists():
+        aside = checkpoint.with_name(f"{_UNFINISHED}removal-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(checkpoint.replace(aside), ignore_errors=True)
+
+
+def _not_written(target: Path, tensors: Mapping[str, Tensor]) -> str:
+    taken = sum(value.numel() * value.element_size() for value in tensors.values()) / 2**20
+    free = shutil.disk_usage(target.parent).free / 2**20
+    return (
+        f"{target}: cannot be written, the checkpoints before are kept; it takes {taken:.0f} MiB, {free:.0f} MiB are "
+        "free there: make room and go on with --resume"
+    )
+
+
 @contextmanager
-def _one_line(message: str) -> Iterator[None]:
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
+        raise
+
+
+@contextmanager
+def _one_line(message: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -135,7 +197,7 @@ def _one_line(message: str) -> Iterator[None]:
         if isinstance(error, CheckpointException):
             first = next(iter(error.failures.values()))[0]
         reason = " ".join(str(first).split())[:200]
-        raise CheckpointError(f"{message} ({type(first).__name__}: {reason})") from error
+        raise CheckpointError(f"{message()} ({type(first).__name__}: {reason})") from error
 
 
 @contextmanager

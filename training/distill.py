@@ -80,24 +80,37 @@ def dry_run(config: DistillConfig, memory_per_gpu: float | None = None, gpus: in
 
 
 def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
-    """Train, write experts/, push them when asked."""
+    """Train, write experts/, push them when asked; returns the exit status."""
+    from training.output_folder import claimed
+
+    if os.environ.get("RANK", "0") != "0":
+        return train(config, resume)
+    with claimed(config.output_dir, resume):
+        return train(config, resume, push_to_hub, private)
+
+
+def train(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
+    """What each process of a run does, the first one with ``push_to_hub``; returns the exit status."""
     from pdmd_core.experts.hub import check_push
+    from training.stopping import Stopped
     from training.trainer import Trainer
 
-    if push_to_hub and os.environ.get("RANK", "0") == "0":
+    if push_to_hub:
         check_push(push_to_hub)  # before hours of training, not after
     trainer = Trainer(config)
-    if trainer.accelerator.is_main_process:
+    main = trainer.accelerator.is_main_process
+    if main:
         print(trainer.plan.describe())
     try:
         experts = trainer.run(resume)
-    except KeyboardInterrupt:
-        print(f"distill.py: stopped; --resume goes on from the last checkpoint in {config.output_dir}", file=sys.stderr)
-        return 130
-    if trainer.accelerator.is_main_process:
+    except Stopped as stop:
+        if main:
+            print(f"distill.py: {stop}", file=sys.stderr)
+        return stop.status
+    if main:
         print(f"experts: {experts}")
-        if push_to_hub:
-            push(config.output_dir, push_to_hub, private)
+    if push_to_hub:
+        push(config.output_dir, push_to_hub, private)
     return 0
 
 
