@@ -45,6 +45,10 @@ class ModelSection(Section):
         None, description="folder with the pipeline's configs: --dry-run then needs no download"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen base network")
+    quantization: Literal["none", "int8", "float8"] = Field(
+        "none",
+        description="matrices of the frozen base's blocks in 8 bits (takes the package torchao); LoRA roles only",
+    )
     height: int = Field(64, gt=0, description="height of the samples in pixels")
     width: int = Field(64, gt=0, description="width of the samples in pixels")
     frames: int = Field(1, gt=0, description="frames of a sample; 1 for pictures")
@@ -100,6 +104,9 @@ class RoleSection(Section):
     rank: int = Field(64, ge=1, description="LoRA rank")
     alpha: float = Field(8.0, gt=0, description="LoRA alpha; the adapter is scaled by alpha / rank")
     targets: list[str] | None = Field(None, description="LoRA module suffixes; the family's by default")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="moments in float32, or in 8 bits (takes the package torchao)"
+    )
     lr: float = Field(5e-5, gt=0, description="learning rate")
     betas: tuple[float, float] = Field((0.0, 0.999), description="AdamW betas")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
@@ -179,7 +186,7 @@ class WatchSection(Section):
     saturation_rise: float = Field(
         1.5, gt=1, description="warn when saturation or contrast is this many times that of the phase's first samples"
     )
-    fake_loss_rise: float = Field(1.5, gt=1, description="warn when the fake's loss is this many times its lowest")
+    fake_loss_rise: float = Field(1.5, gt=1, description="warn when the fake's loss is this many times what it was")
     grad_norm_rise: float = Field(10.0, gt=1, description="warn when a gradient norm is this many times its first")
     smallest_motion: float = Field(
         1e-4, gt=0, description="warn when weights will move by less of their size than this in a phase"
@@ -217,6 +224,9 @@ class DistillConfig(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the expert's weights; null is off")
     precision: Literal["no", "bf16"] = Field("no", description="autocast of the forward passes")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    compile: Literal["none", "regional"] = Field(
+        "none", description="torch.compile each repeated block of the networks; the first updates take minutes then"
+    )
     guidance_batched: bool = Field(
         True, description="the teacher sees prompt and negative prompt in one batch; two evaluations take less memory"
     )
@@ -264,6 +274,19 @@ class DistillConfig(Section):
             raise ValueError("offload_idle_network keeps networks whole: set sharding to none, or leave it out")
         if self.offload_idle_network and not self.gradient_checkpointing:
             raise ValueError("offload_idle_network frees memory only with gradient_checkpointing: true")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_bases_are_whole_and_frozen(self) -> DistillConfig:
+        if self.model.quantization == "none":
+            return self
+        for section, kind in (("generator", self.generator.kind), ("fake", self.fake.kind)):
+            if kind != "lora":
+                raise ValueError(
+                    f"model.quantization is for frozen weights: set {section}.kind to lora, or leave it out"
+                )
+        if self.sharding != "none":
+            raise ValueError("model.quantization keeps networks whole: set sharding to none, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -11,10 +11,12 @@ from torch import nn
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, TEACHER, Roles
 from training.config import DistillConfig
+from training.optimizers import MOMENTS
+from training.quantization import quantized_numbers
 from training.sharding import blocks_of, group_size
 
-TRAINED = 16
-"""Bytes for each weight that trains: itself, its gradient, AdamW's two moments, all of them float32."""
+TRAINED = 8
+"""Bytes for each weight that trains: itself and its gradient in float32; the optimizer's moments come on top."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,16 @@ class Held:
 def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: int) -> list[Held]:
     """What is held between evaluations, role by role, and what shards are gathered into. Activations come on top."""
     shards = group_size(config, gpus)
-    itemsize = getattr(torch, config.model.dtype).itemsize
-    sizes = [_count(network.parameters()) - _adapters(roles, name) for name, network in roles.bases.items()]
-    alone = config.offload_idle_network
-    resident = max(sizes) if alone else sum(sizes)
-    how = f"{weights(sum(sizes))} in {config.model.dtype}" + (", one network at a time" if alone else "")
-    held = [Held(TEACHER, resident * itemsize / shards, how + _in_shards(shards))]
+    counts = {name: _count(network.parameters()) - _adapters(roles, name) for name, network in roles.bases.items()}
+    dtype, kind, alone = config.model.dtype, config.model.quantization, config.offload_idle_network
+    sizes = {name: count * getattr(torch, dtype).itemsize for name, count in counts.items()}
+    if kind != "none":
+        for name, network in roles.bases.items():
+            sizes[name] -= quantized_numbers(network) * (getattr(torch, dtype).itemsize - 1)
+    how = f"{in_millions(sum(counts.values()))} in {dtype if kind == 'none' else f'{kind} and {dtype}'}"
+    resident = max(sizes.values()) if alone else sum(sizes.values())
+    how += ", one network at a time" if alone else ""
+    held = [Held(TEACHER, resident / shards, how + _in_shards(shards))]
     for role, spec in roles.specs.items():
         count = _count(roles.parameters(role))
         # Experts train one after the other: the others are frozen then, and hold their weights only.
@@ -44,8 +50,9 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
         parts = shards if spec.kind == "full" else 1
         how = f"LoRA rank {spec.rank}, alpha {spec.alpha:g}" if spec.kind == "lora" else "full copy"
         where = f" on {' and '.join(roles.components(role))}" if len(roles.bases) > 1 else ""
-        size = count * ((TRAINED if trains else 4) + average) / parts
-        held.append(Held(role, size, f"{weights(count)}, {how}{where}{_in_shards(parts)}"))
+        optimizer = (config.fake if role == FAKE else config.generator).optimizer
+        size = count * ((TRAINED + MOMENTS[optimizer] if trains else 4) + average) / parts
+        held.append(Held(role, size, f"{in_millions(count)}, {how}{where}{_in_shards(parts)}"))
     if shards > 1:
         largest = max(_count(block.parameters()) for network in roles.networks() for block in blocks_of(network))
         held.append(Held("gathered", 2 * largest * 4, "two blocks of a network, the one that runs and the next"))
@@ -67,7 +74,7 @@ def _in_shards(parts: int) -> str:
     return f", 1/{parts} of it" if parts > 1 else ""
 
 
-def weights(count: int) -> str:
+def in_millions(count: int) -> str:
     """A number of parameters in words."""
     return f"{count / 1e9:.2f} G parameters" if count >= 1e9 else f"{count / 1e6:.2f} M parameters"
 
