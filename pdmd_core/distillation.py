@@ -73,6 +73,8 @@ class PhasedDistiller:
         self.guidance_batched = guidance_batched
         self.sigma_end, _ = plan.interval(phase)
         self.score_interval = score_interval(plan, phase, objective.score_range)
+        self.score_distance = torch.zeros(())
+        """Mean |v_teacher - v_fake| where the last ``generator_loss`` compared them, without gradient."""
 
     @property
     def expert(self) -> str:
@@ -128,6 +130,7 @@ class PhasedDistiller:
             x_t = renoise(rollout.x_s.detach(), noise, s, t)
             teacher = self.teacher_velocity(x_t, t, conditioning, negative)
             fake = self.networks.velocity(FAKE, x_t, t, conditioning)
+            self.score_distance = (teacher.float() - fake.float()).abs().mean()
             direction = generator_direction(
                 x_t, teacher, fake, s, t, self.objective.generator_weighting, x0_generator=rollout.x0
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +18,8 @@ from pdmd_core.families import Conditioning
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, Roles
 from training.config import DistillConfig, RoleSection
+from training.data.bank import PromptBank
 from training.draws import Draws
-from training.prompts import PromptBank
 from training.sharding import average_gradients, gathered
 
 Rows = slice | Tensor
@@ -31,10 +31,8 @@ class Batches:
     """What samples are made of."""
 
     bank: PromptBank
-    examples: int
-    """How many of the bank's are trained on: the first ones."""
-    shape: tuple[int, ...]
-    """Of a latent."""
+    shapes: Sequence[tuple[int, ...]]
+    """Of a latent in each bucket."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class PhaseTraining:
             conditioning = source.bank.conditioning(indices, self.device)
             x_s = self._rollout(noise, conditioning, distiller.draw_step(draws.shared))
             for _ in range(config.draws_per_rollout):
-                t, renoise = self._draw_score(draws, source)
+                t, renoise = self._draw_score(draws, noise)
                 value, norm = self._train(FAKE, t, partial(self._fake_loss, x_s, conditioning, t, renoise))
                 fake_losses.append(value)
                 fake_norms.append(norm)
@@ -95,7 +93,8 @@ class PhaseTraining:
         conditioning = source.bank.conditioning(indices, self.device)
         negative = source.bank.negative_conditioning(indices, self.device)
         step = distiller.draw_step(draws.shared)
-        t, renoise = self._draw_score(draws, source)
+        t, renoise = self._draw_score(draws, noise)
+        self._distance = torch.zeros((), device=self.device)
         loss_of = partial(self._generator_loss, noise, conditioning, negative, step, t, renoise)
         loss, norm = self._train(self.expert, t, loss_of)
         sigmas["generator"] += t.tolist()
@@ -106,14 +105,16 @@ class PhaseTraining:
             "fake_loss": sum(fake_losses) / len(fake_losses),
             "generator_grad_norm": norm,
             "fake_grad_norm": sum(fake_norms) / len(fake_norms),
+            "score_distance": float(self.accelerator.reduce(self._distance, "mean")),
         }
         return Update(values, all(map(math.isfinite, [norm, *fake_norms])), sigmas)
 
     def _draw(self, draws: Draws, source: Batches) -> tuple[Tensor, Tensor]:
-        return draws.examples(source.examples), draws.noise(source.shape).to(self.device)
+        bucket, indices = draws.examples()
+        return indices, draws.noise(source.shapes[bucket]).to(self.device)
 
-    def _draw_score(self, draws: Draws, source: Batches) -> tuple[Tensor, Tensor]:
-        return draws.score_sigmas(self.distiller), draws.noise(source.shape).to(self.device)
+    def _draw_score(self, draws: Draws, like: Tensor) -> tuple[Tensor, Tensor]:
+        return draws.score_sigmas(self.distiller), draws.noise(like.shape[1:]).to(self.device)
 
     def _rollout(self, noise: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         samples = []
@@ -138,7 +139,9 @@ class PhaseTraining:
     ) -> Tensor:
         own = _rows(conditioning, part)
         rollout = self.distiller.rollout(noise[part], own, step, gradient=True)
-        return self.distiller.generator_loss(rollout, own, _rows(negative, part), t[part], renoise[part])
+        loss = self.distiller.generator_loss(rollout, own, _rows(negative, part), t[part], renoise[part])
+        self._distance += self.distiller.score_distance * (len(t[part]) / self.batch)
+        return loss
 
     def _parts(self, t: Tensor | None = None) -> list[Rows]:
         """This process's samples in parts that are evaluated at once; t: of the samples, where the parts may go by it.

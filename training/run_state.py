@@ -59,10 +59,11 @@ def tensors_of_run(roles: Roles, training: PhaseTraining, draws: Draws) -> dict[
     return tensors
 
 
-def values_of_run(config: DistillConfig, progress: Progress, training: PhaseTraining) -> dict[str, Any]:
-    """What else it depends on, as JSON knows it."""
+def values_of_run(config: DistillConfig, progress: Progress, training: PhaseTraining, prompts: str) -> dict[str, Any]:
+    """What else it depends on, as JSON knows it. prompts: what identifies their conditioning."""
     return {
         "config": json.loads(config.model_dump_json()),
+        "prompts": prompts,
         "progress": asdict(progress),
         "optimizers": [role for role, optimizer in training.optimizers.items() if optimizer.state],
         "averaged_updates": training.average.optimization_step if training.average is not None else 0,
@@ -91,6 +92,15 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def check_same_prompts(values: dict[str, Any], prompts: str, config: DistillConfig) -> None:
+    """Raises ConfigError when a run with these values of a checkpoint trained on other prompts."""
+    if values["prompts"] != prompts:
+        raise ConfigError(
+            f"prompts: the content of {config.prompts} changed since the checkpoint (or what encodes it: the teacher's "
+            "encoders, the negative prompt), so the run cannot be resumed; set it back or choose another output_dir"
+        )
 
 
 def check_same_config(before: dict[str, Any], config: DistillConfig) -> None:

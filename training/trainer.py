@@ -16,18 +16,18 @@ from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
 from training.checkpoints import list_checkpoints, load_values, save_checkpoint
 from training.command_line import UserError
-from training.config import ConfigError, DistillConfig
+from training.config import DistillConfig
+from training.data.training_data import training_data
 from training.draws import Draws
 from training.export import export_experts
 from training.offload import keep_one_network
 from training.phase_training import Batches, PhaseTraining
 from training.pictures import save_samples
 from training.progress import Progress, UpdateReport
-from training.prompts import Example, PromptBank, PromptError, SampleSize, encode_examples, read_examples
-from training.run_state import check_same_config, resume_from, tensors_of_run, values_of_run
+from training.run_state import check_same_config, check_same_prompts, resume_from, tensors_of_run, values_of_run
 from training.sharding import check_processes, mesh_of, shard_roles
 from training.teacher import TeacherSource, family_of_pipeline, load_image_side, networks_of
-from training.watching.metrics import Metrics
+from training.watching.watcher import watchers_of
 
 
 class TrainingStopped(UserError):
@@ -54,8 +54,7 @@ class Trainer:
         self.source = TeacherSource(model.path, model.revision, model.pipeline)
         self.pipeline = load_image_side(self.source, getattr(torch, model.dtype))
         self.family = family_of_pipeline(self.pipeline)
-        self.latent_shape = self._latent_shape()
-        self.bank = self._prompt_bank()
+        self.data = training_data(config, self.source, self.family, self.pipeline, self.device)
         torch.manual_seed(config.seed)
         routing = self.family.teacher_routing(self.pipeline.config)
         networks, mesh = networks_of(self.pipeline, self.family), mesh_of(config, self.device, processes)
@@ -73,37 +72,10 @@ class Trainer:
                 for component in self.roles.components(role):
                     enable_gradient_checkpointing(self.roles.network(role, component))
         self.progress = Progress()
-        self.draws = Draws(config.seed, config.batch_size, rank, processes)
+        self.draws = Draws(config.seed, config.batch_size, self.data.order, rank, processes)
         self.training: PhaseTraining
         """Of the current phase."""
-        metrics = self.output_dir / "metrics.jsonl"
-        self.watchers = [Metrics(metrics, self.accelerator, config.log_every, bool(config.tracker))]
-        """Told of the start, every update and the end on every process, of samples on the main process."""
-
-    def _latent_shape(self) -> tuple[int, ...]:
-        model = self.config.model
-        try:
-            return self.family.latent_shape(self.pipeline, model.height, model.width, model.frames)
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from None
-
-    def _prompt_bank(self) -> PromptBank:
-        config, model = self.config, self.config.model
-        examples = read_examples(config.prompts)
-        if config.sample_prompts and examples[0].image is not None:
-            raise PromptError(
-                "sample_prompts: the teacher takes images; leave it out to see the first training prompts"
-            )
-        with self.accelerator.main_process_first():
-            return encode_examples(
-                [*examples, *map(Example, config.sample_prompts or [])],
-                config.negative_prompt,
-                self.source,
-                self.family,
-                SampleSize(model.height, model.width, model.frames, model.max_sequence_length),
-                self.output_dir / "cache",
-                self.device,
-            )
+        self.watchers = watchers_of(config, self.accelerator)
 
     @property
     def distiller(self) -> PhasedDistiller:
@@ -124,6 +96,7 @@ class Trainer:
             (self.output_dir / "config.yaml").write_text(text, encoding="utf-8")
         for watcher in self.watchers:
             watcher.start(self.progress.total)
+            watcher.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
         bar = tqdm(
             total=sum(config.updates_of(k) for k in range(len(self.plan))),
             initial=self.progress.total,
@@ -139,6 +112,8 @@ class Trainer:
                 self.progress.phase, self.progress.update = self.progress.phase + 1, 0
                 self._start_phase()
                 bar.set_description(self.training.expert)
+                for watcher in self.watchers:
+                    watcher.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
             values = self.update()
             bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
             bar.update()
@@ -159,9 +134,7 @@ class Trainer:
     def update(self) -> dict[str, float]:
         """One update of the current phase, counted and reported; returns its losses and gradient norms."""
         progress = self.progress
-        trained = len(self.bank.prompts) - len(self.config.sample_prompts or [])
-        batches = Batches(self.bank, trained, self.latent_shape)
-        update = self.training.update(self.draws, batches, self._lr_factor())
+        update = self.training.update(self.draws, Batches(self.data.bank, self.data.shapes), self._lr_factor())
         progress.count(update.good)
         if progress.bad_in_a_row >= self.config.max_bad_updates:
             self._stop()
@@ -200,15 +173,12 @@ class Trainer:
         if not (self.accelerator.is_main_process or self.sharded):
             return
         config = self.config
-        extra = len(config.sample_prompts or [])
-        count = extra or min(4, len(self.bank.prompts))
-        first = len(self.bank.prompts) - extra if extra else 0
-        indices = torch.arange(first, first + count).repeat_interleave(config.sample_seeds)
-        generator = torch.Generator().manual_seed(config.seed)
-        noise = torch.randn(config.sample_seeds, *self.latent_shape, generator=generator).repeat(
-            count, *([1] * len(self.latent_shape))
-        )
-        experts = expert_velocities(self.roles, self.plan, self.bank.conditioning(indices, self.device))
+        data = self.data
+        indices = torch.arange(len(data.validation)).repeat_interleave(config.sample_seeds)
+        noise = torch.randn(
+            config.sample_seeds, *data.validation_shape, generator=torch.Generator().manual_seed(config.seed)
+        ).repeat(len(data.validation), *([1] * len(data.validation_shape)))
+        experts = expert_velocities(self.roles, self.plan, data.validation.conditioning(indices, self.device))
         sigmas = [s for phase in self.plan.phases[: self.progress.phase + 1] for s in phase.sigmas]
         with self.training.averaged(), self.accelerator.autocast():
             latents = sample(route(experts, self.plan), sigmas, noise.to(self.device))
@@ -241,7 +211,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that the next update depends on."""
         tensors = tensors_of_run(self.roles, self.training, self.draws)
-        values = values_of_run(self.config, self.progress, self.training)
+        values = values_of_run(self.config, self.progress, self.training, self.data.bank.identity)
         folder = self.output_dir / "checkpoints"
         save_checkpoint(folder, self.progress.total, tensors, values, self.config.keep_checkpoints)
 
@@ -252,6 +222,7 @@ class Trainer:
             return
         values = load_values(checkpoints[-1])
         check_same_config(values["config"], self.config)
+        check_same_prompts(values, self.data.bank.identity, self.config)
         self.progress = Progress(**values["progress"])
         self._start_phase()
         resume_from(checkpoints[-1], values, self.roles, self.training, self.draws)

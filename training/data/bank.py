@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pdmd_core.families import ModelFamily
 from training.command_line import UserError
 from training.data.buckets import ANY, Bucket, bucket_of
 from training.data.encoder import Encoder
@@ -36,16 +34,6 @@ CHUNK = 128
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
 OF_NEGATIVE = "negative."
 LENGTHS = ".lengths"
-
-
-@dataclass(frozen=True)
-class SampleSize:
-    """Pixels, frames and the length to which prompts are padded."""
-
-    height: int
-    width: int
-    frames: int
-    max_sequence_length: int
 
 
 class PromptBank:
@@ -157,21 +145,6 @@ def prompt_bank(
     return PromptBank(folder)
 
 
-def encode_examples(
-    examples: Sequence[Example],
-    negative_prompt: str,
-    source: TeacherSource,
-    family: ModelFamily,
-    size: SampleSize,
-    cache_dir: Path,
-    device: torch.device | str = "cpu",
-) -> PromptBank:
-    """``prompt_bank`` of samples of one size. Raises PromptError."""
-    encoder = Encoder(source, family, size.max_sequence_length, device)
-    bucket = Bucket(size.width, size.height, size.frames)
-    return prompt_bank(examples, negative_prompt, encoder, [bucket], cache_dir)
-
-
 def _write(
     folder: Path,
     examples: Iterable[Example],
@@ -255,10 +228,12 @@ def identity(
 ) -> str:
     """Of everything that the conditioning depends on; a local teacher is its weights, not where it lies."""
     source, digest = encoder.source, hashlib.sha256()
+    total = with_image = 0
     for example in examples:
-        encoder.check(example)
+        total, with_image = total + 1, with_image + (example.image is not None)
         place = bucket_of(example, buckets)
         digest.update(json.dumps([example.prompt, place, _digest_of_image(example.image)]).encode())
+    encoder.check(total, with_image)
     parts: list[object] = [negative_prompt, _weights(source, ("text_encoder", "tokenizer")), source.revision]
     parts += [encoder.max_sequence_length, str(dtype), CHUNK]
     if encoder.takes_image:

@@ -42,17 +42,17 @@ class Encoder:
             self._pipeline = move(load_text_side(self.source, self.takes_image), self.device)
         return self._pipeline
 
-    def check(self, example: Example) -> None:
-        """Whether the teacher takes an image and this example has one must agree. Raises PromptError."""
+    def check(self, total: int, with_image: int) -> None:
+        """All examples have an image when the teacher takes one, and none otherwise. Raises PromptError."""
         kind = self.source.pipeline_class().__name__
-        if self.takes_image and example.image is None:
+        if self.takes_image and with_image < total:
             raise PromptError(
-                f"{kind} takes an image with each prompt, {example.prompt[:60]!r} has none; prompts with images are a "
-                '.jsonl file with {"prompt": "...", "image": "file"} a line, or a dataset with such columns'
+                f"{kind} takes an image with each prompt, {total - with_image} of {total} have none; prompts with "
+                'images are a .jsonl file with {"prompt": "...", "image": "file"} a line, or a dataset with both'
             )
-        if example.image is not None and not self.takes_image:
+        if with_image and not self.takes_image:
             raise PromptError(
-                f"{kind} takes no images, {example.prompt[:60]!r} has one; set model.pipeline to one that does"
+                f"{kind} takes no images, {with_image} prompts have one; set model.pipeline to one that does"
             )
 
     def texts(self, examples: Sequence[Example], bucket: Bucket | None) -> dict[str, Tensor]:

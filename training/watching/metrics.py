@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
 from accelerate import Accelerator
 from torch import Tensor
 
+from training.config import DistillConfig
 from training.progress import UpdateReport
+from training.watching.lines import Lines
 
 
 class Metrics:
     """Written every ``log_every`` updates, and after the first."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, log_every: int, tracker: bool) -> None:
-        self.path, self.accelerator, self.log_every, self.tracker = path, accelerator, log_every, tracker
+    def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
+        self.lines, self.accelerator = Lines(config.output_dir / "metrics.jsonl"), accelerator
+        self.log_every, self.tracker = config.log_every, bool(config.tracker)
 
     def start(self, update: int) -> None:
         """The run goes on after this update: drop lines of updates that are about to be done again."""
-        if self.accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update]
-            self.path.write_text("".join(kept), encoding="utf-8")
+        if self.accelerator.is_main_process:
+            self.lines.start(update)
         if self.tracker:
             self.accelerator.init_trackers("phased_dmd")
+
+    def start_phase(self, expert: str, parameters: Sequence[Tensor]) -> None:
+        """The reports of updates name the expert."""
 
     def after_update(self, report: UpdateReport) -> None:
         """An update is done, on every process."""
         if report.update % self.log_every and report.update != 1:
             return
         if self.accelerator.is_main_process:
-            line = json.dumps({"update": report.update, "expert": report.expert, **report.values})
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            self.lines.add({"update": report.update, "expert": report.expert, **report.values})
         if self.tracker:
             self.accelerator.log(report.values, step=report.update)
 
     def validation(self, name: str, pixels: Tensor, update: int) -> None:
-        """Samples (count, frames, 3, height, width) in [0, 1] of the fixed prompts and seeds: nothing to count."""
+        """Samples are the observer's."""
 
     def finish(self) -> None:
         """All phases are trained."""

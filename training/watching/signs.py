@@ -35,7 +35,8 @@ class Sign:
 class Signs:
     """Looks at the updates and validations of a run in their order. Every kind is reported once in each phase.
 
-    Numbers of single updates are noisy: what is compared are medians of blocks of ``window`` updates of one phase.
+    Numbers of single updates are noisy: what is compared are medians of blocks of ``window`` updates of one phase, and
+    two in a row must be out of bounds. The fake's loss is compared with the lower quartile of the blocks before.
     """
 
     def __init__(self, limits: Limits, seen: Iterable[tuple[str, str]] = ()) -> None:
@@ -66,15 +67,16 @@ class Signs:
         return self._new(update, expert, found)
 
     def _fake_lags(self, losses: list[float]) -> Iterator[tuple[str, str]]:
-        if losses[-1] > self.limits.fake_loss_rise * min(losses):
+        before = sorted(losses[:-2])
+        if before and min(losses[-2:]) > self.limits.fake_loss_rise * before[len(before) // 4]:
             yield (
                 "fake_lags",
-                f"the fake's loss rose from {min(losses):.3g} to {losses[-1]:.3g}: it does not follow the expert any "
-                "more, whose direction is then wrong; raise fake_updates or fake.lr, or lower generator.lr",
+                f"the fake's loss rose from {before[len(before) // 4]:.3g} to {losses[-1]:.3g}: it does not follow the "
+                "expert any more, whose direction is then wrong; raise fake_updates or fake.lr, or lower generator.lr",
             )
 
     def _explodes(self, name: str, norms: list[float]) -> Iterator[tuple[str, str]]:
-        if norms[-1] > self.limits.grad_norm_rise * norms[0]:
+        if min(norms[-2:]) > self.limits.grad_norm_rise * norms[0]:
             role = name.removesuffix("_grad_norm")
             yield (
                 f"{role}_gradient",

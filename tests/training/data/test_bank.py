@@ -13,10 +13,11 @@ from pdmd_core.families import family
 from tests.tiny_families import picture, qwen_image, wan_image_clip
 from training.data import bank as bank_module
 from training.data import encoder as encoder_module
-from training.data.bank import PromptBank, SampleSize, encode_examples, prompt_bank
+from training.data.bank import PromptBank, prompt_bank
 from training.data.buckets import ANY, Bucket
 from training.data.encoder import Encoder
 from training.data.examples import Example, PromptError
+from training.prompts import SampleSize, encode_examples
 from training.teacher import TeacherSource
 
 WAN = family("wan")
