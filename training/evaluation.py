@@ -87,11 +87,13 @@ class Evaluation:
         if seeds < 1:
             raise UserError(f"--seeds: expected at least 1 sample for each prompt, found {seeds}")
         self.teacher, self.size, self.seeds = teacher, size, seeds
-        self.examples = list(dict.fromkeys(examples))
         self.cache_dir, self.machine = cache_dir, machine or Machine()
         self.hashes = FileHashes(cache_dir / "hashes.json")
         self._teacher_identity = teacher_identity(teacher.source, self.hashes)
-        self._example_ids = [example_identity(example, self.hashes) for example in self.examples]
+        unique: dict[str, Example] = {}
+        for example in examples:
+            unique.setdefault(example_identity(example, self.hashes), example)
+        self.examples, self._example_ids = list(unique.values()), list(unique)
         self._decoder: Decoder | None = None
 
     # --- samples ------------------------------------------------------------

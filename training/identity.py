@@ -71,4 +71,7 @@ def experts_identity(manifest: Manifest) -> str:
 
 def example_identity(example: Example, hashes: FileHashes) -> str:
     """Of a prompt and its image's content."""
-    return digest_of(example.prompt, hashes(example.image) if example.image else None)
+    image = example.image
+    if isinstance(image, bytes):
+        return digest_of(example.prompt, hashlib.sha256(image).hexdigest())
+    return digest_of(example.prompt, hashes(image) if image else None)

@@ -129,4 +129,5 @@ def test_an_example_is_its_prompt_and_the_content_of_its_image(tmp_path: Path) -
         picture(seed).save(tmp_path / name)
     a, b, c = (example_identity(Example("x", tmp_path / f"{name}.png"), hashes) for name in "abc")
     assert a == b != c
+    assert example_identity(Example("x", (tmp_path / "a.png").read_bytes()), hashes) == a
     assert example_identity(Example("x"), hashes) not in (a, example_identity(Example("y"), hashes))
