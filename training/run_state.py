@@ -103,17 +103,18 @@ def check_same_prompts(values: dict[str, Any], prompts: str, config: DistillConf
         )
 
 
-def check_same_config(before: dict[str, Any], config: DistillConfig) -> None:
-    """Raises ConfigError when a run of ``before`` cannot go on with ``config``."""
+def check_same_config(before: dict[str, Any], config: DistillConfig) -> list[str]:
+    """What changed and may change, a text each. Raises ConfigError when a run of ``before`` cannot go on with this."""
     now = json.loads(config.model_dump_json())
     before = with_defaults(before)
-    changed = [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+    changed = {
+        key: f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(set(before) | set(now))
-        if before.get(key) != now.get(key) and key not in FREE_TO_CHANGE
-    ]
-    if changed:
+        if before.get(key) != now.get(key)
+    }
+    if refused := [text for key, text in changed.items() if key not in FREE_TO_CHANGE]:
         raise ConfigError(
             "the configuration changed since the checkpoint, so the run cannot be resumed; set it back or choose "
-            f"another output_dir. Changed: {'; '.join(changed)}"
+            f"another output_dir. Changed: {'; '.join(refused)}"
         )
+    return list(changed.values())

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from pdmd_core.distillation import PhasedDistiller, expert_velocities
 from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
-from training.checkpoints import list_checkpoints, load_values, save_checkpoint
+from training.checkpoints import list_checkpoints, load_values, newest_whole, save_checkpoint
 from training.command_line import UserError
 from training.config import DistillConfig
 from training.data.training_data import training_data
@@ -26,8 +26,9 @@ from training.pictures import save_samples
 from training.progress import Progress, UpdateReport
 from training.run_state import check_same_config, check_same_prompts, resume_from, tensors_of_run, values_of_run
 from training.sharding import check_processes, mesh_of, shard_roles
+from training.stopping import Stopped, StopRequest
 from training.teacher import TeacherSource, family_of_pipeline, load_image_side, networks_of
-from training.watching.watcher import watchers_of
+from training.watching.watcher import warn, watchers_of
 
 
 class TrainingStopped(UserError):
@@ -85,7 +86,10 @@ class Trainer:
     # --- the run ------------------------------------------------------------
 
     def run(self, resume: bool = False) -> Path:
-        """Train all phases and write ``experts/``; returns that folder. Raises TrainingStopped, CheckpointError."""
+        """Train all phases and write ``experts/``; returns that folder.
+
+        Raises Stopped, TrainingStopped, CheckpointError, ConfigError.
+        """
         config = self.config
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._start_phase()
@@ -104,24 +108,28 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             smoothing=0.05,
         )
-        while True:
-            if self.progress.update >= config.updates_of(self.progress.phase):
-                self._finish_phase()
-                if self.progress.phase + 1 == len(self.plan):
-                    break
-                self.progress.phase, self.progress.update = self.progress.phase + 1, 0
-                self._start_phase()
-                bar.set_description(self.training.expert)
-                for watcher in self.watchers:
-                    watcher.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
-            values = self.update()
-            bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-            bar.update()
-            if config.sample_every and self.progress.total % config.sample_every == 0:
-                self._validate(f"update-{self.progress.total:06d}")
-            if self.progress.total % config.checkpoint_every == 0:
-                self.save()
-        bar.close()
+        with StopRequest(self.device, self.accelerator.is_main_process) as request, bar:
+            while True:
+                if self.progress.update >= config.updates_of(self.progress.phase):
+                    self._finish_phase()
+                    if self.progress.phase + 1 == len(self.plan):
+                        break
+                    self.progress.phase, self.progress.update = self.progress.phase + 1, 0
+                    self._start_phase()
+                    bar.set_description(self.training.expert)
+                    for watcher in self.watchers:
+                        watcher.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
+                values = self.update()
+                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+                bar.update()
+                stop = request.number()
+                kept = self.save() if stop else None  # before samples, which take their time
+                if config.sample_every and self.progress.total % config.sample_every == 0:
+                    self._validate(f"update-{self.progress.total:06d}")
+                if kept is not None:
+                    raise Stopped(stop, kept)
+                if self.progress.total % config.checkpoint_every == 0:
+                    self.save()
         for watcher in self.watchers:
             watcher.finish()
         return self.output_dir / "experts"
@@ -208,25 +216,26 @@ class Trainer:
 
     # --- checkpoints ------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint of everything that the next update depends on."""
+    def save(self) -> Path:
+        """Write a checkpoint of everything that the next update depends on; returns it."""
         tensors = tensors_of_run(self.roles, self.training, self.draws)
         values = values_of_run(self.config, self.progress, self.training, self.data.bank.identity)
         folder = self.output_dir / "checkpoints"
-        save_checkpoint(folder, self.progress.total, tensors, values, self.config.keep_checkpoints)
+        return save_checkpoint(folder, self.progress.total, tensors, values, self.config.keep_checkpoints)
 
     def _resume(self) -> None:
-        checkpoints = list_checkpoints(self.output_dir / "checkpoints")
-        if not checkpoints:
+        main = self.accelerator.is_main_process
+        checkpoint = newest_whole(self.output_dir / "checkpoints", warn if main else lambda text: None)
+        if checkpoint is None:
             self.accelerator.print(f"{self.output_dir}: no checkpoint to resume from, starting at update 0")
             return
-        values = load_values(checkpoints[-1])
-        check_same_config(values["config"], self.config)
+        values = load_values(checkpoint)
+        changed = check_same_config(values["config"], self.config)
         check_same_prompts(values, self.data.bank.identity, self.config)
         self.progress = Progress(**values["progress"])
         self._start_phase()
-        resume_from(checkpoints[-1], values, self.roles, self.training, self.draws)
-        self.accelerator.print(f"resumed from {checkpoints[-1]}")
+        resume_from(checkpoint, values, self.roles, self.training, self.draws)
+        self.accelerator.print(f"resumed from {checkpoint}" + (f", with {'; '.join(changed)}" if changed else ""))
 
 
 def enable_gradient_checkpointing(network: Any) -> None:
