@@ -41,7 +41,7 @@ def pins() -> dict[str, str]:
 def table() -> dict[str, set[str]]:
     """Package to extras, as the page has them; every reason has some length."""
     page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([^`]+)` \| ([\w, ]+) \| (.+) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)` \| ([\w, -]+) \| (.+) \|$", page, re.MULTILINE)
     assert all(len(why) > 4 for _, _, why in rows)
     return {canonicalize_name(name): set(extras.split(", ")) for name, extras, _ in rows}
 
