@@ -92,8 +92,6 @@ class PhasedSampler(io.ComfyNode):
         sigmas = sampling_sigmas(composite.plan, steps or None, denoise)
         cfgs = [expert.cfg for expert in composite.experts]
         shown = {"phase_plan": [timeline(composite.plan, cfgs)]}
-        if not sigmas:
-            return io.NodeOutput(latent_image, ui=shown)
         core = nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
         sample = core.execute if hasattr(core, "execute") else core().sample
         output = sample(

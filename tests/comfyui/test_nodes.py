@@ -67,6 +67,8 @@ def test_plans_from_steps_sigmas_and_folders(pack, fails) -> None:
     assert plan_of(pack).to_dict() == TWO.to_dict()
     (plan,) = pack.call("PhasedDMDPlanFromSigmas", sigmas="1, 0.9375 | 5/6, 0.625", names="high_noise, low_noise")
     assert plan.to_dict() == TWO.to_dict()
+    (named,) = pack.call("PhasedDMDPlanFromSigmas", sigmas="1 | 0.5", names="above, below")
+    assert [phase.name for phase in named.phases] == ["above", "below"]
     (named,) = pack.call("PhasedDMDPlanFromSteps", steps="1,1,2", shift=5.0, names="first, high, low")
     assert [phase.name for phase in named.phases] == ["first", "high", "low"]
     fails("steps are whole numbers", "PhasedDMDPlanFromSteps", steps="2 2", shift=5.0, names="")
@@ -248,6 +250,21 @@ def test_load_phased_experts_gives_what_core_nodes_give_by_hand(pack, models, ex
     assert torch.equal(*outputs)
 
 
+def test_set_shift_is_the_users_choice_on_every_node(pack, models, experts_folders, lora_files) -> None:
+    wan, common = models.wan(), {"plan": plan_of(pack, shift=5.5), "cfg": ""}
+    own = wan.get_model_object("model_sampling").shift
+    chosen = {**NO_LORAS, "lora_1": lora_files[0]}
+    for set_shift, shift in ((True, 5.5), (False, own)):
+        made = [
+            pack.call("PhasedDMDExperts", model_1=wan, model_2=wan, set_shift=set_shift, **common)[0],
+            pack.call("PhasedDMDExpertsLoRA", model=wan, set_shift=set_shift, **chosen, **common)[0],
+        ]
+        assert [model.get_model_object("model_sampling").shift for model in made] == pytest.approx([shift] * 2)
+        load = {**LOAD, "set_shift": set_shift}
+        (model, _) = pack.call("PhasedDMDLoadExperts", experts="tiny/lora", base_1=wan, **load)
+        assert model.get_model_object("model_sampling").shift == pytest.approx(5.0 if set_shift else own)
+
+
 @pytest.mark.parametrize("family", ["wan", "qwen"])
 def test_full_experts_are_the_networks_themselves(pack, models, experts_folders, family: str) -> None:
     name = {"wan": "tiny_full", "qwen": "tiny_qwen"}[family]
@@ -312,10 +329,11 @@ def test_a_changed_folder_is_loaded_again_and_a_new_one_is_listed(pack, our_node
     assert "appears" not in listed()
     tiny.write_lora_experts(folder, TWO, tiny.lora_roles(TWO))
     assert "appears" in listed()
-    before = kind.fingerprint_inputs(experts="appears")
+    kinds = (kind, our_nodes["PhasedDMDPlanFromExperts"])
+    before = [each.fingerprint_inputs(experts="appears") for each in kinds]
     tiny.write_lora_experts(folder, TWO, tiny.lora_roles(TWO, rank=2))
-    assert kind.fingerprint_inputs(experts="appears") != before
-    assert our_nodes["PhasedDMDPlanFromExperts"].fingerprint_inputs(experts="appears") != before
+    for each, old in zip(kinds, before, strict=True):
+        assert each.fingerprint_inputs(experts="appears") != old
     assert "(Hub id)" in listed() and "(Hub id)" not in pack.module("comfy_nodes.loading").experts_names()
 
 
@@ -333,6 +351,8 @@ def test_the_phased_sampler_equals_sampler_custom_advanced(pack, models, fails) 
     )
     (sigmas,) = pack.call("PhasedDMDSigmas", plan=plan, steps=7, denoise=0.5)
     assert torch.equal(found["samples"], sample(pack, models, model, "wan", sigmas, "heun", latent=latent))
+    (found,) = pack.call("PhasedDMDSampler", model=model, **{**inputs, "cfg": 3.0})
+    assert torch.equal(found["samples"], sample(pack, models, model, "wan", sigmas_of(TWO), cfg=3.0, latent=latent))
     (found,) = pack.call("PhasedDMDSampler", model=model, **{**inputs, "denoise": 0.0})
     assert torch.equal(found["samples"], latent["samples"])
     fails("this MODEL carries no phased experts", "PhasedDMDSampler", model=models.wan(), **inputs)
