@@ -78,7 +78,9 @@ PICTURES = EmbeddedSettings(
         lr_decay_share=0.3,
         max_grad_norm=1.0,
     ),
+    guidance_scale=2.0,
 )
+"""Of guidance 1, 1.5, 2 and 3 the teacher's pictures are nearest to real ones at 2 and agree best with prompts."""
 CLIPS = EmbeddedSettings(
     frames=9,
     prompts=tuple(scene.caption for scene in all_scenes(clips=True)),
@@ -92,9 +94,9 @@ CLIPS = EmbeddedSettings(
         lr_decay_share=0.3,
         max_grad_norm=1.0,
     ),
+    guidance_scale=3.0,
 )
-
-
+"""Of guidance 1, 2 and 3 the teacher's clips are nearest to real ones at 3."""
 SETTINGS = {"pictures": PICTURES, "clips": CLIPS}
 
 

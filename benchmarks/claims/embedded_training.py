@@ -49,8 +49,7 @@ class EmbeddedSettings:
     prompts: tuple[str, ...]
     """Of training; the captions of the closed vocabulary."""
     recipe: Recipe
-    guidance_scale: float = 2.0
-    """Where the teacher's pictures are nearest to real ones and agree best with their prompts."""
+    guidance_scale: float
     shift: float = 5.0
     rank: int = 16
     """Of every role's adapter; alpha is equal."""

@@ -129,7 +129,7 @@ def test_a_cut_off_training_leaves_nothing_half_done(
 ) -> None:
     study = make(tmp_path, "pictures")
     study.__dict__["sampler"] = pictures.sampler
-    run = Run(METHODS["dmd_one_step"], 1e-3, 0, 4)
+    run = Run(METHODS["dmd_one_step"], 1e-3, 0, 1)
     with monkeypatch.context() as patch:
         patch.setattr(embedded_study, "write_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -165,7 +165,7 @@ def test_clips_have_motion_and_moving_pictures(clips: EmbeddedStudy, command: Ca
 @pytest.mark.parametrize("key", ["dmd_sgts", "phased_4x1", "phased_2x2", "joint"])
 def test_every_expert_moves_at_the_cost_the_library_states(key: str, pictures: EmbeddedStudy) -> None:
     method, settings = METHODS[key], pictures.settings
-    updates = 8
+    updates = 4
     done = distil(Run(method, 1e-3, 0, updates), pictures.sampler, settings)
     plan = settings.plan(method)
     assert list(done.experts) == [phase.name for phase in plan.phases]
