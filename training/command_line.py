@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable
 
 from pdmd_core.experts.manifest import ExpertsError
 from pdmd_core.phases import PhasePlanError
+
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a disk that is full or closed to this user."""
 
 
 class UserError(Exception):
@@ -20,6 +26,25 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
     except (UserError, ExpertsError, PhasePlanError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if (reason := _of_the_disk(error)) is None:
+            raise
+        print(
+            f"{program}: {reason}: what was written whole stays; make room or change permissions, and start again "
+            "(distill.py with --resume)",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"{program}: stopped", file=sys.stderr)
         return 130
+
+
+def _of_the_disk(error: Exception) -> str | None:
+    """What could not be written and why; None for any other error. safetensors has the number in its text alone."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\bos error (\d+)|\bcode: (\d+)", str(error))):
+        number = int(found[1] or found[2])
+    if number not in NOT_WRITTEN:
+        return None
+    return f"{getattr(error, 'filename', None) or 'a file'}: {os.strerror(number)}"
