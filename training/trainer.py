@@ -162,8 +162,8 @@ class Trainer:
         kept = list_checkpoints(self.output_dir / "checkpoints")
         raise TrainingStopped(
             f"{self.progress.bad_in_a_row} updates in a row had NaN or Inf in loss or gradient (phase "
-            f"{self.training.expert!r}, update {self.progress.update}); lower generator.lr or fake.lr and --resume "
-            f"from {kept[-1] if kept else 'the start: no checkpoint was written yet'}"
+            f"{self.training.expert!r}, update {self.progress.update}); start anew in another output_dir with lower "
+            f"generator.lr or fake.lr. {f'The last checkpoint is {kept[-1]}' if kept else 'No checkpoint was written'}"
         )
 
     def _finish_phase(self) -> None:
@@ -194,7 +194,10 @@ class Trainer:
             return
         self.pipeline.vae.to(self.device)
         pixels = self.family.decode(self.pipeline, latents).cpu()
-        save_samples(self.output_dir / "samples" / name, pixels, columns=config.sample_seeds)
+        try:
+            save_samples(self.output_dir / "samples" / name, pixels, columns=config.sample_seeds)
+        except OSError as error:
+            warn(f"samples {name} are not written, the run goes on: {error}")
         for watcher in self.watchers:
             watcher.validation(name, pixels, self.progress.total)
 
