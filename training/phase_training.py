@@ -20,6 +20,7 @@ from pdmd_core.roles import FAKE, Roles
 from training.config import DistillConfig, RoleSection
 from training.data.bank import PromptBank
 from training.draws import Draws
+from training.optimizers import make_optimizer, set_rate
 from training.sharding import average_gradients, gathered
 
 Rows = slice | Tensor
@@ -61,7 +62,8 @@ class PhaseTraining:
         self.sections: dict[str, RoleSection] = {self.expert: config.generator, FAKE: config.fake}
         roles.set_trainable(self.sections)
         self.optimizers = {
-            role: make_optimizer(roles.parameters(role), section) for role, section in self.sections.items()
+            role: make_optimizer(roles.parameters(role), section, self.device)
+            for role, section in self.sections.items()
         }
         decay = config.ema_decay
         self.average = EMAModel(roles.parameters(self.expert), decay=decay) if decay else None
@@ -75,8 +77,7 @@ class PhaseTraining:
         """Fake updates, then one generator update. lr_factor: of both learning rates."""
         config, distiller = self.config, self.distiller
         for role, section in self.sections.items():
-            for group in self.optimizers[role].param_groups:
-                group["lr"] = section.lr * lr_factor
+            set_rate(self.optimizers[role], section.lr * lr_factor)
         fake_losses, fake_norms = [], []
         sigmas: dict[str, list[float]] = {"fake": [], "generator": []}
         for _ in range(config.fake_updates):
@@ -192,8 +193,10 @@ class PhaseTraining:
         parameters = self.roles.parameters(self.expert)
         self.average.store(parameters)
         self.average.copy_to(parameters)
-        yield
-        self.average.restore(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
 
     def finish(self) -> None:
         """The average becomes the expert, which is frozen from now on."""
@@ -205,8 +208,3 @@ class PhaseTraining:
 
 def _rows(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:
     return {name: value[part] for name, value in conditioning.items()}
-
-
-def make_optimizer(parameters: list[torch.nn.Parameter], section: RoleSection) -> torch.optim.AdamW:
-    """AdamW as the section says."""
-    return torch.optim.AdamW(parameters, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay)

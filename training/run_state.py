@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pdmd_core.roles import FAKE, Roles
 from training.checkpoints import load_tensors
 from training.config import ConfigError, DistillConfig, with_defaults
 from training.draws import Draws
+from training.optimizers import make_state
 from training.phase_training import PhaseTraining
 from training.progress import Progress
 
@@ -33,6 +33,7 @@ FREE_TO_CHANGE = {
     "micro_batch_size",
     "gradient_checkpointing",
     "guidance_batched",
+    "compile",
     "offload_idle_network",
     "sharding",
     "shard_size",
@@ -73,25 +74,12 @@ def values_of_run(config: DistillConfig, progress: Progress, training: PhaseTrai
 def resume_from(checkpoint: Path, values: dict[str, Any], roles: Roles, training: PhaseTraining, draws: Draws) -> None:
     """Go on where a checkpoint was taken, with a training of its phase. Raises CheckpointError."""
     for role in values["optimizers"]:
-        _make_state(training.optimizers[role])
+        make_state(training.optimizers[role])
     tensors = tensors_of_run(roles, training, draws)
     load_tensors(checkpoint, tensors)
     draws.load_state_dict({name: tensors[f"draws/{name}"] for name in draws.state_dict()})
     if training.average is not None:
         training.average.optimization_step = values["averaged_updates"]
-
-
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state of one that has made a step, by a step of length zero."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def check_same_prompts(values: dict[str, Any], prompts: str, config: DistillConfig) -> None:

@@ -16,6 +16,7 @@ from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
 from training.checkpoints import list_checkpoints, load_values, newest_whole, save_checkpoint
 from training.command_line import UserError
+from training.compiling import compile_blocks
 from training.config import DistillConfig
 from training.data.training_data import training_data
 from training.draws import Draws
@@ -24,6 +25,7 @@ from training.offload import keep_one_network
 from training.phase_training import Batches, PhaseTraining
 from training.pictures import save_samples
 from training.progress import Progress, UpdateReport
+from training.quantization import quantize
 from training.run_state import check_same_config, check_same_prompts, resume_from, tensors_of_run, values_of_run
 from training.sharding import check_processes, mesh_of, shard_roles
 from training.stopping import Stopped, StopRequest
@@ -59,19 +61,21 @@ class Trainer:
         torch.manual_seed(config.seed)
         routing = self.family.teacher_routing(self.pipeline.config)
         networks, mesh = networks_of(self.pipeline, self.family), mesh_of(config, self.device, processes)
+        quantize(networks.values(), model.quantization)
         one_at_a_time = config.offload_idle_network and len(networks) > 1
         if mesh is None and not one_at_a_time:
             networks = {name: network.to(self.device) for name, network in networks.items()}
         self.roles = Roles(networks, self.family, config.role_specs(routing), routing, empty_copies=mesh is not None)
+        if config.compile == "regional":
+            compile_blocks(self.roles.networks())
         if mesh is not None:
             shard_roles(self.roles, mesh, self.device, torch.bfloat16 if config.precision == "bf16" else None)
         if one_at_a_time:
             keep_one_network(self.roles, self.device)
         self.sharded = mesh is not None
         if config.gradient_checkpointing:
-            for role in self.roles.specs:
-                for component in self.roles.components(role):
-                    enable_gradient_checkpointing(self.roles.network(role, component))
+            for network in self.roles.networks():
+                enable_gradient_checkpointing(network)
         self.progress = Progress()
         self.draws = Draws(config.seed, config.batch_size, self.data.order, rank, processes)
         self.training: PhaseTraining

@@ -1,0 +1,103 @@
+"""Optimizers of roles: AdamW in float32 and in 8 bits, and the state that a resumed run fills."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from training.command_line import UserError
+from training.config import RoleSection
+from training.optimizers import MOMENTS, make_optimizer, make_state, set_rate
+
+CPU = torch.device("cpu")
+KINDS = list(MOMENTS)
+
+
+@pytest.fixture(autouse=True)
+def without_compilation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torchao compiles a step, which is the same uncompiled."""
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda other: other))
+    yield
+
+
+def weights() -> list[nn.Parameter]:
+    """One of a size that is held in 8 bits, and one that is too small for it."""
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(64, 128)), nn.Parameter(torch.randn(10))]
+
+
+def optimizer_of(kind: str, parameters: list[nn.Parameter], **settings: object) -> Optimizer:
+    section = RoleSection.model_validate({"optimizer": kind, "lr": 1e-2, **settings})
+    return make_optimizer(parameters, section, CPU)
+
+
+def step(optimizer: Optimizer, parameters: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 0.0), ("adamw_8bit", 0.05)])
+def test_steps_are_those_of_adamw(kind: str, tolerance: float) -> None:
+    found, wanted = weights(), weights()
+    start = [p.detach().clone() for p in wanted]
+    optimizer = optimizer_of(kind, found, betas=(0.5, 0.9), weight_decay=0.1)
+    reference = torch.optim.AdamW(wanted, lr=1e-2, betas=(0.5, 0.9), weight_decay=0.1)
+    for seed in range(5):
+        step(optimizer, found, seed)
+        step(reference, wanted, seed)
+    for after, right, before in zip(found, wanted, start, strict=True):
+        assert (after - right).norm() <= tolerance * (right - before).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_take_the_bytes_that_are_counted(kind: str) -> None:
+    parameter = weights()[0]
+    optimizer = optimizer_of(kind, [parameter])
+    step(optimizer, [parameter], 0)
+    taken = 0
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = optimizer.state[parameter][name]
+        parts = [moment.codes, moment.scale] if kind == "adamw_8bit" else [moment]
+        taken += sum(part.numel() * part.element_size() for part in parts)
+    assert taken == MOMENTS[kind] * parameter.numel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rate_can_be_set_and_state_can_be_made_without_a_step(kind: str) -> None:
+    moved = weights()
+    optimizer = optimizer_of(kind, moved)
+    step(optimizer, moved, 0)
+    fresh = weights()
+    other = optimizer_of(kind, fresh)
+    make_state(other)
+    assert all(torch.equal(p, q) for p, q in zip(fresh, weights(), strict=True)), "no weight moves"
+    assert all(p.grad is None for p in fresh)
+    for p, q in zip(moved, fresh, strict=True):
+        names = set(optimizer.state[p])
+        assert names == set(other.state[q])
+        for name in names:
+            other.state[q][name].copy_(optimizer.state[p][name])
+        q.data.copy_(p.data)
+    for one, parameters in ((optimizer, moved), (other, fresh)):
+        set_rate(one, 3e-2)
+        step(one, parameters, 1)
+    assert all(torch.equal(p, q) for p, q in zip(moved, fresh, strict=True)), "goes on as if nothing had happened"
+    before = [p.detach().clone() for p in fresh]
+    set_rate(other, 0.0)
+    step(other, fresh, 2)
+    assert all(torch.equal(p, q) for p, q in zip(before, fresh, strict=True))
+
+
+def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r"adamw_8bit takes the package torchao .* pip install") as error:
+        optimizer_of("adamw_8bit", weights())
+    assert "\n" not in str(error.value)
