@@ -3,6 +3,7 @@
     python training/distill.py --config training/configs/embedded_demo.yaml
     python training/distill.py --config training/configs/embedded_demo.yaml plan.steps=[1,1,1,1] generator.lr=2e-4
     python training/distill.py --config training/configs/embedded_demo.yaml --dry-run
+    python training/distill.py --config training/configs/embedded_demo.yaml --encode_prompts
 
 Overrides are ``key.inner=value`` after the options. A run that was stopped goes on with --resume. --push_to_hub uploads
 the experts at the end; of a run that is finished, it does so without --config:
@@ -38,6 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="YAML file; training/configs/ has examples")
     parser.add_argument("--output_dir", type=Path, help="where to write; replaces output_dir of the config")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument(
+        "--encode_prompts", action="store_true", help="encode prompts and images, which a run then finds, and end"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
     parser.add_argument(
         "--memory-per-gpu", type=float, metavar="GIB", help="with --dry-run: fail when the run needs more than this"
@@ -66,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, overrides)
         if options.dry_run:
             return dry_run(config, options.memory_per_gpu, options.gpus)
+        if options.encode_prompts:
+            return encode_prompts(config)
         return distill(config, options.resume, options.push_to_hub, options.private)
 
     return exit_status("distill.py", run)
@@ -76,6 +82,23 @@ def dry_run(config: DistillConfig, memory_per_gpu: float | None = None, gpus: in
     from training.dry_run import describe
 
     print(describe(config, memory_per_gpu, gpus))
+    return 0
+
+
+def encode_prompts(config: DistillConfig) -> int:
+    """Write what a run is conditioned on, without loading a network; any number of processes share the work."""
+    import torch
+    from accelerate import Accelerator
+
+    from training.data.training_data import training_data
+    from training.dry_run import pipeline_on_meta
+    from training.teacher import TeacherSource, family_of_pipeline
+
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    source = TeacherSource(config.model.path, config.model.revision, config.model.pipeline)
+    sizes = pipeline_on_meta(source)
+    data = training_data(config, source, family_of_pipeline(sizes), sizes, accelerator.device)
+    accelerator.print(f"{len(data.bank)} examples are encoded in {data.bank.folder}")
     return 0
 
 
