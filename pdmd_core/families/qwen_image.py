@@ -66,7 +66,8 @@ class QwenImageFamily(ModelFamily):
         return channels, 1, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
-        dtype = cast("QwenImageTransformer2DModel", network).dtype
+        # What `network.dtype` is, which looks through all modules.
+        dtype = cast("QwenImageTransformer2DModel", network).img_in.weight.dtype
         # The pipeline rounds timesteps to the dtype of its latents before it divides.
         timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
         mask = conditioning["prompt_mask"].bool()

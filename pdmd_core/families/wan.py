@@ -96,8 +96,8 @@ class WanFamily(ModelFamily):
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
         wan = cast("WanTransformer3DModel", network)
-        # As pipelines ask for it; the first weight's would be wrong, since diffusers keeps some of Wan's in float32.
-        dtype = wan.dtype
+        # What `wan.dtype` is, which looks through all modules; diffusers keeps some of Wan's weights in float32.
+        dtype = wan.patch_embedding.weight.dtype
         sample, first_frame = x, conditioning.get("first_frame")
         if first_frame is not None:
             sample, timestep = _starting_with(first_frame.to(x.dtype), x), _of_tokens(timestep, x)
