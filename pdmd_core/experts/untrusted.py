@@ -14,6 +14,7 @@ MAX_DEPTH = 32
 """Of objects and lists in each other; a manifest needs five."""
 MAX_JSON_BYTES = 4 * 2**20
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -23,13 +24,9 @@ def parse_json(text: str | bytes) -> Any:
     Raises ValueError in one line that goes on from "it is not JSON: ".
     """
     try:
-        # a bare str() first: json guesses UTF-16 and UTF-32, which would let one file be read in two ways
-        data = json.loads(
-            text if isinstance(text, str) else text.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=_refuse,
-            parse_float=_finite,
-        )
+        if isinstance(text, bytes):  # json itself guesses UTF-16 and UTF-32 as well
+            text = text.decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
     except RecursionError:
@@ -40,6 +37,11 @@ def parse_json(text: str | bytes) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError(f"more than {MAX_DEPTH} objects and lists in each other")
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair is no character") from None
     return data
 
 

@@ -101,6 +101,7 @@ def test_an_entry_that_is_wrong_is_named(tmp_path: Path, entry: object, expected
         (b"{} {}", 0, "the header is not JSON: Extra data"),
         (b'{"a', 0, "the header is not JSON: "),
         (b'{"\xff": 1}', 0, "the header is not JSON: not UTF-8 text"),
+        (b'{"__metadata__": {"\\ud800": ""}}', 0, "half of a surrogate pair is no character"),
         (b'{"a": NaN}', 0, "the header is not JSON: NaN is no number"),
         (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", 0, "more than 32 objects and lists in each other"),
         (b'{"a": ' + b"[" * 100_000, 0, "the header is not JSON: more than 32"),

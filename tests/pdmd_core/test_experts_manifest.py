@@ -230,13 +230,24 @@ def test_a_plan_with_missing_or_overlapping_phases_is_refused(path: str, value: 
         ('{"training": {"loss": [-Infinity]}}', "-Infinity is no number"),
         ('{"training": {"loss": 1e999}}', "'1e999' is beyond every number"),
         ('{"training": ' + "[" * 32 + "]" * 32 + "}", "more than 32 objects and lists in each other"),
+        (r'{"training": {"note": "\ud83d"}}', "half of a surrogate pair is no character"),
+        (r'{"training": {"\uDE00note": 1}}', "half of a surrogate pair is no character"),
     ],
-    ids=["twice", "twice-inside", "nan", "infinity", "too-large", "too-deep"],
+    ids=["twice", "twice-inside", "nan", "infinity", "too-large", "too-deep", "half-a-pair", "half-a-pair-as-key"],
 )
 def test_json_that_can_be_read_in_two_ways_or_not_at_all_is_refused(text: str, fault: str) -> None:
     with pytest.raises(ExpertsError, match="is not JSON") as caught:
         Manifest.from_json(text)
     assert fault in one_line(caught.value)
+
+
+def test_any_character_may_be_in_a_summary() -> None:
+    note = "a smile \U0001f600, \u00fc, a line\nand another"
+    for text in (
+        json.dumps(changed("training.note", note)),
+        json.dumps(changed("training.note", note), ensure_ascii=False),
+    ):
+        assert Manifest.from_json(text).training["note"] == note
 
 
 def test_a_number_that_is_not_finite_is_written_as_null() -> None:
