@@ -135,8 +135,8 @@ def given_examples(prompts: list[str], images: list[Path]) -> list[Example]:
     missing = [image for image in images if not image.is_file()]
     if missing:
         raise PromptError(f"--image: there is no image {missing[0]}")
-    pairs = zip(prompts, images * len(prompts) if len(images) == 1 else images or [None] * len(prompts), strict=True)
-    return [Example(prompt, image) for prompt, image in pairs]
+    each: list[Path | None] = [*images] * (len(prompts) if len(images) == 1 else 1)
+    return [Example(prompt, image) for prompt, image in zip(prompts, each or [None] * len(prompts), strict=True)]
 
 
 if __name__ == "__main__":

@@ -106,8 +106,10 @@ def test_diversity_and_coverage_are_of_the_layout_where_there_is_one() -> None:
     assert found["diversity"].value == pytest.approx(pairwise_distance(own["plain"]["layout"], GROUPS))
     expected = seed_diversity(own["other"]["features"], GROUPS, cosine_distance)
     assert found["diversity_other"] == expected and found["diversity_other"].samples == PROMPTS
+    own["plain"]["layout"] = 0.3 * own["plain"]["layout"]  # reaches less than the reference
     found = numbers("coverage", own, reference)
     expected = manifold(own["plain"]["layout"], reference["plain"]["layout"])
+    assert expected.recall.value < expected.precision.value
     assert (found["recall"], found["coverage"], found["precision"]) == (
         expected.recall,
         expected.coverage,
