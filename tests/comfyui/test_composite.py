@@ -627,6 +627,31 @@ def test_experts_of_different_precision_make_one_model(pack, models, build, comp
     assert 0 < (found - exact).norm() < 0.3 * exact.norm()
 
 
+def test_every_expert_runs_with_the_hooks_that_were_registered_for_it(pack, models, composite, build) -> None:
+    import comfy.hooks
+    from comfy.patcher_extension import WrappersMP
+
+    model, experts = build("wan", TWO)
+    registered: list[Any] = []
+
+    def watched(patcher: Any) -> Any:
+        def wrapper(executor: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], *args: Any) -> Any:
+            registered.append(options["registered_hooks"])
+            return executor(x, sigma, options, *args)
+
+        clone = patcher.clone()
+        clone.add_wrapper(WrappersMP.PREDICT_NOISE, wrapper)
+        return clone
+
+    made = composite.compose(composite.composite_of(model).plan, [composite.Expert(watched(each)) for each in experts])
+    hook = comfy.hooks.create_hook_lora(lora("wan", seed=9), 0.7, 0.0)
+    prompt = comfy.hooks.set_hooks_for_conditioning(models.conditioning("wan"), hook)
+    negative = models.conditioning("wan", seed=8)
+    (guider,) = pack.call("CFGGuider", model=made, positive=prompt, negative=negative, cfg=1.0)
+    sample(pack, models, made, "wan", sigmas_of(TWO), guider=guider)
+    assert registered[0] is registered[1] is not registered[2] is registered[3]
+
+
 def test_errors_are_in_words(pack, models, composite, build) -> None:
     import comfy.model_sampling
 
