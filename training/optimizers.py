@@ -16,7 +16,14 @@ MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
 
 
 def make_optimizer(parameters: list[nn.Parameter], section: RoleSection, device: torch.device) -> Optimizer:
-    """AdamW as the section says. Raises UserError where the library of the 8-bit one is not installed."""
+    """AdamW as the section says.
+
+    Raises UserError where the library of the 8-bit one is not installed, and for weights in half precision, in which
+    an update of Adam's size is nothing.
+    """
+    if half := {str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype.itemsize < 4}:
+        found = ", ".join(half)
+        raise UserError(f"weights that train are float32, found {found}: updates of lr {section.lr} would vanish")
     settings: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "weight_decay": section.weight_decay}
     if section.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings, fused=True if device.type == "cuda" else None)

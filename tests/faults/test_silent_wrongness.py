@@ -15,6 +15,9 @@ from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.tiny import transformer
+from training.command_line import UserError
+from training.config import RoleSection
+from training.optimizers import make_optimizer
 
 
 @st.composite
@@ -60,3 +63,12 @@ def test_the_smallest_update_of_the_recipe_is_not_lost_on_a_base_in_bfloat16(kin
     rounded = [p.to(torch.bfloat16) for p in before if float(p.abs().mean()) > 0.01]
     lost = [bool((p - torch.tensor(4e-7, dtype=torch.bfloat16) == p).float().mean() > 0.95) for p in rounded]
     assert lost and all(lost), "in bfloat16 it would have been"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_not_trained(dtype: torch.dtype) -> None:
+    weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=dtype))]
+    section = RoleSection(lr=4e-7)
+    assert make_optimizer(weights[:1], section, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"weights that train are float32, found b?float16: updates of lr 4e-07 would"):
+        make_optimizer(weights, section, torch.device("cpu"))
