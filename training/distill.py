@@ -6,8 +6,8 @@
     python training/distill.py --config training/configs/embedded_demo.yaml --encode_prompts
 
 Overrides are ``key.inner=value`` after the options. SIGINT (Ctrl-C) and SIGTERM end a run after the update in progress,
-with a checkpoint and exit status 130 or 143; it goes on with --resume. --push_to_hub uploads the experts at the end; of a
-run that is finished, it does so without --config:
+with a checkpoint and exit status 130 or 143; it goes on with --resume. --push_to_hub uploads the experts at the end;
+of a run that is finished, it does so without --config:
 
     python training/distill.py --push_to_hub user/experts --output_dir runs/demo
 """
