@@ -37,6 +37,7 @@ def encode_examples(
     cache_dir: Path,
     device: torch.device | str = "cpu",
 ) -> PromptBank:
-    """Conditioning of examples that are all of one size; see ``prompt_bank``. Raises PromptError."""
+    """Conditioning of a few examples that are all of one size; ``cache_dir`` may go afterwards. Raises PromptError."""
     encoder = Encoder(source, family, size.max_sequence_length, device)
-    return prompt_bank(examples, negative_prompt, encoder, [Bucket(size.width, size.height, size.frames)], cache_dir)
+    bucket = Bucket(size.width, size.height, size.frames)
+    return prompt_bank(examples, negative_prompt, encoder, [bucket], cache_dir).in_memory()

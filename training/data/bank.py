@@ -53,6 +53,12 @@ class PromptBank:
         order = torch.tensor([example for _, rows in chunks for example in rows]).argsort()
         self._buckets, self._places = self._buckets[order], places[order]
         self._negative = self._read(folder / NEGATIVE, 0) if (folder / NEGATIVE).exists() else {}
+        self._held: list[dict[str, Tensor]] | None = None
+
+    def in_memory(self) -> PromptBank:
+        """This bank, which needs its folder no more: for few examples."""
+        self._held = self._rows(torch.arange(len(self)))
+        return self
 
     def __len__(self) -> int:
         return len(self._places)
@@ -89,6 +95,8 @@ class PromptBank:
         return _stacked(rows, device)
 
     def _rows(self, indices: Tensor) -> list[dict[str, Tensor]]:
+        if self._held is not None:
+            return [self._held[index] for index in indices.tolist()]
         return [self._read(self._chunk(chunk), row) for chunk, row in self._places[indices].tolist()]
 
     def _chunk(self, number: int) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -185,8 +188,48 @@ def test_encoding_that_was_stopped_goes_on_where_it_was(teacher: Path, tmp_path:
 
 
 def test_a_batch_reads_its_own_rows_and_no_others(teacher: Path, tmp_path: Path) -> None:
-    bank = encode(teacher, tmp_path, [f"number {i}" for i in range(300)])
-    bank.conditioning(torch.tensor([5, 299]), CPU)
-    assert not [name for name, value in vars(bank).items() if isinstance(value, torch.Tensor) and value.numel() > 600]
+    encoder = Encoder(TeacherSource(str(teacher)), WAN, 12)
+    examples = [Example(f"number {i}") for i in range(300)]
+    bank = prompt_bank(examples, "", encoder, [Bucket(16, 16, 1)], tmp_path)
+    with mock.patch.object(PromptBank, "_read", autospec=True, side_effect=PromptBank._read) as read:
+        found = bank.conditioning(torch.tensor([5, 299]), CPU)["prompt_embeds"]
+    assert [(call.args[1].name, call.args[2]) for call in read.call_args_list] == [
+        ("000000.safetensors", 5),
+        ("000002.safetensors", 43),
+    ]
     single = encode(teacher, tmp_path, ["number 299"]).conditioning(FIRST, CPU)["prompt_embeds"]
-    torch.testing.assert_close(bank.conditioning(torch.tensor([5, 299]), CPU)["prompt_embeds"][1:], single)
+    torch.testing.assert_close(found[1:], single)
+
+
+def test_few_examples_outlive_their_folder(teacher: Path, tmp_path: Path) -> None:
+    bank = encode(teacher, tmp_path / "cache", ["a fox", "a panda"])
+    before = bank.conditioning(torch.tensor([1, 0]), CPU)["prompt_embeds"]
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(bank.conditioning(torch.tensor([1, 0]), CPU)["prompt_embeds"], before)
+
+
+def test_processes_share_the_work_and_find_the_same(teacher: Path, tmp_path: Path) -> None:
+    examples, encoded, here = [Example(f"number {i}") for i in range(7)], {0: 0, 1: 0}, threading.local()
+    texts = Encoder.texts
+    encoders = [Encoder(TeacherSource(str(teacher)), WAN, 12) for _ in range(2)]
+    assert all(encoder.pipeline for encoder in encoders), "loaded one after the other, as in processes of their own"
+
+    def counted(self: Encoder, part: list[Example], bucket: Bucket | None) -> dict[str, torch.Tensor]:
+        encoded[here.rank] += len(part)
+        return texts(self, part, bucket)
+
+    def process(rank: int) -> PromptBank:
+        here.rank = rank
+        return prompt_bank(examples, "", encoders[rank], [Bucket(16, 16, 1)], tmp_path)
+
+    with (
+        mock.patch.object(bank_module, "CHUNK", 2),
+        mock.patch.object(bank_module, "_process", lambda: (here.rank, 2)),
+        mock.patch.object(bank_module, "_of_first_process", lambda compute: compute()),
+        mock.patch.object(Encoder, "texts", counted),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        banks = list(pool.map(process, range(2)))
+    assert encoded == {0: 4, 1: 3}
+    first, second = (bank.conditioning(torch.arange(7), CPU)["prompt_embeds"] for bank in banks)
+    assert torch.equal(first, second)

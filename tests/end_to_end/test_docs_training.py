@@ -1,0 +1,127 @@
+"""docs/training.md: its commands run on a tiny teacher, its tables are those of the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from benchmarks.recipe_costs import MODELS, row
+from tests.tiny import save_wan_pipeline
+from training import config as config_module
+from training import distill, evaluate, sample
+from training.config import parse_config
+from training.watching import page
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
+KINDS = ["phased", "dmd_sgts", "phased_single_gpu", "phased", "phased_single_gpu"]
+RECIPES = [f"{model}_{kind}" for model, kind in zip(MODELS, KINDS, strict=True)]
+"""One of each model."""
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the root of the repository, with a tiny model behind every recipe."""
+    folder = tmp_path_factory.mktemp("clone")
+    role = {"kind": "lora", "rank": 2, "alpha": 2, "lr": 1e-3}
+    tiny: dict[str, Any] = {
+        "model": {"path": str(save_wan_pipeline(folder / "teacher")), "height": 16, "width": 16},
+        "prompts": str(folder / "words.txt"),
+        "plan": {"steps": [1, 1], "shift": 3.0},
+        "generator": role,
+        "fake": role,
+        "updates": 1,
+        "batch_size": 2,
+        "fake_updates": 1,
+        "checkpoint_every": 1,
+        "sample_seeds": 1,
+        "log_every": 1,
+    }
+    tiny["model"]["max_sequence_length"] = 12
+    (folder / "words.txt").write_text("a fox\na panda\n", encoding="utf-8")
+    (folder / "words.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "a panda"}\n', encoding="utf-8")
+    (folder / "training" / "configs").mkdir(parents=True)
+    for recipe in (ROOT / "training" / "configs").glob("*.yaml"):
+        settings = {**tiny, "output_dir": f"runs/{recipe.stem}"}
+        (folder / "training" / "configs" / recipe.name).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder
+
+
+def test_every_command_does_what_the_text_says(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(clone)
+    dry, encoded, ran = 0, [], 0
+    for command in COMMANDS:
+        for word in command:
+            if word.endswith(".yaml"):
+                assert (ROOT / word).exists(), word
+        if command[0] == "tensorboard":
+            assert command[1:] == ["--logdir", "runs/qwen/logs"] and list(Path("runs/qwen/logs").rglob("events*"))
+            continue
+        if command[0] == "torchrun":
+            options = get_args_parser().parse_args(command[1:])
+            command = ["python", options.training_script, *options.training_script_args]
+        assert command[0] == "python"
+        if command[1] == "-m":
+            assert command[2] == "training.watching.page" and page.main(command[3:]) == 0
+            continue
+        program, arguments = command[1], command[2:]
+        if "--push_to_hub" in arguments:  # what it does: docs/hub.md and its test
+            assert distill.make_parser().parse_args(arguments).output_dir == Path("runs/qwen")
+        elif program == "training/sample.py":
+            assert sample.main(arguments) == 0 and Path("fox.png").exists()
+        elif program == "training/evaluate.py":  # what it does: docs/evaluation.md and its test
+            assert evaluate.make_parser().parse_args(arguments).seeds == 8
+        else:
+            assert program == "training/distill.py"
+            gpus = [arguments.index("--gpus")] if "--gpus" in arguments else []
+            for place in gpus:
+                arguments[place + 1] = "2"
+            capsys.readouterr()
+            assert distill.main(arguments) == 0, capsys.readouterr().err
+            said = capsys.readouterr().out
+            dry += "static memory" in said
+            encoded += re.findall(r"2 examples are encoded in (\S+)", said)
+            ran += "experts: " in said
+    assert dry == 2 and ran == 4 and len(encoded) == 2 and encoded[0] == encoded[1]
+    assert Path("runs/qwen/report.html").stat().st_size > 5000
+
+
+def test_the_data_sections_are_configurations(clone: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    settings = yaml.safe_load((clone / "training/configs/embedded_demo.yaml").read_text(encoding="utf-8"))
+    data = parse_config({**settings, **yaml.safe_load(text)}, "test").data
+    assert data.prompt_column == "caption" and isinstance(data.buckets, list) and len(data.buckets) == 3
+    shared = {"data": {"buckets": [{"width": 16, "height": 16, "share": 0.5}]}}
+    assert parse_config({**settings, **shared}, "test").data.buckets[0].share == 0.5
+    assert parse_config({**settings, "data": {"buckets": "columns"}}, "test").data.buckets == "columns"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_costs_are_those_of_dry_runs(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    gpus = 1 if recipe.endswith("single_gpu") else next(n for model, n in MODELS.items() if recipe.startswith(model))
+    assert row(recipe, gpus) in TEXT.splitlines()
+
+
+def test_the_keys_and_signs_of_the_tables_exist() -> None:
+    known = {name for name, _, _ in config_module.fields_of(config_module.DistillConfig)}
+    tables = "".join(line for line in TEXT.splitlines() if line.startswith("|") and "recipe" not in line)
+    for key in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)(?:: \w+)?`", tables):
+        assert key in known or key.startswith("words"), key
+    for key in re.findall(r"`([a-z_]+): \w+`", tables):
+        assert key in known, key
+    source = (ROOT / "training/watching/signs.py").read_text(encoding="utf-8")
+    kinds = set(re.findall(r'"(fake_lags|lost_steps|small_steps|diversity|saturation|contrast)"', source))
+    kinds |= {"generator_gradient", "fake_gradient"}
+    section = TEXT.partition("## When it goes wrong")[2]
+    assert kinds == {kind for kind in re.findall(r"`([a-z_]+)`", section) if kind in kinds}
