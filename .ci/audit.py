@@ -1,7 +1,8 @@
 """Are there known vulnerabilities in the versions of constraints.txt? Asks OSV (https://osv.dev) through pip-audit.
 
-A known one is a failure that names it. No answer (no network, no service) is a warning and exit status 0, so that it
-runs anywhere. Further arguments go to pip-audit: `--ignore-vuln ID` for one that does not concern this project.
+A known one is a failure that names it (exit status 1), a question that cannot be asked is one too (2). No answer (no
+network, no service) is a warning and exit status 0, so that it runs anywhere. Further arguments go to pip-audit:
+`--ignore-vuln ID` for one that does not concern this project.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+UNREACHABLE = ("ConnectionError", "Timeout", "HTTPError", "SSLError", "ServiceError", "Max retries")
+"""What pip-audit says when the service gave no answer, and not that it was asked wrongly."""
 PATIENCE = 600
 """Seconds for all answers together."""
 
@@ -26,7 +29,11 @@ def main(arguments: list[str]) -> int:
     except subprocess.TimeoutExpired:
         return warn(f"no answer in {PATIENCE} s")
     except (ValueError, KeyError, TypeError):
-        return warn(next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no answer"))
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no answer")
+        if any(word in done.stderr for word in UNREACHABLE):
+            return warn(reason)
+        print(f"constraints.txt cannot be audited: {reason}")
+        return 2
     skipped = [f"{entry['name']}: {entry['skip_reason']}" for entry in found if "skip_reason" in entry]
     for text in skipped:
         print(f"warning: not audited: {text}")

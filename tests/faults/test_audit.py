@@ -94,3 +94,8 @@ def test_no_answer_is_a_warning_and_no_failure() -> None:
         assert status == 0 and len(lines) == 1 and lines[0].startswith("warning: constraints.txt was not audited: ")
     status, lines = audit(url)  # nobody listens there any more
     assert status == 0 and len(lines) == 1 and lines[0].startswith("warning: constraints.txt was not audited: ")
+
+
+def test_a_question_that_cannot_be_asked_is_a_failure() -> None:
+    status, lines = audit("http://127.0.0.1:9/v1/query", "--no-such-option")
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("constraints.txt cannot be audited: ")
