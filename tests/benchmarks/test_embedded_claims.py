@@ -231,6 +231,7 @@ def test_known_places_and_ways() -> None:
             clips[sample, frame, :, y : y + 8, left : left + 8] = 1.0
     measures = Measures([Scene("panda", "blue", "moves left"), Scene("fox", "blue", "moves right")], seeds=2)
     assert measures._as_said(clips) == 0.5
+    assert Measures([Scene("panda", "blue", "moves left")] * 2, seeds=2)._as_said(clips) == 1
     # about its mean the first scene's two seeds are 10 pixels off, the second's none: (2 * 100 / 1 + 0) / 2 = 100
     assert measures._place_spread(clips) == pytest.approx(10, rel=1e-3)
     still = Measures([Scene("panda", "blue", "spins")] * 2, seeds=2)
