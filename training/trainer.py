@@ -112,8 +112,10 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
             smoothing=0.05,
         )
+        stop = 0
+        kept: Path | None = None
         with StopRequest(self.device, self.accelerator.is_main_process) as request, bar:
-            while True:
+            while kept is None:
                 if self.progress.update >= config.updates_of(self.progress.phase):
                     self._finish_phase()
                     if self.progress.phase + 1 == len(self.plan):
@@ -130,12 +132,12 @@ class Trainer:
                 kept = self.save() if stop else None  # before samples, which take their time
                 if config.sample_every and self.progress.total % config.sample_every == 0:
                     self._validate(f"update-{self.progress.total:06d}")
-                if kept is not None:
-                    raise Stopped(stop, kept)
-                if self.progress.total % config.checkpoint_every == 0:
+                if not stop and self.progress.total % config.checkpoint_every == 0:
                     self.save()
-        for watcher in self.watchers:
-            watcher.finish()
+            for watcher in self.watchers:
+                watcher.finish()
+        if kept is not None:
+            raise Stopped(stop, kept)
         return self.output_dir / "experts"
 
     def _start_phase(self) -> None:

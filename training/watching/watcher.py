@@ -30,7 +30,7 @@ class Watcher(Protocol):
         """Samples (prompts * seeds, frames, 3, height, width) in [0, 1] of the fixed ones, on the main process."""
 
     def finish(self) -> None:
-        """All phases are trained and the experts are written, on every process."""
+        """All phases are trained and the experts are written, or a signal ended the run, on every process."""
 
 
 class Unharmed:
