@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.families import ModelFamily
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from training.command_line import UserError
-from training.config import ConfigError, DistillConfig
+from training.config import DistillConfig
+from training.data.buckets import ANY, Bucket, bucket_of
+from training.data.training_data import buckets_of, latent_shapes
 from training.memory import in_words, static_memory
-from training.prompts import read_prompts
 from training.sharding import check_processes
 from training.teacher import TeacherSource, family_of_pipeline, networks_of
 
@@ -53,14 +56,10 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     """
     check_processes(config, gpus)
     plan, model = config.plan.build(), config.model
-    prompts = read_prompts(config.prompts)
     source = TeacherSource(str(model.architecture or model.path), model.revision, model.pipeline)
     pipeline = pipeline_on_meta(source)
     family = family_of_pipeline(pipeline)
-    try:
-        shape = family.latent_shape(pipeline, model.height, model.width, model.frames)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+    (shape,) = latent_shapes([Bucket(model.width, model.height, model.frames)], family, pipeline)
     routing, networks = family.teacher_routing(pipeline.config), networks_of(pipeline, family)
     specs = config.role_specs(routing)
     with torch.device("meta"):
@@ -82,7 +81,7 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     lines += [*_evaluations(config, plan, gpus), ""]
     files = ["config.yaml", "metrics.jsonl", "samples/", "checkpoints/", "logs/", "experts/"]
     lines += [
-        f"{len(prompts)} prompts from {config.prompts}",
+        *_examples(config, family, pipeline),
         f"writes {', '.join(str(Path(config.output_dir) / f) for f in files)}",
     ]
     if memory_per_gpu is not None and total > memory_per_gpu * 2**30:
@@ -93,6 +92,20 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
             "sharding: fsdp on more GPUs (--gpus), kind: lora, a lower rank, or model.dtype: bfloat16"
         )
     return "\n".join(lines)
+
+
+def _examples(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPipeline) -> list[str]:
+    """How many examples there are, and of which sizes where there are several. Raises PromptError, ConfigError."""
+    buckets = buckets_of(config)
+    shapes = latent_shapes(buckets, family, pipeline)
+    counts = Counter(bucket_of(example, buckets) for example in config.data.source(config.prompts))
+    lines = [f"{counts.total()} prompts from {config.prompts}"]
+    if len(buckets) > 1:
+        lines += [
+            f"  {bucket}, latents {'x'.join(map(str, shape))}: {counts[i] + counts[ANY]} of them"
+            for i, (bucket, shape) in enumerate(zip(buckets, shapes, strict=True))
+        ]
+    return lines
 
 
 def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]:
