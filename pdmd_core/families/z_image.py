@@ -49,7 +49,8 @@ class ZImageFamily(ModelFamily):
         return channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
-        dtype = cast("ZImageTransformer2DModel", network).dtype
+        # What `network.dtype` is, which looks through all modules.
+        dtype = cast("ZImageTransformer2DModel", network).x_pad_token.dtype
         timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
         # Positions in the picture start after those of the prompt, so padding must not count.
         masks = conditioning["prompt_mask"].bool()
