@@ -187,8 +187,8 @@ class EmbeddedStudy:
         return [pairs[i * self.measuring.seeds + k] for i in self._shown(count) for k in range(seeds)]
 
     def _shown(self, count: int) -> list[int]:
-        scenes = len(self.measuring.scenes)
-        return [i * scenes // count for i in range(count)]
+        scenes = len(self.measuring.scenes)  # evenly; the second of each part is no star on yellow
+        return [(i * scenes // count + 1) % scenes for i in range(count)]
 
     def teacher_samples(self, steps: int, pairs: list[tuple[int, int]]) -> Tensor:
         """Pixels of the teacher with guidance, (count, frames, 3, 64, 64) in [0, 1]."""
