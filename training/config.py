@@ -272,6 +272,8 @@ class DistillConfig(Section):
             raise ValueError(f"shard_size is for sharding hsdp, found sharding {self.sharding}: leave it out")
         if self.offload_idle_network and self.sharding != "none":
             raise ValueError("offload_idle_network keeps networks whole: set sharding to none, or leave it out")
+        if self.compile != "none" and self.sharding != "none":
+            raise ValueError("compile is for networks that are whole: set sharding to none, or compile to none")
         if self.offload_idle_network and not self.gradient_checkpointing:
             raise ValueError("offload_idle_network frees memory only with gradient_checkpointing: true")
         return self

@@ -12,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch._dynamo.utils import counters
 
-from training.config import DistillConfig, parse_config
+from training.config import ConfigError, DistillConfig, parse_config
 from training.trainer import Trainer
 
 UPDATES = 4
@@ -59,3 +59,9 @@ def test_blocks_are_compiled_in_the_first_updates_of_a_phase_and_never_again(
     for (values, _), (wanted, _) in zip(compiled, plain, strict=True):
         for key, value in wanted.items():
             assert values[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_compiled_networks_are_whole(config: DistillConfig) -> None:
+    with pytest.raises(ConfigError, match="set sharding to none, or compile to none") as error:
+        changed(config, compile="regional", sharding="fsdp")
+    assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ import yaml
 
 from pdmd_core.experts import PhasedExperts
 from tests.tiny_families import wan_two_networks
-from training.checkpoints import list_checkpoints, load_tensors
+from training.checkpoints import list_checkpoints
 from training.config import ConfigError, load_config, parse_config
 from training.sharding import check_processes
 from training.trainer import Trainer
@@ -135,18 +135,9 @@ def test_processes_leave_one_set_of_files_and_one_line_of_output(runs: Finished)
 def test_each_process_writes_its_shards_of_the_fake_once(runs: Finished) -> None:
     (whole,), (sharded,) = (list_checkpoints(runs.folder / name / "checkpoints") for name in ("lora", "lora-fsdp"))
     sizes = sorted(path.stat().st_size for path in sharded.glob("*.distcp"))
-    assert len(sizes) == 2 and sizes[0] > 0.4 * sum(sizes)
+    assert len(sizes) == 2 and sizes[0] > 0.3 * sum(sizes)
     (size,) = (path.stat().st_size for path in whole.glob("*.distcp"))
     assert sum(sizes) == pytest.approx(size, rel=0.25)
-
-
-def test_a_fake_on_two_networks_learns_on_both(runs: Finished) -> None:
-    (checkpoint,) = list_checkpoints(runs.folder / "full-hsdp" / "checkpoints")
-    roles = Trainer(load_config(runs.folder / "full.yaml")).roles
-    tensors = {f"roles/fake/{name}": value for name, value in roles.state_dict("fake").items()}
-    load_tensors(checkpoint, tensors)
-    moved = {name.split("/")[2].partition(".")[0] for name, v in tensors.items() if "lora_B" in name and v.any()}
-    assert moved == {"transformer", "transformer_2"}
 
 
 @pytest.mark.parametrize(
