@@ -74,8 +74,8 @@ class Observer:
         performance = self.speed.after_update(report.update)
         with self._counted():
             self._in_phase += 1
-            for name, values in report.sigmas.items():
-                self._sigmas.setdefault(name, []).extend(values)
+            for name, sigmas in report.sigmas.items():
+                self._sigmas.setdefault(name, []).extend(sigmas)
             found = self.signs.after_update(report.update, report.expert, report.values)
             if self._motion is not None and self._in_phase % self.config.watch.window == 0:
                 share = self._in_phase / self._share

@@ -6,20 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
 
+from training.config import WatchSection
 from training.watching.look import Look
-
-
-class Limits(Protocol):
-    """Where trouble begins; the section ``watch`` of the configuration."""
-
-    window: int
-    diversity_fall: float
-    saturation_rise: float
-    fake_loss_rise: float
-    grad_norm_rise: float
-    smallest_motion: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class Signs:
     two in a row must be out of bounds. The fake's loss is compared with the lower quartile of the blocks before.
     """
 
-    def __init__(self, limits: Limits, seen: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(self, limits: WatchSection, seen: Iterable[tuple[str, str]] = ()) -> None:
         self.limits = limits
         self._seen = set(seen)
         """(kind, expert) reported already."""
@@ -56,7 +45,7 @@ class Signs:
         for name in ("fake_loss", "generator_grad_norm", "fake_grad_norm"):
             if math.isfinite(value := values.get(name, math.nan)):
                 self._values.setdefault(name, []).append(value)
-        found = []
+        found: list[tuple[str, str]] = []
         for name, recent in self._values.items():
             if len(recent) < self.limits.window:
                 continue
@@ -89,7 +78,7 @@ class Signs:
 
         share: how much of the phase is done.
         """
-        found = []
+        found: list[tuple[str, str]] = []
         if changed < 0.5:
             found.append(
                 (
@@ -111,7 +100,7 @@ class Signs:
     def validation(self, update: int, expert: str, look: Look) -> list[Sign]:
         """Samples of the fixed prompts and seeds."""
         first = self._first.setdefault(expert, look)
-        found = []
+        found: list[tuple[str, str]] = []
         if look.diversity is not None:
             self._most_diverse = max(self._most_diverse, look.diversity)
             if look.diversity < self.limits.diversity_fall * self._most_diverse:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 from torch.utils.tensorboard import SummaryWriter
 
 from training.config import DistillConfig
@@ -41,4 +41,5 @@ class Board:
                 image.convert("RGB").save(stream, "png")
                 encoded = stream.getvalue()
         shown = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=shown)]), update)
+        if self.writer.file_writer is not None:
+            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=shown)]), update)

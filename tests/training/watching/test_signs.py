@@ -5,27 +5,18 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from training.config import WatchSection
 from training.watching.look import Look
 from training.watching.signs import Sign, Signs
 
 DEMO = Path(__file__).parent / "healthy_demo.json"
 """A run of 60 updates a phase on the embedded teacher: every tenth update, and what every validation showed."""
 WELL = Look(diversity=0.12, saturation=0.38, contrast=0.11, clipped=0.01)
-
-
-@dataclass
-class Limits:
-    window: int = 20
-    diversity_fall: float = 0.6
-    saturation_rise: float = 1.5
-    fake_loss_rise: float = 1.5
-    grad_norm_rise: float = 10.0
-    smallest_motion: float = 1e-4
 
 
 def told(signs: Signs, name: str, values: list[float], expert: str = "high_noise") -> list[Sign]:
@@ -47,21 +38,21 @@ def noisy(level: float, count: int, seed: int = 0) -> list[float]:
     ],
 )
 def test_a_rise_is_reported_once_with_what_to_do(name: str, kind: str, rise: float, remedy: str) -> None:
-    (sign,) = told(Signs(Limits()), name, noisy(1.0, 60) + noisy(rise, 60, 1))
+    (sign,) = told(Signs(WatchSection()), name, noisy(1.0, 60) + noisy(rise, 60, 1))
     assert sign.kind == kind and sign.expert == "high_noise" and remedy in sign.text
     assert sign.update == 100, "two blocks after it began"
-    assert not told(Signs(Limits()), name, noisy(1.0, 60) + noisy(1.2, 60, 1)), "as loud as they are"
+    assert not told(Signs(WatchSection()), name, noisy(1.0, 60) + noisy(1.2, 60, 1)), "as loud as they are"
 
 
 @pytest.mark.parametrize("name", ["fake_loss", "generator_grad_norm"])
 def test_a_single_outlier_and_a_nan_are_no_rise(name: str) -> None:
     values = noisy(1.0, 200)
     values[50], values[90], values[130] = 1e6, math.nan, math.inf
-    assert not told(Signs(Limits()), name, values)
+    assert not told(Signs(WatchSection()), name, values)
 
 
 def test_phases_are_compared_with_themselves_and_report_for_themselves() -> None:
-    signs = Signs(Limits())
+    signs = Signs(WatchSection())
     assert not told(signs, "fake_loss", noisy(0.4, 60), "high_noise")
     assert not told(signs, "fake_loss", noisy(60.0, 60), "low_noise"), "another phase has another scale"
     assert len(told(signs, "fake_loss", noisy(60.0, 60) + noisy(150.0, 60), "third")) == 1
@@ -70,24 +61,24 @@ def test_phases_are_compared_with_themselves_and_report_for_themselves() -> None
 
 def test_what_was_reported_before_a_resumption_is_not_reported_again() -> None:
     rising = noisy(1.0, 40) + noisy(3.0, 40)
-    assert told(Signs(Limits()), "fake_loss", rising)
-    assert not told(Signs(Limits(), [("fake_lags", "high_noise")]), "fake_loss", rising)
+    assert told(Signs(WatchSection()), "fake_loss", rising)
+    assert not told(Signs(WatchSection(), [("fake_lags", "high_noise")]), "fake_loss", rising)
 
 
 def test_seeds_that_collapse_are_reported() -> None:
-    signs = Signs(Limits())
+    signs = Signs(WatchSection())
     assert not signs.validation(20, "high_noise", WELL)
     assert not signs.validation(40, "high_noise", replace(WELL, diversity=0.15))
     assert not signs.validation(60, "low_noise", replace(WELL, diversity=0.10))
     (sign,) = signs.validation(80, "low_noise", replace(WELL, diversity=0.08))
     assert sign.kind == "diversity" and "0.080" in sign.text and "0.150" in sign.text
     assert not signs.validation(100, "low_noise", replace(WELL, diversity=0.01)), "once"
-    assert not Signs(Limits()).validation(20, "high_noise", replace(WELL, diversity=None)), "one seed has none"
+    assert not Signs(WatchSection()).validation(20, "high_noise", replace(WELL, diversity=None)), "one seed has none"
 
 
 @pytest.mark.parametrize("name", ["saturation", "contrast"])
 def test_a_rise_of_saturation_or_contrast_is_reported(name: str) -> None:
-    signs = Signs(Limits())
+    signs = Signs(WatchSection())
     before = getattr(WELL, name)
     assert not signs.validation(20, "high_noise", WELL)
     assert not signs.validation(40, "high_noise", replace(WELL, **{name: 1.4 * before}))
@@ -97,7 +88,7 @@ def test_a_rise_of_saturation_or_contrast_is_reported(name: str) -> None:
 
 
 def test_weights_that_do_not_move_are_reported() -> None:
-    signs = Signs(Limits())
+    signs = Signs(WatchSection())
     assert not signs.motion(20, "high_noise", moved=1e-3, changed=1.0, share=0.2)
     (small,) = signs.motion(40, "high_noise", moved=1e-5, changed=1.0, share=0.5)
     assert small.kind == "small_steps" and "raise generator.lr" in small.text
@@ -107,7 +98,7 @@ def test_weights_that_do_not_move_are_reported() -> None:
 
 
 def test_nothing_is_wrong_with_the_demo() -> None:
-    run, signs = json.loads(DEMO.read_text(encoding="utf-8")), Signs(Limits(window=3))
+    run, signs = json.loads(DEMO.read_text(encoding="utf-8")), Signs(WatchSection(window=3))
     assert len(run["updates"]) == 13 and len(run["validations"]) == 8
     for values in run["updates"]:
         assert not signs.after_update(values.pop("update"), values.pop("expert"), values)
@@ -119,4 +110,4 @@ def test_nothing_is_wrong_with_the_demo() -> None:
 def test_no_false_alarm_in_many_healthy_runs() -> None:
     """Loud constant losses over 2,000 updates, a hundred times."""
     for seed in range(100):
-        assert not told(Signs(Limits()), "fake_loss", noisy(1.0, 2000, seed))
+        assert not told(Signs(WatchSection()), "fake_loss", noisy(1.0, 2000, seed))
