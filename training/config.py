@@ -274,6 +274,9 @@ class DistillConfig(Section):
             raise ValueError("offload_idle_network keeps networks whole: set sharding to none, or leave it out")
         if self.compile != "none" and self.sharding != "none":
             raise ValueError("compile is for networks that are whole: set sharding to none, or compile to none")
+        for section, role in (("generator", self.generator), ("fake", self.fake)):
+            if self.sharding != "none" and role.kind == "full" and role.optimizer != "adamw":
+                raise ValueError(f"{section}.optimizer: {role.optimizer} is for weights that are whole: use adamw")
         if self.offload_idle_network and not self.gradient_checkpointing:
             raise ValueError("offload_idle_network frees memory only with gradient_checkpointing: true")
         return self

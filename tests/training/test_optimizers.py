@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from training.checkpoints import load_tensors, save_checkpoint
 from training.command_line import UserError
-from training.config import RoleSection
+from training.config import ConfigError, RoleSection, parse_config
 from training.optimizers import MOMENTS, make_optimizer, make_state, set_rate
 
 CPU = torch.device("cpu")
@@ -94,6 +97,32 @@ def test_a_rate_can_be_set_and_state_can_be_made_without_a_step(kind: str) -> No
     set_rate(other, 0.0)
     step(other, fresh, 2)
     assert all(torch.equal(p, q) for p, q in zip(before, fresh, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_goes_through_a_checkpoint(kind: str, tmp_path: Path) -> None:
+    moved, fresh = weights(), weights()
+    optimizer, other = optimizer_of(kind, moved), optimizer_of(kind, fresh)
+    step(optimizer, moved, 0)
+    make_state(other)
+
+    def tensors(one: Optimizer, parameters: list[nn.Parameter]) -> dict[str, torch.Tensor]:
+        states = {f"{i}/{k}": v for i, p in enumerate(parameters) for k, v in one.state[p].items()}
+        return states | {f"{i}": p.detach() for i, p in enumerate(parameters)}
+
+    path = save_checkpoint(tmp_path, 1, tensors(optimizer, moved), {}, keep=1)
+    load_tensors(path, tensors(other, fresh))
+    for one, parameters in ((optimizer, moved), (other, fresh)):
+        step(one, parameters, 1)
+    assert all(torch.equal(p, q) for p, q in zip(moved, fresh, strict=True))
+
+
+def test_8_bits_are_for_whole_weights(settings_of_run: dict[str, Any]) -> None:
+    full = {"kind": "full", "optimizer": "adamw_8bit"}
+    with pytest.raises(ConfigError, match=r"fake\.optimizer: adamw_8bit is for weights that are whole: use adamw"):
+        parse_config(settings_of_run | {"fake": full, "sharding": "fsdp"}, "test")
+    parse_config(settings_of_run | {"fake": full}, "test")
+    parse_config(settings_of_run | {"fake": {"kind": "lora", "optimizer": "adamw_8bit"}, "sharding": "fsdp"}, "test")
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
