@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, AnyStr
 
 from training.command_line import UserError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 FORMATS = "a text file with one prompt a line, .csv, .tsv, .jsonl, .parquet, a dataset's folder or its Hub id"
+LONGEST_LINE = 2**20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -156,7 +157,7 @@ class ExampleSource:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of every line that is not empty and does not start with #."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_bounded(path, file), 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
@@ -165,6 +166,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from None
             if text and not text.startswith("#"):
                 yield number, text
+
+
+def _bounded(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file; one that is too long is not read any further."""
+    for number in itertools.count(1):
+        line = file.readline(LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_LINE:
+            raise PromptError(f"{path}, line {number}: longer than {LONGEST_LINE:,} characters; expected {FORMATS}")
+        yield line
 
 
 def _text_lines(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -189,7 +201,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows of a file of comma or tab separated values with a header."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", restkey="", strict=True)
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        reader = csv.DictReader(_bounded(path, file), delimiter=delimiter, restkey="", strict=True)
         try:
             for row in reader:
                 if "" in row or None in row.values():
