@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     pairs = [(prompt, seed) for prompt in range(len(examples)) for seed in options.seeds]
     pipeline = options.pipeline or training.get("pipeline")
     dtype = getattr(torch, options.dtype)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # prompts are read as they are needed
         sampler = Sampler(
             teacher,
             size,
@@ -115,10 +115,10 @@ def run(options: argparse.Namespace) -> int:
             dtype,
             options.negative_prompt,
         )
-    if experts:
-        latents = sampler.with_experts(pairs)
-    else:
-        latents = sampler.with_teacher(pairs, options.steps, options.shift, options.guidance_scale)
+        if experts:
+            latents = sampler.with_experts(pairs)
+        else:
+            latents = sampler.with_teacher(pairs, options.steps, options.shift, options.guidance_scale)
     for path in save_samples(options.output, sampler.decode(latents), columns=len(options.seeds)):
         print(path)
     return 0
