@@ -95,8 +95,10 @@ class Observer:
         """Samples of the fixed prompts and seeds."""
         with self._counted():
             look = look_at(pixels, self.config.sample_seeds)
-            self.validations.add({"update": update, "expert": self._expert, "name": name, **asdict(look)})
-            self._report(self.signs.validation(update, self._expert, look))
+            line = {"update": update, "expert": self._expert, "name": name, **asdict(look)}
+            if line not in self.validations.read():  # a run that was stopped here makes the same samples again
+                self.validations.add(line)
+                self._report(self.signs.validation(update, self._expert, look))
             pictures = save_small(self.run / "watch" / "samples" / name, pixels, self.config.sample_seeds)
             if board := self._board():
                 for picture in pictures:
