@@ -72,6 +72,7 @@ def small_teacher(name: str, size: str, side: int, device: str = "cpu") -> Rando
     """
     kind = "wan" if name.startswith("wan") else name
     settings: dict[str, Any]
+    shape: tuple[int, ...]
     if kind == "wan":
         image = name == "wan_image"
         settings = {"freq_dim": 256, "qk_norm": "rms_norm_across_heads", "cross_attn_norm": True}
@@ -89,7 +90,8 @@ def small_teacher(name: str, size: str, side: int, device: str = "cpu") -> Rando
         for seed, component in enumerate(routing.components)
     }
     found = family(kind)
-    config = dict(networks["transformer"].config)
+    first: Any = networks["transformer"]
+    config = dict(first.config)
     return RandomTeacher(found, networks, routing, shape, conditioning_shapes(found.name, config, TEXT_TOKENS, shape))
 
 
@@ -157,8 +159,9 @@ class RandomBank:
         generator = torch.Generator().manual_seed(0)
         self.rows: dict[str, Tensor] = {}
         for name, shape in shapes.items():
-            whole = torch.ones if name == "prompt_mask" else torch.randn
-            self.rows[name] = whole(3, *shape, **({} if whole is torch.ones else {"generator": generator})).to(device)
+            size = (3, *shape)
+            values = torch.ones(size) if name == "prompt_mask" else torch.randn(size, generator=generator)
+            self.rows[name] = values.to(device)
 
     def conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {name: rows[indices.to(device)] for name, rows in self.rows.items()}

@@ -55,7 +55,7 @@ def worker(arguments: argparse.Namespace) -> None:
     """One of the two processes; the first prints the seconds of every round."""
     together = Accelerator(cpu=arguments.device == "cpu")
     apart: Any = OneProcess(together.device)
-    trainings = {}
+    trainings: dict[str, RandomTraining] = {}
     for accelerator, ways in ((apart, (ALONE, APART)), (together, (TOGETHER,))):
         torch.manual_seed(0)
         teacher = small_teacher(arguments.model, arguments.size, arguments.side, str(together.device))

@@ -110,7 +110,8 @@ class QwenImageFamily(ModelFamily):
             rows = [
                 pipeline.encode_prompt(list(prompts), [_resized(pipeline, i, _REFERENCE) for i in images], **length)
             ]
-        tokens, masks = [], []
+        tokens: list[Tensor] = []
+        masks: list[Tensor] = []
         for embeds, mask in rows:
             tokens += embeds.unbind()
             masks += torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
