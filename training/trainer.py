@@ -216,6 +216,8 @@ class Trainer:
             "fake_updates": config.fake_updates,
             "draws_per_rollout": config.draws_per_rollout,
             "teacher_guidance_scale": config.objective.guidance_scale,
+            "negative_prompt": config.negative_prompt,
+            "pipeline": config.model.pipeline,
             "generator_lr": config.generator.lr,
             "fake_lr": config.fake.lr,
             "seed": config.seed,
