@@ -36,7 +36,7 @@ def test_everything_is_the_same_in_another_process(
         output = str(run.folder / "samples" / "sampled.png")
         sampled = [*experts, "--prompts", prompts, "--seeds", "0", "1", "--output", output]
         compared = [*experts, "--prompts", prompts, "--seeds", "2", "--teacher_steps", "2", "--device", "cpu"]
-        compared += ["--metrics", "diversity", "agreement", "--output_dir", str(run.folder)]
+        compared += ["--metrics", "diversity", "--output_dir", str(run.folder)]
         steps = [("distill", run.command()), ("sample", sampled), ("evaluate", compared)]
         subprocess.run(
             [sys.executable, "-c", PROGRAMS, json.dumps(steps)],
@@ -48,7 +48,7 @@ def test_everything_is_the_same_in_another_process(
         results.append(run.results() | {"report.png": (run.folder / "report.png").read_bytes()})
         report = json.loads((run.folder / "report.json").read_text("utf-8").replace(str(run.folder), "the run"))
         for row in report["rows"]:
-            assert row.pop("seconds") > 0
+            assert row.pop("seconds") >= 0
         reports.append(report)
     assert results[0] == results[1]
     assert reports[0] == reports[1]
