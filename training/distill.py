@@ -105,22 +105,22 @@ def encode_prompts(config: DistillConfig) -> int:
 
 def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
     """Train, write experts/, push them when asked; returns the exit status."""
+    from pdmd_core.experts.hub import check_push
     from training.output_folder import claimed
 
     if os.environ.get("RANK", "0") != "0":
         return train(config, resume)
+    if push_to_hub:
+        check_push(push_to_hub)  # before hours of training, not after
     with claimed(config.output_dir, resume):
         return train(config, resume, push_to_hub, private)
 
 
 def train(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
     """What each process of a run does, the first one with ``push_to_hub``; returns the exit status."""
-    from pdmd_core.experts.hub import check_push
     from training.stopping import Stopped
     from training.trainer import Trainer
 
-    if push_to_hub:
-        check_push(push_to_hub)  # before hours of training, not after
     trainer = Trainer(config)
     main = trainer.accelerator.is_main_process
     if main:

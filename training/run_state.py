@@ -60,21 +60,30 @@ def tensors_of_run(roles: Roles, training: PhaseTraining, draws: Draws) -> dict[
     return tensors
 
 
-def values_of_run(config: DistillConfig, progress: Progress, training: PhaseTraining, prompts: str) -> dict[str, Any]:
+def values_of_run(
+    config: DistillConfig, progress: Progress, roles: Roles, training: PhaseTraining, prompts: str
+) -> dict[str, Any]:
     """What else it depends on, as JSON knows it. prompts: what identifies their conditioning."""
     return {
         "config": json.loads(config.model_dump_json()),
         "prompts": prompts,
         "progress": asdict(progress),
-        "optimizers": [role for role, optimizer in training.optimizers.items() if optimizer.state],
+        "optimizers": {
+            role: [name for name, parameter in roles.named_parameters(role).items() if parameter in optimizer.state]
+            for role, optimizer in training.optimizers.items()
+        },
         "averaged_updates": training.average.optimization_step if training.average is not None else 0,
     }
 
 
 def resume_from(checkpoint: Path, values: dict[str, Any], roles: Roles, training: PhaseTraining, draws: Draws) -> None:
     """Go on where a checkpoint was taken, with a training of its phase. Raises CheckpointError."""
-    for role in values["optimizers"]:
+    for role, names in values["optimizers"].items():
+        state = training.optimizers[role].state
         make_state(training.optimizers[role])
+        for name, parameter in roles.named_parameters(role).items():
+            if name not in names:  # had no gradient yet: the last block of Qwen-Image has weights that never get one
+                state.pop(parameter, None)
     tensors = tensors_of_run(roles, training, draws)
     load_tensors(checkpoint, tensors)
     draws.load_state_dict({name: tensors[f"draws/{name}"] for name in draws.state_dict()})

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from pdmd_core.experts import PhasedExperts
+    from pdmd_core.phases import PhasePlan
     from training.pictures import save_samples
     from training.prompts import PromptError, read_examples
     from training.sampler import Sampler, SampleSize
@@ -91,6 +92,11 @@ def run(options: argparse.Namespace) -> int:
     teacher = options.teacher or (experts.manifest.base.model if experts else None)
     if teacher is None:
         raise PromptError("nothing to sample with: give --experts or --teacher")
+    if experts:  # what is wrong is said before the encoders are loaded
+        for expert in experts.manifest.experts:
+            experts.verify(expert.name)
+    else:
+        PhasePlan.from_steps([options.steps], options.shift)
     training = experts.manifest.training if experts else {}
     width, height, frames = training.get("size", (64, 64, 1))
     size = SampleSize(

@@ -230,7 +230,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of everything that the next update depends on; returns it."""
         tensors = tensors_of_run(self.roles, self.training, self.draws)
-        values = values_of_run(self.config, self.progress, self.training, self.data.bank.identity)
+        values = values_of_run(self.config, self.progress, self.roles, self.training, self.data.bank.identity)
         folder = self.output_dir / "checkpoints"
         return save_checkpoint(folder, self.progress.total, tensors, values, self.config.keep_checkpoints)
 

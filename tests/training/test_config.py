@@ -48,7 +48,7 @@ def test_the_four_methods_are_configs_of_one_code_path() -> None:
     ("key", "suggestion"),
     [
         ("batchsize", "batch_size"),
-        ("generator.learning_rate", "expected: kind, rank, alpha, targets, lr"),
+        ("generator.learning_rate", "expected: kind, rank, alpha, targets, optimizer, lr"),
         ("objective.guidance", "guidance_scale"),
     ],
 )

@@ -137,7 +137,7 @@ def test_each_process_writes_its_shards_of_the_fake_once(runs: Finished) -> None
     sizes = sorted(path.stat().st_size for path in sharded.glob("*.distcp"))
     assert len(sizes) == 2 and sizes[0] > 0.3 * sum(sizes)
     (size,) = (path.stat().st_size for path in whole.glob("*.distcp"))
-    assert sum(sizes) == pytest.approx(size, rel=0.25)
+    assert size < sum(sizes) < 1.5 * size  # more pieces, each with a header; written by both it would be twice as much
 
 
 @pytest.mark.parametrize(
