@@ -59,7 +59,14 @@ def test_the_command_itself_from_outside(distillation: Callable[..., Distillatio
     """Thousands of updates, of which nobody knows which one is in progress."""
     run = distillation(updates=5000, checkpoint_every=5000, sample_every=None)
     command = [sys.executable, str(ROOT / "training" / "distill.py"), *run.command()]
-    program = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+    )
     end = time.monotonic() + PATIENCE
     while run.updates() < 2:
         assert program.poll() is None and time.monotonic() < end
