@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test audit test-long test-comfyui test-comfyui-load test-matrix environment clean
 
-demo: environment
+demo: $(VENV)/.training
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
 	$(BIN)/python training/evaluate.py --experts $(DEMO)/experts --output_dir $(DEMO)
 
@@ -52,10 +52,14 @@ test-matrix:
 
 environment: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.training: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[training]" -c constraints.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.training
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" -c constraints.txt
 	touch $@
 
