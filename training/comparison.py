@@ -73,6 +73,11 @@ class Setting:
         """The prompt of each sample."""
         return torch.arange(self.prompts).repeat_interleave(self.seeds)
 
+    @property
+    def both_seeds(self) -> tuple[int, int]:
+        """Samples of each prompt, of a method and of the reference."""
+        return self.seeds, self.seeds
+
     def key(self, name: str, space: Space) -> str:
         """The key of a metric in a space."""
         return name if space is self.spaces[0] else f"{name}_{space.name}"
@@ -126,7 +131,7 @@ def _frechet(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
                 "lower",
                 "samples",
             ),
-            frechet_estimate(own[space.name]["features"], reference[space.name]["features"]),
+            frechet_estimate(own[space.name]["features"], reference[space.name]["features"], setting.both_seeds),
         )
         for space in setting.spaces
     ]
@@ -234,7 +239,7 @@ def _clip_frechet(setting: Setting, own: Rows, reference: Rows) -> list[Measurem
             "samples",
         )
         far, near = standardised(*clips)
-        found.append(Measurement(column, frechet_estimate(near, far)))
+        found.append(Measurement(column, frechet_estimate(near, far, setting.both_seeds)))
     return found
 
 
@@ -250,7 +255,7 @@ def _data_frechet(setting: Setting, own: Rows, reference: Rows) -> list[Measurem
                 "lower",
                 "samples",
             ),
-            frechet_estimate(own[space.name]["features"], data[space.name]["features"]),
+            frechet_estimate(own[space.name]["features"], data[space.name]["features"], (setting.seeds, 1)),
         )
         for space in setting.spaces
     ]

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from benchmarks.claims.evidence import Value
 from pdmd_core.metrics import (
-    Estimate,
-    bootstrap,
     clip_features,
     cosine_distance,
     frechet_distance,
+    frechet_estimate,
     kernel_distance,
     manifold,
     mean_of_units,
@@ -182,13 +181,13 @@ def distances(
     if reference.clip is not None:
         sets = list(standardised(*sets))
     of_reference, of_samples = sets[:2]
-    frechet = frechet_interval(of_samples, of_reference, seeds, resamples)
+    frechet = frechet_estimate(of_samples, of_reference, (seeds, seeds), resamples)
     kernel = kernel_distance(of_samples, of_reference)
     reached = manifold(features.layout, reference.layout)
     columns: dict[str, Value] = {
         "frechet": frechet.value,
-        "frechet_low": max(0.0, frechet.low),
-        "frechet_high": max(0.0, frechet.high),
+        "frechet_low": frechet.low,
+        "frechet_high": frechet.high,
         "frechet_layout": frechet_distance(features.layout, reference.layout),
         "kernel_distance": kernel.value,
         "kernel_distance_deviation": kernel.deviation,
@@ -200,16 +199,3 @@ def distances(
     if reference.clip is not None:
         columns["frechet_frames"] = frechet_distance(features.style, reference.style)
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in columns.items()}
-
-
-def frechet_interval(samples: Tensor, reference: Tensor, seeds: int, resamples: int) -> Estimate:
-    """The Frechet distance with a basic bootstrap over seeds: a unit has one sample of every scene.
-
-    Every set has all scenes equally often; single samples as units would add a noise of scenes that no set has.
-    """
-    by_seed, reference_by_seed = (values.unflatten(0, (-1, seeds)) for values in (samples, reference))
-
-    def of_seeds(i: Tensor, j: Tensor) -> float:
-        return frechet_distance(by_seed[:, i].flatten(0, 1), reference_by_seed[:, j].flatten(0, 1))
-
-    return bootstrap(of_seeds, seeds, seeds, kind="basic", resamples=resamples)

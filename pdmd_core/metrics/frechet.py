@@ -5,6 +5,8 @@ The value depends on the network that made the features: name the distance after
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,20 +35,34 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return max(0.0, float(shift + a.square().sum() + b.square().sum() - 2 * cross))
 
 
-def frechet_estimate(first: Tensor, second: Tensor, resamples: int = 200, seed: int = 0) -> Estimate:
+def frechet_estimate(
+    first: Tensor, second: Tensor, seeds: tuple[int, int] = (1, 1), resamples: int = 200, seed: int = 0
+) -> Estimate:
     """``frechet_distance`` with a 95 % interval: basic bootstrap over the samples of both sets, cut off at 0.
+
+    seeds: how many samples of each prompt a set has, prompt by prompt. Where it is more than 1, whole seeds are
+    resampled, with one sample of every prompt: samples one by one would add a noise of prompts that no set has.
 
     The basic kind also takes the bias of few samples out of the interval, which may therefore lie below the value.
     """
+    (first_units, of_first), (second_units, of_second) = (
+        (len(features), features.__getitem__) if count == 1 else (count, functools.partial(_of_seeds, features, count))
+        for features, count in zip((first, second), seeds, strict=True)
+    )
     value = bootstrap(
-        lambda i, j: frechet_distance(first[i], second[j]),
-        len(first),
-        len(second),
+        lambda i, j: frechet_distance(of_first(i), of_second(j)),
+        first_units,
+        second_units,
         kind="basic",
         resamples=resamples,
         seed=seed,
     )
-    return Estimate(value.value, max(0.0, value.low), max(0.0, value.high), value.samples)
+    return Estimate(value.value, max(0.0, value.low), max(0.0, value.high), min(len(first), len(second)))
+
+
+def _of_seeds(features: Tensor, count: int, chosen: Tensor) -> Tensor:
+    """Samples of these seeds, of features that are prompt by prompt with ``count`` seeds each."""
+    return features.unflatten(0, (-1, count))[:, chosen].flatten(0, 1)
 
 
 def _square_root(matrix: Tensor) -> Tensor:

@@ -39,6 +39,20 @@ def test_the_interval_of_equal_distributions_reaches_zero_though_the_value_canno
     assert found.high < found.value
 
 
+def test_whole_seeds_are_resampled_where_prompts_differ_more_than_seeds() -> None:
+    """Far-apart prompts: seed by seed the interval is that of the noise about them, one by one it is far below."""
+    prompts = 10 * normal(20, 3, 5).repeat_interleave(8, 0)
+    first, second = prompts + normal(160, 3, 6), prompts + 0.5 + normal(160, 3, 7)
+    by_seed, one_by_one = (frechet_estimate(first, second, seeds, resamples=200) for seeds in ((8, 8), (1, 1)))
+    assert by_seed.value == one_by_one.value == frechet_distance(first, second)
+    assert by_seed.low < 0.75 < by_seed.high, "the means are 0.5 apart in three dimensions"
+    assert by_seed.high - by_seed.low < 1
+    assert one_by_one.high < 0.75
+    assert by_seed.samples == one_by_one.samples == 160
+    mixed = frechet_estimate(first, second[:50], (8, 1), resamples=50)
+    assert mixed.samples == 50
+
+
 # --- kernel distance -----------------------------------------------------------------------------------------------
 
 
