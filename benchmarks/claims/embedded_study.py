@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,11 @@ PICTURES = EmbeddedSettings(
     guidance_scale=2.0,
 )
 """Of guidance 1, 1.5, 2 and 3 the teacher's pictures are nearest to real ones at 2 and agree best with prompts."""
-CLIPS = EmbeddedSettings(
+CLIPS = replace(
+    PICTURES,
     frames=9,
     prompts=tuple(scene.caption for scene in all_scenes(clips=True)),
-    recipe=Recipe(
-        batch_size=12,
-        fake_updates=1,
-        draws_per_rollout=6,
-        fake_lr_factor=1.0,
-        ema_decay=0.95,
-        ema_warm_up=True,
-        lr_decay_share=0.3,
-        max_grad_norm=1.0,
-    ),
+    recipe=replace(PICTURES.recipe, batch_size=12),
     guidance_scale=3.0,
 )
 """Of guidance 1, 2 and 3 the teacher's clips are nearest to real ones at 3."""

@@ -34,11 +34,6 @@ KINDS = {"lora": lora_experts, "full": full_experts}
 TWO_COMPONENTS = ["transformer", "transformer_2"]
 
 
-@pytest.fixture(params=["lora", "full"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize("name", ["wan", "wan_two", "wan_image_to_video", "flux", "stable_diffusion_3"])
 def test_detaching_gives_the_pipeline_back(name: str, kind: str, tmp_path: Path) -> None:
     case = CASES[name]

@@ -28,12 +28,6 @@ from tests.tiny_pipelines import (
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
 KINDS = {"lora": lora_experts, "full": full_experts}
-TWO_COMPONENTS = ["transformer", "transformer_2"]
-
-
-@pytest.fixture(params=["lora", "full"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def test_the_scheduler_must_walk_the_plan(kind: str, tmp_path: Path) -> None:

@@ -31,11 +31,6 @@ KINDS = {"lora": lora_experts, "full": full_experts}
 TWO_COMPONENTS = ["transformer", "transformer_2"]
 
 
-@pytest.fixture(params=["lora", "full"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize("name", ["wan", "wan_two", "qwen_image"])
 def test_saved_and_loaded_it_samples_the_same(name: str, kind: str, tmp_path: Path) -> None:
     case = CASES[name]
