@@ -147,3 +147,19 @@ class ModelFamily(ABC):
         if set(components) == {"transformer"}:
             return {}
         raise ValueError(f"a stock pipeline of {self.name} holds one network, these experts take {len(components)}")
+
+
+def picture_latent_size(
+    model: str, pipeline: DiffusionPipeline, height: int, width: int, frames: int
+) -> tuple[int, int]:
+    """Height and width of the latents of a model of pictures whose network takes patches of 2 x 2.
+
+    Raises ValueError for other sizes, and for clips.
+    """
+    factor = pipeline.vae_scale_factor
+    side = 2 * factor
+    if height % side or width % side or height < side or width < side:
+        raise ValueError(f"{model} pictures have sides that are multiples of {side}, found {width}x{height}")
+    if frames != 1:
+        raise ValueError(f"{model} makes pictures, 1 frame, found {frames}")
+    return height // factor, width // factor

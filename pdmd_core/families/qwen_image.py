@@ -12,7 +12,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ..flow import Sigma
-from .base import Conditioning, ModelFamily, classifier_free_guidance
+from . import wan_autoencoder
+from .base import Conditioning, ModelFamily, classifier_free_guidance, picture_latent_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
@@ -57,13 +58,8 @@ class QwenImageFamily(ModelFamily):
     lora_targets = _TARGETS
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
-        side = 2 * pipeline.vae_scale_factor
-        if height % side or width % side or height < side or width < side:
-            raise ValueError(f"Qwen-Image pictures have sides that are multiples of {side}, found {width}x{height}")
-        if frames != 1:
-            raise ValueError(f"Qwen-Image makes pictures, 1 frame, found {frames}")
-        channels = pipeline.transformer.config.in_channels // 4
-        return channels, 1, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+        size = picture_latent_size("Qwen-Image", pipeline, height, width, frames)
+        return pipeline.transformer.config.in_channels // 4, 1, *size
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         # What `network.dtype` is, which looks through all modules.
@@ -133,13 +129,7 @@ class QwenImageFamily(ModelFamily):
 
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        vae = pipeline.vae
-        latents = latents.to(vae.device, vae.dtype)
-        shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean, device=latents.device, dtype=latents.dtype).view(shape)
-        std = torch.tensor(vae.config.latents_std, device=latents.device, dtype=latents.dtype).view(shape)
-        pixels = vae.decode(latents * std + mean, return_dict=False)[0]
-        return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+        return wan_autoencoder.decode(pipeline.vae, latents)
 
     def native_module_name(self, diffusers_name: str) -> str:
         if not _MODULE.fullmatch(diffusers_name):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..flow import Sigma, like
 from ..phases import PhasePlan
+from . import wan_autoencoder
 from .base import Conditioning, ModelFamily, TeacherRouting
 
 if TYPE_CHECKING:
@@ -161,13 +162,7 @@ class WanFamily(ModelFamily):
 
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        vae = pipeline.vae
-        latents = latents.to(vae.device, vae.dtype)
-        shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean, device=latents.device, dtype=latents.dtype).view(shape)
-        std = torch.tensor(vae.config.latents_std, device=latents.device, dtype=latents.dtype).view(shape)
-        pixels = vae.decode(latents * std + mean, return_dict=False)[0]
-        return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+        return wan_autoencoder.decode(pipeline.vae, latents)
 
     def native_module_name(self, diffusers_name: str) -> str:
         return _rename(diffusers_name, _NATIVE_IN_BLOCK)

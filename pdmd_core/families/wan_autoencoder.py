@@ -1,10 +1,16 @@
-"""Wan's autoencoder from diffusers' names to the original layout, which ComfyUI loads. (Standard library only.)"""
+"""Wan's autoencoder, which Qwen-Image has too: its statistics, and its weights' names in the original layout."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 Value = TypeVar("Value")
 
@@ -29,6 +35,17 @@ _IN_LAYER = [
 ]
 _UP = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)")
 _LAYER = re.compile(r"((?:encoder|decoder)\.(?:middle|downsamples|upsamples)\.\d+)\.(.+)")
+
+
+def decode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
+    """Pixels in [0, 1], shape (batch, frames, 3, height, width), of latents as the network knows them."""
+    latents = latents.to(vae.device, vae.dtype)
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    pixels = vae.decode(latents * std + mean, return_dict=False)[0]
+    return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
 
 
 def autoencoder_to_native(state: Mapping[str, Value]) -> dict[str, Value]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..flow import Sigma
-from .base import Conditioning, ModelFamily
+from .base import Conditioning, ModelFamily, picture_latent_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ZImageTransformer2DModel
@@ -40,13 +40,8 @@ class ZImageFamily(ModelFamily):
     lora_targets = _TARGETS
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
-        side = 2 * pipeline.vae_scale_factor
-        if height % side or width % side or height < side or width < side:
-            raise ValueError(f"Z-Image pictures have sides that are multiples of {side}, found {width}x{height}")
-        if frames != 1:
-            raise ValueError(f"Z-Image makes pictures, 1 frame, found {frames}")
-        channels = pipeline.transformer.config.in_channels
-        return channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+        size = picture_latent_size("Z-Image", pipeline, height, width, frames)
+        return pipeline.transformer.config.in_channels, *size
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         # What `network.dtype` is, which looks through all modules.

@@ -37,33 +37,16 @@ def test_the_same_picture_in_diffusers(server: Server) -> None:
         pipe.set_adapters(names[pipe.scheduler.phase])
         return tensors
 
+    def sample(**options):
+        noise = torch.randn((1, 16, 1, 8, 8), generator=torch.manual_seed(11))
+        call = {"width": 64, "height": 64, "num_frames": 1, "max_sequence_length": 16, "output_type": "np"}
+        steps = {"num_inference_steps": len(plan.sigmas), "guidance_scale": 1.0}
+        return pipe(PROMPT, latents=noise, **call, **steps, **options).frames[0][0]
+
     pipe.set_adapters(names[0])
-    noise = torch.randn((1, 16, 1, 8, 8), generator=torch.manual_seed(11))
-    frames = pipe(
-        PROMPT,
-        width=64,
-        height=64,
-        num_frames=1,
-        num_inference_steps=len(plan.sigmas),
-        guidance_scale=1.0,
-        max_sequence_length=16,
-        latents=noise,
-        callback_on_step_end=use_expert_of_next_step,
-        output_type="np",
-    ).frames[0][0]
+    frames = sample(callback_on_step_end=use_expert_of_next_step)
     expected = (frames * 255).round().astype(int)
     difference = np.abs(found.astype(int) - expected)
     assert difference.max() <= TOLERANCE and difference.mean() < 1, (difference.max(), difference.mean())
     pipe.set_adapters(names[1])  # the test can tell experts apart
-    wrong = pipe(
-        PROMPT,
-        width=64,
-        height=64,
-        num_frames=1,
-        num_inference_steps=len(plan.sigmas),
-        guidance_scale=1.0,
-        max_sequence_length=16,
-        latents=noise,
-        output_type="np",
-    ).frames[0][0]
-    assert np.abs(wrong - frames).max() * 255 > TOLERANCE
+    assert np.abs(sample() - frames).max() * 255 > TOLERANCE

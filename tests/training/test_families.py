@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from pdmd_core.pipelines import attach_experts
 from pdmd_core.roles import FAKE
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests import tiny_families
+from tests.interrupted import run_and_stop
 from tests.tiny import wan_pipeline
 from training.config import ConfigError, DistillConfig, parse_config
 from training.prompts import Example, PromptError, SampleSize, read_examples
@@ -194,16 +194,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(
     whole = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "whole"))
     Trainer(whole).run()
     broken = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "broken"))
-    trainer = Trainer(broken)
-    original = trainer.update
-
-    def update_then_stop() -> dict[str, float]:
-        if trainer.progress.total == stop_after:
-            raise KeyboardInterrupt
-        return original()
-
-    with mock.patch.object(trainer, "update", update_then_stop), pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_and_stop(Trainer(broken), stop_after)
     Trainer(broken).run(resume=True)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.roles import FAKE
+from tests.interrupted import run_and_stop
 from training.checkpoints import list_checkpoints
 from training.config import ConfigError, DistillConfig, parse_config
 from training.trainer import Trainer, TrainingStopped
@@ -52,16 +53,7 @@ def test_a_run_stopped_at_any_update_resumes_to_the_same_numbers(
     whole = Trainer(changed(config, output_dir=str(tmp_path / "whole"), checkpoint_every=2))
     whole.run()
     broken = changed(config, output_dir=str(tmp_path / "broken"), checkpoint_every=2)
-    trainer = Trainer(broken)
-    original = trainer.update
-
-    def update_then_stop() -> dict[str, float]:
-        if trainer.progress.total == stop_after:
-            raise KeyboardInterrupt
-        return original()
-
-    with mock.patch.object(trainer, "update", update_then_stop), pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_and_stop(Trainer(broken), stop_after)
     Trainer(broken).run(resume=True)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
     for name in ("high_noise", "low_noise"):

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.interrupted import run_and_stop
 from training.config import DistillConfig, parse_config
 from training.trainer import Trainer
 from training.watching import observer as observer_module
@@ -153,16 +154,7 @@ def test_a_page_of_hostile_names_stays_a_page(config: DistillConfig, tmp_path: P
 def test_a_resumed_run_keeps_what_was_seen_and_does_not_repeat_itself(config: DistillConfig) -> None:
     watch = {"window": 3, "smallest_motion": 1e6, "share_of_time": 1}
     watched = changed(config, watch=watch, sample_every=1, checkpoint_every=2)
-    trainer = Trainer(watched)
-    original = trainer.update
-
-    def update_then_stop() -> dict[str, float]:
-        if trainer.progress.total == 5:
-            raise KeyboardInterrupt
-        return original()
-
-    with mock.patch.object(trainer, "update", update_then_stop), pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_and_stop(Trainer(watched), after=5)
     run = config.output_dir
     assert [line["update"] for line in lines_of(run, "performance").read()] == [1, 2, 3, 4, 5]
     Trainer(watched).run(resume=True)
