@@ -2,7 +2,7 @@
 
 It keeps what it is given in memory and speaks the part of the Hub's protocol that pushing and loading experts uses:
 repositories, branches, LFS, commits, listings, downloads with ranges, tokens. The client reads its address when it is
-imported, so client code runs in a process of its own: see ``Client``.
+imported, so client code runs in a process of its own: see ``tests/hub_client.py``.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, unquote
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
 WRITER, READER = "hf_writer", "hf_stranger"
 """Tokens of the users ``user`` (who owns what ``user/...`` names) and ``stranger``."""
 LFS_SUFFIXES = (".safetensors", ".gif", ".mp4")
@@ -402,79 +397,3 @@ ROUTES = [
     ("POST", f"/api/models/{_REPO}/paths-info/{_REVISION}", "paths_info"),
     ("GET HEAD", f"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
 ]
-
-
-class Outcome(NamedTuple):
-    """What client code did: the value of its variable ``result``, or an error; and all it printed or logged."""
-
-    result: Any
-    error: str | None
-    kind: str | None
-    said: str
-
-
-_WORKER = """
-import contextlib, io, json, sys
-for line in sys.stdin:
-    said, names, error = io.StringIO(), {}, None
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            exec(json.loads(line), names)
-        except BaseException as caught:
-            error = caught
-    kind = type(error).__name__ if error is not None else None
-    answer = [names.get("result"), str(error) if error is not None else None, kind, said.getvalue()]
-    print(json.dumps(answer, default=str), flush=True)
-"""
-
-
-def client_environment(hub_url: str, home: Path, token: str | None, **more: str) -> dict[str, str]:
-    """Environment of a process whose ``huggingface_hub`` talks to this hub and to nothing else."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    given = {"HF_TOKEN": token} if token else {}
-    return {
-        **kept,
-        "HF_ENDPOINT": hub_url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_ETAG_TIMEOUT": "5",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **given,
-        **more,
-    }
-
-
-class Client:
-    """A process that runs code against a hub; a context manager. One runs many snippets: imports cost seconds."""
-
-    def __init__(
-        self, hub_url: str, home: Path, token: str | None = WRITER, cwd: Path | None = None, **more: str
-    ) -> None:
-        self.environment = client_environment(hub_url, home, token, **more)
-        self.cwd = cwd
-
-    def __enter__(self) -> Self:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
-            env=self.environment,
-            cwd=self.cwd,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()
-
-    def run(self, code: str) -> Outcome:
-        """Run this code with names of its own."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-        return Outcome(*json.loads(self.process.stdout.readline()))

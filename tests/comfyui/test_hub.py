@@ -11,7 +11,8 @@ from tests import tiny
 from tests.comfyui import install
 from tests.comfyui.conftest import VERSION
 from tests.comfyui.server import make_base
-from tests.hub import Client, Hub, Outcome
+from tests.hub import Hub
+from tests.hub_client import Client, Outcome
 
 PREPARE = """
 import sys

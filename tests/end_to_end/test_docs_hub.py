@@ -13,7 +13,8 @@ import pytest
 
 from pdmd_core.phases import PhasePlan
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.hub import Client, Hub
+from tests.hub import Hub
+from tests.hub_client import Client
 from tests.tiny import lora_roles, save_wan_pipeline, write_lora_experts
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.hub import Client, Hub, client_environment
+from tests.hub import Hub
+from tests.hub_client import Client, client_environment
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "training" / "embedded" / "models"

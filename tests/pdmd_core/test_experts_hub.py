@@ -15,7 +15,8 @@ import pytest
 from pdmd_core.experts import MANIFEST_NAME, ExpertsError, PhasedExperts, read_manifest
 from pdmd_core.phases import PhasePlan
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.hub import READER, WRITER, Client, Hub, Outcome
+from tests.hub import READER, WRITER, Hub
+from tests.hub_client import Client, Outcome
 from tests.tiny import lora_roles, save_wan_pipeline, write_lora_experts
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)

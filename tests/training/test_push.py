@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hub import WRITER, Client, Hub, Outcome
+from tests.hub import WRITER, Hub
+from tests.hub_client import Client, Outcome
 
 REPO = "user/experts"
 
