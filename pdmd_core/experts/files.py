@@ -18,12 +18,13 @@ from ..phases import PhasePlan
 from .errors import ExpertsError
 from .lora_keys import check_lora, lora_from_file
 from .manifest import MANIFEST_NAME, Expert, Manifest, read_manifest
-from .untrusted import check_inside, parse_json, shown
+from .untrusted import check_inside, parse_json, read_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_KEY = "phased_experts"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 RELEASED = "files"
 """Key of ``Manifest.training``: names of LoRA files that other projects released (``experts.released``)."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -171,6 +172,14 @@ class PhasedExperts:
                 "changed or cut off, download it again"
             )
         return path
+
+    def check_scheduler(self) -> None:
+        """Raises ExpertsError unless the folder's scheduler is there and has the manifest's plan."""
+        path = self.folder / SCHEDULER_CONFIG
+        check_inside(path, self.folder)
+        config = read_json(path)
+        if not isinstance(config, dict) or config.get("plan") != self.manifest.plan.to_dict():
+            raise ExpertsError(f"{path}: its plan is not the manifest's")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All tensors of an expert's file, by its keys.

@@ -5,21 +5,19 @@ Transfers, cache and tokens are those of ``huggingface_hub``. Here are the check
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .card import card_text, is_generated
-from .files import PhasedExperts
+from .files import SCHEDULER_CONFIG, PhasedExperts
 from .hub_failures import explain, is_passing, one_line, patience, persistently
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, ExpertsError, Manifest, read_manifest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 MAX_EXPERT_BYTES = {"lora": 16 * 2**30, "full": 128 * 2**30}
 """Larger files are not downloaded."""
 
@@ -116,16 +114,13 @@ def _check_access(repo_id: str, token: str | None) -> None:
 
 
 def _check_scheduler(experts: PhasedExperts) -> None:
-    path, plan = experts.folder / SCHEDULER_CONFIG, experts.manifest.plan.to_dict()
-    advice = f"write it with PhasedDMDScheduler.from_plan(manifest.plan).save_pretrained({str(path.parent)!r})"
-    if not path.is_file():
-        raise ExpertsError(f"{path} is missing: {advice}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExpertsError(f"{path}: not JSON ({error}): {advice}") from None
-    if not isinstance(config, dict) or config.get("plan") != plan:
-        raise ExpertsError(f"{path}: not the plan of the manifest: {advice}")
+        experts.check_scheduler()
+    except ExpertsError as error:
+        target = str((experts.folder / SCHEDULER_CONFIG).parent)
+        raise ExpertsError(
+            f"{error}: write it with PhasedDMDScheduler.from_plan(manifest.plan).save_pretrained({target!r})"
+        ) from None
 
 
 def _create(api: HfApi, repo_id: str, private: bool) -> str:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .base_files import BaseFiles
 from .files import PhasedExperts, read_expert_metadata, sha256_of
+from .fingerprint import base_warning, compare
 from .header import read_header
 from .lora_keys import lora_from_file
-from .manifest import Expert, ExpertsError, Manifest
-from .untrusted import check_inside, read_json
+from .manifest import BaseModel, Expert, ExpertsError, Manifest
 from .weights import Weights, is_finite, open_weights, progress
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Check:
     name: str
     passed: bool
     detail: str
+    warning: bool = False
+    """Passed, but to be looked at."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def verify(folder: Path, base: str | None = None, request: SampleRequest | None 
     yield run("scheduler", lambda: _same_plan(experts))
     files: list[BaseFiles] = []
     yield run("base", lambda: _find_base(manifest, base, files, whole=request is not None))
+    for component in sorted((manifest.base.fingerprints or {}) if files else ()):
+        yield _base_weights(manifest.base, component, files[0])
     for expert in manifest.experts:
         path = folder / expert.file
         yield run(f"{expert.name}: sha256", lambda e=expert: _hash(experts, e))  # type: ignore[misc]
@@ -82,15 +86,10 @@ def verify(folder: Path, base: str | None = None, request: SampleRequest | None 
 
 
 def _same_plan(experts: PhasedExperts) -> str:
-    path = experts.folder / "scheduler" / "scheduler_config.json"
     try:
-        config = read_json(path)
-        check_inside(path, experts.folder)
+        experts.check_scheduler()
     except ExpertsError as error:
         raise ExpertsError(f"{error}: convert or download the experts again") from None
-    found = config.get("plan") if isinstance(config, dict) else None
-    if found != experts.manifest.plan.to_dict():
-        raise ExpertsError(f"{path}: its plan is not the manifest's: one of the two was changed")
     return "has the manifest's plan"
 
 
@@ -100,6 +99,21 @@ def _find_base(manifest: Manifest, given: str | None, found: list[BaseFiles], wh
         base.config(component)
     found.append(base)
     return f"{given or manifest.base.model}: {base.family.architecture}"
+
+
+def _base_weights(origin: BaseModel, component: str, base: BaseFiles) -> Check:
+    """Only a warning: experts are put on fine-tunes on purpose."""
+    name = f"{component}: weights"
+    try:
+        if not all(path.is_file() for path in base.weight_files(component)):
+            return Check(name, True, "not here, not compared with the fingerprint")
+        sampler = base.sampler(component)[1]
+        if text := base_warning(origin, component, sampler, str(base.folder / component)):
+            return Check(name, True, text, warning=True)
+        compared = compare((origin.fingerprints or {})[component], sampler).compared
+    except ExpertsError as error:
+        return Check(name, False, str(error))
+    return Check(name, True, f"those of the base, by {compared} samples")
 
 
 def _hash(experts: PhasedExperts, expert: Expert) -> str:

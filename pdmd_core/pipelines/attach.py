@@ -24,6 +24,7 @@ from .networks import (
     load_index,
     network_of,
     no_base,
+    pipeline_class,
 )
 from .offload import is_offloaded_in_parts, offloaded_again
 from .phased import GUIDANCE, MISSING, SCHEDULER_FOLDER, Attachment, Original, phased_class, restore
@@ -120,8 +121,6 @@ def _follow(network: Any, expert: Any) -> None:
 def _load(
     experts: PhasedExperts, base: str | Path | None, scheduler: PhasedDMDScheduler, **kwargs: Any
 ) -> DiffusionPipeline:
-    import diffusers
-
     manifest, kind = experts.manifest, DiffusionPipeline
     source = str(base if base is not None else manifest.base.model)
     if base is None and manifest.base.revision:
@@ -142,7 +141,8 @@ def _load(
         networks = [network.to(device) for network in networks]
         kwargs |= dict(zip(taken, [*networks, None], strict=False))
         # DiffusionPipeline itself would load components that are optional in this class although they are given
-        kind = getattr(diffusers, str(index.get("_class_name")), kind)
+        if "custom_pipeline" not in kwargs:
+            kind = pipeline_class(source, index)
     try:
         pipe = kind.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..experts import ExpertsError, PhasedExperts
+from ..experts.untrusted import shown
 
 COMPONENT = "transformer"
 """The component of a pipeline that denoises; full experts are this one, ``transformer_2``, ... N."""
@@ -67,17 +69,32 @@ def no_base(source: str, error: Exception) -> ExpertsError:
     return ExpertsError(f"cannot load the base {source!r} of these experts: {reason}; pass another as base=")
 
 
+def pipeline_class(source: str, index: Mapping[str, Any]) -> Any:
+    """The class that model_index.json names; the general one where that is code of the base. Raises ExpertsError."""
+    name = index.get("_class_name")
+    if isinstance(name, list):  # which diffusers runs only with trust_remote_code
+        return DiffusionPipeline
+    return _class(name, DiffusionPipeline, f"the base {source!r} names its pipeline")
+
+
 def empty_network(architecture: str, source: str, hub: Mapping[str, Any], component: str) -> nn.Module:
     """A network of this class with the config of the base's component. Raises ExpertsError."""
-    import diffusers
-
-    kind = getattr(diffusers, architecture, None)
-    if kind is None:
-        raise ExpertsError(f"diffusers has no {architecture}: upgrade diffusers")
+    kind = _class(architecture, ModelMixin, "the manifest names its network")
     try:
         return _without_weights(kind, kind.load_config(source, subfolder=component, **hub))
     except (OSError, ValueError) as error:
         raise no_base(source, error) from None
+
+
+def _class(name: object, of: type, who: str) -> Any:
+    """The class of diffusers that a stranger's file names; of no other kind than ``of``."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, of)):
+        raise ExpertsError(
+            f"{who} {shown(name)}, which is no {of.__name__} of diffusers {diffusers.__version__}: upgrade diffusers, "
+            "or ask the author of the file"
+        )
+    return found
 
 
 def _without_weights(kind: Any, config: Mapping[str, Any]) -> nn.Module:

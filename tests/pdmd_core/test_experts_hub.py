@@ -210,6 +210,17 @@ def flip(path: Path) -> None:
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+def twice_the_plan(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().rstrip().rstrip("}") + ', "plan": {}}')
+
+
+def link_the_scheduler(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.rename(folder.parent / "elsewhere.json")
+    path.symlink_to(folder.parent / "elsewhere.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -217,18 +228,24 @@ def flip(path: Path) -> None:
         (lambda folder: (folder / HIGH).unlink(), [HIGH, "is missing"]),
         (lambda folder: (folder / MANIFEST_NAME).unlink(), [f"no {MANIFEST_NAME}"]),
         (lambda folder: (folder / MANIFEST_NAME).write_text("{}"), ["format_version"]),
-        (lambda folder: shutil.rmtree(folder / "scheduler"), ["scheduler_config.json is missing", "save_pretrained"]),
+        (
+            lambda folder: shutil.rmtree(folder / "scheduler"),
+            ["scheduler_config.json: no such file", "save_pretrained"],
+        ),
         (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("{"), ["not JSON"]),
+        (twice_the_plan, ["the key 'plan' is there twice"]),
+        (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text(" " * 5_000_000), ["bytes"]),
+        (link_the_scheduler, ["a link that leaves the folder is not followed"]),
         (
             lambda folder: PhasedDMDScheduler.from_plan(PhasePlan.from_steps([2, 2], 3.0)).save_pretrained(
                 folder / "scheduler"
             ),
-            ["not the plan of the manifest"],
+            ["its plan is not the manifest's"],
         ),
         (lambda folder: (folder / "report.json").write_text('{"rows": [{}]}'), ["report.json", "method"]),
         (lambda folder: shutil.rmtree(folder), ["no such folder"]),
     ],
-    ids=["hash", "file", "manifest", "format", "scheduler", "json", "plan", "report", "folder"],
+    ids=["hash", "file", "none", "format", "scheduler", "json", "twice", "large", "link", "plan", "report", "folder"],
 )
 def test_a_broken_folder_is_not_pushed(
     hub: Hub, client: Client, folder: Path, repo: str, damage: Any, words: list[str]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.phases import PhasePlan
-from pdmd_core.pipelines import attach_experts, detach_experts
+from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from tests.pipeline_state import assert_same, state_of
 from tests.tiny_families import qwen_image_to_image
 from tests.tiny_pipelines import (
@@ -219,6 +219,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(misfit: str, styled: b
     assert_same(pipe, before)
     if styled:
         assert pipe.transformer.active_adapters() == active
+
+
+@pytest.mark.parametrize("name", ["pipelines", "WanPipeline", "load_image", "EMAModel", "NoSuchTransformer2DModel"])
+def test_a_manifest_cannot_name_any_class_but_a_network_s(name: str, tmp_path: Path) -> None:
+    pipe = CASES["wan"].build()
+    pipe.save_pretrained(tmp_path / "base")
+    folder = edited(full_experts(tmp_path / "experts", pipe, PLAN), lambda m: m["base"].update(architecture=name))
+    with pytest.raises(ExpertsError, match=f"its network '{name}', which is no ModelMixin of diffusers") as caught:
+        load_phased_pipeline(folder, base=tmp_path / "base")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["load_image", "WanTransformer3DModel", "NoSuchPipeline", 7])
+def test_the_index_of_a_base_cannot_name_any_class_but_a_pipeline_s(name: object, tmp_path: Path) -> None:
+    pipe = CASES["wan"].build()
+    pipe.save_pretrained(tmp_path / "base")
+    folder, index = full_experts(tmp_path / "experts", pipe, PLAN), tmp_path / "base" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": name}))
+    with pytest.raises(ExpertsError, match=f"its pipeline {name!r}, which is no DiffusionPipeline of") as caught:
+        load_phased_pipeline(folder, base=tmp_path / "base")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pipeline_without_a_transformer_is_refused(tmp_path: Path) -> None:
