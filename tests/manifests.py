@@ -12,6 +12,7 @@ VALID: dict[str, Any] = {
         "architecture": "WanTransformer3DModel",
         "family": "wan",
         "revision": "main",
+        "fingerprints": {"transformer": {"blocks.0.norm2.weight": "gD8AQEBA"}, "transformer_2": {"a.0.b": "gD8="}},
     },
     "plan": {
         "phases": [

@@ -131,11 +131,13 @@ def _verify(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
         )
     elif options.prompt or options.size or options.max_sequence_length:
         parser.error("--prompt, --size and --max_sequence_length are for --sample")
-    count = failures = 0
+    count = failures = warnings = 0
     for check in verify(options.folder, options.base, request):
-        count, failures = count + 1, failures + (not check.passed)
-        print(f"{'pass' if check.passed else 'FAIL'}  {check.name.ljust(24)}  {check.detail}", flush=True)
-    print(f"{failures} of {count} checks failed" if failures else f"all {count} checks passed")
+        count, failures, warnings = count + 1, failures + (not check.passed), warnings + check.warning
+        result = "FAIL" if not check.passed else "warn" if check.warning else "pass"
+        print(f"{result}  {check.name.ljust(24)}  {check.detail}", flush=True)
+    also = f", {warnings} with a warning" if warnings else ""
+    print((f"{failures} of {count} checks failed" if failures else f"all {count} checks passed") + also)
     return 1 if failures else 0
 
 
@@ -148,7 +150,9 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
     from .files import PhasedExperts
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    conversion = Conversion(PhasedExperts.open(options.folder), options.output, options.base, dtype, options.overwrite)
+    conversion = Conversion(
+        PhasedExperts.open(options.folder), options.output, options.base, dtype, options.overwrite, _warn
+    )
     if options.to == "lora":
         summary = conversion.to_lora(options.rank).training["conversions"][-1]
         for name, found in summary["experts"].items():
@@ -164,6 +168,10 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
             print(f"{name}: stored as {', '.join(dtypes)}")
     print(options.output)
     return 0
+
+
+def _warn(text: str) -> None:
+    print(f"phased-dmd: warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..families import ModelFamily, family
+from .fingerprint import Sampler, sampler_of_files
 from .lora_keys import matching
 from .manifest import BaseModel, ExpertsError
 from .untrusted import read_json, shown
@@ -94,18 +95,26 @@ class BaseFiles:
 
     def weights(self, component: str) -> Weights:
         """A network's weights, in one file or in shards. Raises ExpertsError."""
+        return open_weights(*self.weight_files(component))
+
+    def sampler(self, component: str) -> tuple[list[str], Sampler]:
+        """Names of a network's weights, and their samples. Raises ExpertsError."""
+        return sampler_of_files(self.weight_files(component))
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The file of a network's weights, or its shards. Raises ExpertsError."""
         self.config(component)
         folder = self.folder / component
         index = folder / f"{WEIGHTS_NAME}.index.json"
         if not index.is_file():
-            return open_weights(folder / WEIGHTS_NAME)
+            return [folder / WEIGHTS_NAME]
         try:
             names = set(read_json(index)["weight_map"].values())
         except (ExpertsError, KeyError, AttributeError, TypeError):
             raise ExpertsError(f"{index}: not a list of weight files: download the base again") from None
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ExpertsError(f"{index}: names a file of another folder: download the base again")
-        return open_weights(*(folder / name for name in sorted(names)))
+        return [folder / name for name in sorted(names)]
 
     @property
     def float32_modules(self) -> Sequence[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 from .base_files import WEIGHTS_NAME, BaseFiles, family_of_base
 from .card import card_text
 from .files import PhasedExperts, expert_metadata, write_experts
+from .fingerprint import base_warning, take_fingerprint
 from .lora_keys import lora_to_file
 from .low_rank import extract, merged
-from .manifest import MANIFEST_NAME, Expert, ExpertsError, Manifest
+from .manifest import MANIFEST_NAME, BaseModel, Expert, ExpertsError, Manifest
 from .output import check_output, new_folder
 from .weights import Weights, dtype_name, open_weights, write_weights
 
@@ -29,7 +31,7 @@ class Conversion:
     """What to convert and where to. Every target writes a complete folder or nothing.
 
     base: folder or Hub id in place of the one that the manifest names. dtype: how floating weights are stored; as in
-    the files they come from when None.
+    the files they come from when None. warn: is told of a base with other weights than the experts' own.
     """
 
     experts: PhasedExperts
@@ -37,11 +39,12 @@ class Conversion:
     base: str | None = None
     dtype: torch.dtype | None = None
     overwrite: bool = False
+    warn: Callable[[str], None] = warnings.warn
 
     def to_full(self) -> Manifest:
         """An experts folder of full experts; LoRA experts are merged into the base in float32."""
-        _, weights = self._all_weights()
-        manifest = self._full_manifest(weights)
+        base, weights = self._all_weights()
+        manifest = self._full_manifest(base, weights)
         with new_folder(self.output) as folder:
             written = []
             for expert in manifest.experts:
@@ -66,7 +69,8 @@ class Conversion:
             kind = replace(expert, kind="lora", rank=rank, alpha=float(rank), targets=tuple(targets), sha256="")
             entries.append(replace(kind, file=f"{expert.name}.safetensors"))
         note = {"to": "lora", "rank": rank, "dtype": dtype_name(dtype), "experts": errors}
-        manifest = self._noted(replace(self.experts.manifest, experts=tuple(entries)), note)
+        origin = self._origin(base, {entry.component for entry in entries})
+        manifest = self._noted(replace(self.experts.manifest, base=origin, experts=tuple(entries)), note)
         with new_folder(self.output) as folder:
             manifest = write_experts(folder, manifest, tensors)
             self._finish_experts(folder, manifest)
@@ -78,7 +82,7 @@ class Conversion:
         Returns the manifest that the files carry.
         """
         base, weights = self._all_weights()
-        manifest = self._full_manifest(weights)
+        manifest = self._full_manifest(base, weights)
         with new_folder(self.output) as folder:
             for expert in manifest.experts:
                 metadata = expert_metadata(manifest, expert) | {"format": "pt"}
@@ -125,7 +129,7 @@ class Conversion:
             _save_scheduler(folder, self.experts.manifest)
             text = _STOCK_CARD.format(output=json.dumps(self.output.as_posix()), table=plan.describe())
             (folder / "README.md").write_text(text, encoding="utf-8")
-        return self._full_manifest(weights)
+        return self._full_manifest(base, weights)
 
     def _all_weights(
         self, networks: bool = False, others: bool = False, written: bool = True
@@ -153,7 +157,19 @@ class Conversion:
             full = merged(own, lora, (expert.alpha or 0.0) / (expert.rank or 1))
         return full if self.dtype is None else full.stored_as(self.dtype, base.float32_modules)
 
-    def _full_manifest(self, weights: Mapping[str, Weights]) -> Manifest:
+    def _origin(self, base: BaseFiles, components: Set[str]) -> BaseModel:
+        """The manifest's base, with fingerprints of the networks that this conversion reads; warns of other weights."""
+        origin = self.experts.manifest.base
+        prints = dict(origin.fingerprints or {})
+        for component in sorted(components):
+            names, sampler = base.sampler(component)
+            if text := base_warning(origin, component, sampler, str(base.folder / component)):
+                self.warn(text)
+            if found := take_fingerprint(names, sampler):
+                prints[component] = found
+        return replace(origin, fingerprints=prints or None)
+
+    def _full_manifest(self, base: BaseFiles, weights: Mapping[str, Weights]) -> Manifest:
         """The manifest with every expert full, without hashes."""
         experts, stored = [], {}
         for expert in self.experts.manifest.experts:
@@ -162,7 +178,9 @@ class Conversion:
             entry = replace(expert, kind="full", rank=None, alpha=None, targets=None, sha256="0" * 64)
             experts.append(replace(entry, file=f"{expert.name}.safetensors"))
         note = {"to": "full", "arithmetic": "float32", "stored_as": stored}
-        return self._noted(replace(self.experts.manifest, experts=tuple(experts)), note)
+        read = {expert.component for expert in self.experts.manifest.experts if expert.kind == "lora"}
+        manifest = replace(self.experts.manifest, base=self._origin(base, read), experts=tuple(experts))
+        return self._noted(manifest, note)
 
     def _noted(self, manifest: Manifest, note: Mapping[str, Any]) -> Manifest:
         """The training summary says how these files were made from those of the distillation."""

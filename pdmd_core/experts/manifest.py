@@ -6,9 +6,12 @@ checked as a whole before any weight is touched. (Standard library only.)
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 import re
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +26,8 @@ MANIFEST_NAME = "phased_experts.json"
 MAX_MANIFEST_BYTES = MAX_JSON_BYTES
 MAX_RANK = 2**16
 MAX_TARGETS = 10_000
+MAX_SAMPLED_WEIGHTS, MAX_SAMPLED_VALUES = 200, 32
+"""Of each network's fingerprint, and of each weight in it."""
 MAX_GUIDANCE = 100
 """As ComfyUI's cfg."""
 
@@ -44,6 +49,8 @@ class BaseModel:
     family: str
     """Name in ``families.FAMILIES``."""
     revision: str | None = None
+    fingerprints: Mapping[str, Mapping[str, str]] | None = None
+    """Component to what ``fingerprint.take_fingerprint`` found in it: weight name to values in bfloat16, in base64."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,12 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; ``from_dict`` reads it back. Numbers of ``training`` that are not finite become null."""
+        base = asdict(self.base)
+        if base["fingerprints"] is None:
+            del base["fingerprints"]
         return {
             "format_version": FORMAT_VERSION,
-            "base": asdict(self.base),
+            "base": base,
             "plan": self.plan.to_dict(),
             "guidance_scale": self.guidance_scale,
             "experts": [
@@ -127,12 +137,13 @@ class Manifest:
             plan = PhasePlan.from_dict(top["plan"])
         except PhasePlanError as error:
             raise ExpertsError(f"plan: {error}") from None
-        base = _object(top["base"], "base", {"model", "architecture", "family"}, {"revision"})
+        base = _object(top["base"], "base", {"model", "architecture", "family"}, {"revision", "fingerprints"})
         for key in ("model", "family"):
             _check(base[key], f"base.{key}", "a text of 1 to 500 printable characters", lambda v: _text(v) and bool(v))
         _check(base["architecture"], "base.architecture", "the name of a class", lambda v: _matches(_CLASS, v))
         revision = base.get("revision")
         _check(revision, "base.revision", "a text of printable characters or null", lambda v: v is None or _text(v))
+        _check_fingerprints(base.get("fingerprints"))
         _check(top["experts"], "experts", "a list", lambda v: isinstance(v, list))
         guidance = top.get("guidance_scale", 1.0)
         _check(
@@ -192,6 +203,34 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest._of_json(data)
     except ExpertsError as error:
         raise ExpertsError(f"{path}: {error}") from None
+
+
+def _check_fingerprints(data: Any) -> None:
+    where = "base.fingerprints"
+    _check(data, where, "an object or null", lambda v: v is None or isinstance(v, dict))
+    for component, weights in (data or {}).items():
+        _check(component, f"a key of {where}", "transformer or transformer_N", lambda v: _matches(_COMPONENT, v))
+        _check(
+            weights,
+            f"{where}.{component}",
+            f"an object of 1 to {MAX_SAMPLED_WEIGHTS} weight names",
+            lambda v: isinstance(v, dict) and 1 <= len(v) <= MAX_SAMPLED_WEIGHTS and all(map(_text, v)),
+        )
+        expected = f"1 to {MAX_SAMPLED_VALUES} finite values of bfloat16 in base64"
+        for name, values in weights.items():
+            _check(values, f"{where}.{component}[{shown(name)}]", expected, _is_sample)
+
+
+def _is_sample(value: object) -> bool:
+    if not isinstance(value, str) or len(value) > 4 * MAX_SAMPLED_VALUES:
+        return False
+    try:
+        data = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    if not data or len(data) % 2 or len(data) > 2 * MAX_SAMPLED_VALUES:
+        return False
+    return all(number & 0x7F80 != 0x7F80 for number in struct.unpack(f"<{len(data) // 2}H", data))
 
 
 def _expert(data: object, index: int) -> Expert:

@@ -11,7 +11,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from ..experts import MANIFEST_NAME, ExpertsError, Manifest, PhasedExperts
+from ..experts import MANIFEST_NAME, BaseModel, ExpertsError, Manifest, PhasedExperts
+from ..experts.fingerprint import base_warning, network_weights, sampler_of
+from ..experts.untrusted import shown
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import load_adapters, remove_adapters
@@ -26,7 +28,7 @@ from .networks import (
     no_base,
     pipeline_class,
 )
-from .offload import is_offloaded_in_parts, offloaded_again
+from .offload import disk_files, is_offloaded_in_parts, offloaded_again
 from .phased import GUIDANCE, MISSING, SCHEDULER_FOLDER, Attachment, Original, phased_class, restore
 from .routing import Route, guard_networks
 
@@ -78,8 +80,9 @@ def attach_experts(
     experts: an experts folder, a Hub id, opened experts, or another phased pipeline whose experts are then shared (with
              a pipeline that was made from it by ``from_pipe``, say).
 
-    Steps and guidance default to what the experts were distilled for. Adapters of the user's own stay. Raises
-    ExpertsError when experts and pipeline do not fit; the pipeline is then as it was.
+    Steps and guidance default to what the experts were distilled for. Adapters of the user's own stay. Warns when the
+    base has other weights than the one that LoRA experts were distilled from. Raises ExpertsError when experts and
+    pipeline do not fit; the pipeline is then as it was.
     """
     if isinstance(getattr(pipe, "phased", None), Attachment):
         raise ExpertsError("this pipeline already has phased experts: call detach_experts first")
@@ -163,6 +166,8 @@ def _attach(
     attachment = Attachment(manifest.plan, manifest.guidance_scale, Route(scheduler), experts)
     if _kind(manifest) == "lora":
         switches = load_adapters(pipe, experts, attachment.route)
+        for component in switches:
+            _warn_of_other_weights(pipe, component, manifest.base)
         if len(switches) == 1:  # adapters of one network take all noise on it: it stands first, whichever it was
             switches = {COMPONENT: switches.popitem()[1]}
         attachment.switches = switches
@@ -280,6 +285,17 @@ def _check_fits(pipe: DiffusionPipeline, experts: PhasedExperts) -> None:
         )
     if not has_two and second in components:
         raise ExpertsError(f"these experts belong to two networks, this {kind} has one: use {manifest.base.model!r}")
+
+
+def _warn_of_other_weights(pipe: DiffusionPipeline, component: str, origin: BaseModel) -> None:
+    """Experts are put on fine-tunes on purpose, and by mistake."""
+    network = network_of(pipe, component)
+    if disk_files(network):
+        return
+    where = pipe.config.get("_name_or_path")
+    found = f"the {component} of {shown(where) if where else 'this pipeline'}"
+    if text := base_warning(origin, component, sampler_of(network_weights(network)), found):
+        logger.warning(text)
 
 
 def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:

@@ -39,7 +39,7 @@ def check_disk_files(networks: Mapping[str, nn.Module]) -> None:
     """Raise ExpertsError for networks that are offloaded to the same files on disk, where one would get the other's."""
     owner: dict[str, str] = {}
     for name, network in networks.items():
-        for path in _disk_files(network):
+        for path in disk_files(network):
             if owner.setdefault(path, name) != name:
                 raise ExpertsError(
                     f"{name} and {owner[path]} are offloaded to the same folder, {Path(path).parent}, and would get "
@@ -47,7 +47,8 @@ def check_disk_files(networks: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _disk_files(network: nn.Module) -> set[str]:
+def disk_files(network: nn.Module) -> set[str]:
+    """Where group offloading keeps weights, whose tensors then hold no values."""
     groups = [getattr(hook, "group", None) for module in network.modules() for hook in _hooks(module).values()]
     return {group.safetensors_file_path for group in groups if group is not None and group.offload_to_disk_path}
 

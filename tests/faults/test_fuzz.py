@@ -28,6 +28,7 @@ from pdmd_core.experts import (
     read_manifest,
     write_experts,
 )
+from pdmd_core.experts.fingerprint import base_warning, sampler_of, take_fingerprint
 from pdmd_core.experts.header import read_header
 from pdmd_core.experts.inspect import inspect, report_text
 from pdmd_core.experts.released import experts_from_lora_files
@@ -57,7 +58,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = f"{phase.name}.safetensors"
         entries.append(Expert(phase.name, file, "lora", "", rank=2, alpha=2.0, targets=("attn1.to_q",)))
     training = {"size": [16, 16, 1], "losses": [0.5, {"last": 0.25}]}
-    base = BaseModel("tiny/wan", WAN.architecture, "wan")
+    values = {
+        name: torch.full((32,), k + 1.0) for k, name in enumerate(("blocks.0.norm2.weight", "blocks.1.ffn.0.bias"))
+    }
+    prints = take_fingerprint(values, sampler_of(values))
+    base = BaseModel("tiny/wan", WAN.architecture, "wan", None, {"transformer": prints, "transformer_2": prints})
     write_experts(target, Manifest(base, PLAN, tuple(entries), 1.0, training), weights)
     for name in FAMILIES:  # what is imported late is imported now
         family(name)
@@ -75,6 +80,8 @@ def read_everything(folder: Path) -> None:
             experts.lora_state(expert.name)
         experts.tensors(expert.name)
     manifest = experts.manifest
+    for component in manifest.base.fingerprints or {}:
+        base_warning(manifest.base, component, lambda name: torch.ones(32), "a base")
     assert Manifest.from_json(manifest.to_json()).to_json() == manifest.to_json()
 
 

@@ -43,12 +43,15 @@ def test_the_fields_of_a_manifest_are_those_of_the_file() -> None:
 
 def test_optional_fields_have_defaults() -> None:
     data = copy.deepcopy(VALID)
-    for where, key in [(data, "guidance_scale"), (data, "training"), (data["base"], "revision")]:
+    base = data["base"]
+    for where, key in [(data, "guidance_scale"), (data, "training"), (base, "revision"), (base, "fingerprints")]:
         del where[key]
     for key in ("component", "rank", "alpha", "targets"):
         del data["experts"][1][key]
     manifest = Manifest.from_dict(data)
     assert (manifest.guidance_scale, manifest.training, manifest.base.revision) == (1.0, {}, None)
+    assert manifest.base.fingerprints is None and "fingerprints" not in manifest.to_dict()["base"]
+    assert Manifest.from_dict(changed("base.fingerprints", None)).base.fingerprints is None
     assert dataclasses.asdict(manifest.experts[1]) == {
         **{"name": "low_noise", "file": "low_noise.safetensors", "kind": "full", "sha256": "f" * 64},
         **{"component": "transformer", "rank": None, "alpha": None, "targets": None},
@@ -109,6 +112,16 @@ def test_an_unknown_field_is_named(path: str) -> None:
         ("base.model", "", "base.model is a text of 1 to 500 printable characters, found ''"),
         ("base.family", 3, "base.family is a text of 1 to 500 printable characters, found 3"),
         ("base.revision", 7, "base.revision is a text of printable characters or null, found 7"),
+        ("base.fingerprints", [], "base.fingerprints is an object or null, found []"),
+        ("base.fingerprints.vae", {}, "a key of base.fingerprints is transformer or transformer_N, found 'vae'"),
+        ("base.fingerprints.transformer", {}, "base.fingerprints.transformer is an object of 1 to 200 weight names"),
+        ("base.fingerprints.transformer", 5, "base.fingerprints.transformer is an object of 1 to 200 weight names"),
+        ("base.fingerprints.transformer", {str(n): "gD8=" for n in range(201)}, "an object of 1 to 200 weight names"),
+        ("base.fingerprints.transformer", {"a\x1b[2J": "gD8="}, "an object of 1 to 200 weight names, found {'a\\x1b["),
+        *[
+            ("base.fingerprints.transformer", {"a": wrong}, "transformer['a'] is 1 to 32 finite values of bfloat16 in")
+            for wrong in (None, 1.5, "", "gD8", "gD8=\n", "g!8=", "gA==", "gH8=", "wH8=", "\u0661gD8", "gD8A" * 22)
+        ],
         ("guidance_scale", -1, "guidance_scale is a number from 0 to 100, found -1"),
         ("guidance_scale", True, "guidance_scale is a number from 0 to 100, found True"),
         ("guidance_scale", float("nan"), "guidance_scale is a number from 0 to 100, found nan"),
