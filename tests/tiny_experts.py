@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
-from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
+from pdmd_core.experts import BaseModel, Expert, Manifest, PhasedExperts, lora_to_file, write_experts
+from pdmd_core.experts.fingerprint import fingerprint_of
 from pdmd_core.families import family_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
@@ -45,4 +48,14 @@ def save_experts(
     training = {"size": list(size), "max_sequence_length": 12, "teacher_guidance_scale": 2.0} | training
     base = BaseModel(str(teacher), family.architecture, family.name)
     write_experts(folder, Manifest(base, plan, tuple(experts), 1.0, training), weights)
+    return folder
+
+
+def note_fingerprints(folder: Path, networks: Mapping[str, nn.Module]) -> Path:
+    """Write the folder again, as of a base with these networks by component."""
+    experts = PhasedExperts.open(folder)
+    prints = {component: fingerprint_of(network) for component, network in networks.items()}
+    manifest = replace(experts.manifest, base=replace(experts.manifest.base, fingerprints=prints))
+    tensors = {expert.name: experts.tensors(expert.name) for expert in manifest.experts}
+    write_experts(folder, manifest, tensors)
     return folder

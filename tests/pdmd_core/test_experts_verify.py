@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from pdmd_core.experts import MANIFEST_NAME, ExpertsError, PhasedExperts, read_manifest
 from pdmd_core.experts import verify as verify_module
+from pdmd_core.experts.__main__ import main
 from pdmd_core.experts.convert import Conversion
 from pdmd_core.experts.files import sha256_of
 from pdmd_core.experts.verify import Check, SampleRequest, verify
@@ -24,6 +25,7 @@ from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests import tiny_families
 from tests.tiny import CALL, lora_roles, randomise, transformer, wan_pipeline, write_lora_experts
+from tests.tiny_experts import note_fingerprints
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 SIZE = [CALL["width"], CALL["height"], CALL["num_frames"]]
@@ -168,6 +170,39 @@ def test_a_base_that_does_not_fit_fails(folder: Path, base: Path, tmp_path: Path
     assert set(found) == {"base"} and "SoraModel" in found["base"]
     found = failures(list(verify(folder, "nowhere/at/all")))
     assert set(found) == {"base"} and "give --base" in found["base"]
+
+
+def test_a_base_with_other_weights_is_a_warning(
+    folder: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def weights(of: Path | None) -> Check:
+        return next(c for c in verify(folder, str(of) if of else None) if c.name == "transformer: weights")
+
+    note_fingerprints(folder, {"transformer": transformer()})
+    assert not failures(list(verify(folder)))
+    assert weights(None) == Check("transformer: weights", True, "those of the base, by 26 samples")
+    pipeline = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)
+    pipeline.save_pretrained(tmp_path / "half")
+    assert weights(tmp_path / "half").detail == "those of the base, by 26 samples"
+    pipeline.transformer.save_pretrained(tmp_path / "half/transformer", max_shard_size="30KB")
+    assert weights(tmp_path / "half").detail == "those of the base, by 26 samples"
+    assert len(list((tmp_path / "half/transformer").glob("*-of-*.safetensors"))) > 1
+    with torch.no_grad():
+        for parameter in pipeline.transformer.parameters():
+            parameter.mul_(1.03)
+    pipeline.save_pretrained(tmp_path / "tuned")
+    found = weights(tmp_path / "tuned")
+    assert found.passed and found.warning and f"{tmp_path / 'tuned' / 'transformer'} has other weights" in found.detail
+    assert f"the transformer of {base}, from which these experts were distilled: 26 of 26" in found.detail
+    assert main(["verify", str(folder), "--base", str(tmp_path / "tuned")]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line[:26] for line in lines if line.startswith("warn")] == ["warn  transformer: weights"]
+    assert last == "all 12 checks passed, 1 with a warning"
+    shutil.copytree(base, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert weights(tmp_path / "configs").detail == "not here, not compared with the fingerprint"
+    for file in (tmp_path / "tuned/transformer").glob("*.safetensors"):
+        file.write_bytes(b"text")
+    assert set(failures(list(verify(folder, str(tmp_path / "tuned"))))) == {"transformer: weights"}
 
 
 def test_full_experts_are_held_to_every_weight_of_the_network(folder: Path, tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from pdmd_core.experts import (
     read_manifest,
     write_experts,
 )
+from pdmd_core.experts.__main__ import main
 from pdmd_core.experts.base_files import BaseFiles
 from pdmd_core.experts.convert import Conversion
+from pdmd_core.experts.fingerprint import fingerprint_of
 from pdmd_core.phases import PhasePlan
 from tests.conversions import (
     TARGETS,
@@ -30,7 +32,7 @@ from tests.conversions import (
     conversion,
     refused,
 )
-from tests.tiny import save_wan_pipeline, transformer
+from tests.tiny import save_wan_pipeline, transformer, wan_pipeline
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -88,6 +90,34 @@ def test_a_base_whose_weights_are_not_those_of_its_config_is_refused(lora: Path,
     file.write_bytes(b"text")
     with refused("not a readable safetensors file"):
         conversion(lora, tmp_path / "out", base=str(wrong)).to_full()
+
+
+def test_a_conversion_notes_the_weights_that_it_read_and_warns_of_others(
+    lora: Path, full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = wan_pipeline()
+    with torch.no_grad():
+        for block in tuned.transformer.blocks:
+            block.attn1.to_q.weight.mul_(1.03)
+            block.ffn.net[2].weight.mul_(1.03)
+    tuned.save_pretrained(tmp_path / "tuned")
+    own, other = fingerprint_of(transformer()), fingerprint_of(tuned.transformer)
+    said: list[str] = []
+    options = {"base": str(tmp_path / "tuned"), "warn": said.append}
+    manifest = conversion(full, tmp_path / "extracted", **options).to_lora(2)
+    assert manifest.base.fingerprints == {"transformer": other} and own != other
+    assert len(said) == 1 and "2 of 26 samples differ" in said[0] and str(tmp_path / "tuned") in said[0]
+    manifest = conversion(tmp_path / "extracted", tmp_path / "merged", **options).to_full()
+    assert manifest.base.fingerprints == {"transformer": other} and len(said) == 1
+    # full experts stand on no base: what was known of it stays
+    manifest = conversion(full, tmp_path / "copied", dtype=torch.bfloat16, **options).to_full()
+    assert manifest.base.fingerprints == {"transformer": own} and len(said) == 1
+    command = ["convert", str(tmp_path / "extracted"), "--to", "full", "--output", str(tmp_path / "own")]
+    capsys.readouterr()
+    assert main(command) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("phased-dmd: warning: ") and "2 of 26 samples differ" in line
+    assert read_manifest(tmp_path / "own").base.fingerprints == {"transformer": own}
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "../nowhere", "-"])

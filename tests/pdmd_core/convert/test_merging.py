@@ -15,6 +15,7 @@ from pdmd_core.experts import (
     PhasedExperts,
     read_manifest,
 )
+from pdmd_core.experts.fingerprint import fingerprint_of
 from pdmd_core.experts.header import read_header
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.conversions import (
@@ -61,7 +62,9 @@ def test_merging_adds_the_scaled_product_and_touches_nothing_else(lora: Path, fu
 
 def test_a_merged_folder_is_a_whole_experts_folder(lora: Path, full: Path) -> None:
     manifest, origin = read_manifest(full), read_manifest(lora)
-    assert (manifest.base, manifest.plan, manifest.guidance_scale) == (origin.base, origin.plan, origin.guidance_scale)
+    assert (manifest.plan, manifest.guidance_scale) == (origin.plan, origin.guidance_scale)
+    read = {"transformer": fingerprint_of(transformer())}
+    assert origin.base.fingerprints is None and manifest.base == replace(origin.base, fingerprints=read)
     note = {"to": "full", "arithmetic": "float32", "stored_as": {HIGH: ["float32"], LOW: ["float32"]}}
     assert manifest.training == {"updates": 3, "conversions": [note]}
     assert PhasedDMDScheduler.from_pretrained(full, subfolder="scheduler").plan == PLAN
