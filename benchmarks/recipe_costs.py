@@ -28,17 +28,18 @@ def row(recipe: str, gpus: int) -> str:
     config = load_config(ROOT / "training" / "configs" / f"{recipe}.yaml")
     text = describe(config, gpus=gpus)
     memory = re.findall(r"^  all +([\d.]+ [GM]iB):", text, re.MULTILINE)[0]
+    ratio = re.findall(r"^  ratio +([\d.]+):", text, re.MULTILINE)[0]
     evaluations = re.findall(r"phase (\w+): (\d+) updates, ([\d.]+) network evaluations", text)
     each = " + ".join(value for _, _, value in evaluations)
     total = sum(int(updates) * float(value) * config.batch_size for _, updates, value in evaluations)
-    return f"| `{recipe}` | {gpus} | {memory} | {config.batch_size} | {each} | {total / 1e6:.3g} M |"
+    return f"| `{recipe}` | {gpus} | {memory} | {ratio} | {config.batch_size} | {each} | {total / 1e6:.3g} M |"
 
 
 def table() -> str:
     """All rows under their header."""
     lines = [
-        "| recipe | GPUs | static memory of each | samples | evaluations of a sample | evaluations in all |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| recipe | GPUs | static memory | over teacher | samples | evaluations of a sample | evaluations in all |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for model, gpus in MODELS.items():
         lines += [row(f"{model}_phased_single_gpu", 1), row(f"{model}_phased", gpus), row(f"{model}_dmd_sgts", gpus)]

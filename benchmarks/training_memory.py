@@ -3,9 +3,10 @@
 The recipes for one GPU, every role an adapter on one frozen base, in the real widths and dtypes of the released models.
 Weights are random, and only a few of the equal blocks are built, so that it runs anywhere; one update is made, of small
 samples. Held is what weights, gradients and optimizer take at the moment of an optimizer's step: on a CPU the bytes of
-all live tensors, on a GPU what its allocator has given out. Adapters and all that belongs to them grow with the number
-of blocks, which gives the ratio of the whole model. Peak is the largest held within the update, activations included
-(on a CPU: the growth of the process). Writes docs/benchmarks/training_memory.json and .md.
+all live tensors, but for those that would be off a GPU, on a GPU what its allocator has given out. The base is what of
+the teacher is there at a time: of two networks one, where the recipe says so. Adapters and all that belongs to them
+grow with the number of blocks, which gives the ratio of the whole model. Peak is the largest held within the update,
+activations included (on a CPU: the growth of the process). Writes docs/benchmarks/training_memory.json and .md.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarks.random_training import RandomTeacher, RandomTraining, released_teacher
 from benchmarks.random_wan import machine
+from pdmd_core.roles import Roles
 from training.config import DistillConfig, load_config
 from training.dry_run import pipeline_on_meta
+from training.offload import IdleExperts, OneNetworkOnDevice
 from training.teacher import TeacherSource
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +57,18 @@ def held_bytes(device: str) -> int:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def away_bytes(roles: Roles) -> int:
+    """Of networks and experts that are kept off the device at this moment; where that is the CPU they are live too."""
+    return sum(
+        tensor.nbytes
+        for keeper in (roles.before_use, roles.before_role)
+        if isinstance(keeper, OneNetworkOnDevice | IdleExperts)
+        for name, tensors in keeper.at_home.items()
+        if name != keeper.here
+        for tensor in tensors
+    )
 
 
 class Peak:
@@ -81,25 +96,33 @@ class Peak:
 
 
 def blocks_of(config: DistillConfig) -> tuple[int, int]:
-    """How many equal blocks each network of the released model has, and parameters of all its networks."""
+    """How many equal blocks each network of the released model has, and parameters of what is there at a time."""
     pipeline = pipeline_on_meta(TeacherSource(str(config.model.architecture), None, config.model.pipeline))
     networks = [n for n in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if n is not None]
-    return networks[0].config.num_layers, sum(p.numel() for n in networks for p in n.parameters())
+    counts = [sum(p.numel() for p in network.parameters()) for network in networks]
+    return networks[0].config.num_layers, max(counts) if config.offload_idle_network else sum(counts)
 
 
 def measure(config: DistillConfig, teacher: RandomTeacher, accelerator: Accelerator, device: str) -> dict[str, int]:
     """Bytes: base (the teacher's weights), held (at the most in one update), peak (with activations)."""
-    base = sum(p.numel() * p.element_size() for n in teacher.networks.values() for p in n.parameters())
-    empty = held_bytes(device) - base  # buffers, and what this process holds besides
+    sizes = [sum(p.numel() * p.element_size() for p in n.parameters()) for n in teacher.networks.values()]
+    one = config.offload_idle_network
+    base = max(sizes) if one else sum(sizes)
+    before = 0 if one and device != "cpu" else sum(sizes)  # such networks are made off the device
+    empty = held_bytes(device) - before  # buffers, and what this process holds besides
     training = RandomTraining(config, teacher, accelerator)
+
+    def held_now() -> int:
+        return held_bytes(device) - (away_bytes(training.roles) if device == "cpu" else 0)
+
     training.update()  # the moments of the optimizers exist from now on
     held: list[int] = []
     for optimizer in training.training.optimizers.values():
-        optimizer.register_step_pre_hook(lambda *_: held.append(held_bytes(device)))
+        optimizer.register_step_pre_hook(lambda *_: held.append(held_now()))
     peak = Peak(device)
-    before = held_bytes(device)
+    held_before = held_now()
     training.update()
-    return {"base": base, "held": max(held) - empty, "peak": peak.bytes(before) - empty}
+    return {"base": base, "held": max(held) - empty, "peak": peak.bytes(held_before) - empty}
 
 
 def scaled(row: Mapping[str, int], whole_base: int, blocks: int, built: int) -> float:

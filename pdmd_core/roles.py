@@ -81,6 +81,8 @@ class Roles:
         """Which networks some process asks, given which ones this process asks: where they must run in step, all do."""
         self.before_use: Callable[[str], None] = lambda component: None
         """Told which of the teacher's networks is about to run, or about to be run backwards."""
+        self.before_role: Callable[[str], None] = lambda role: None
+        """Told which role is about to compute."""
         for role, spec in specs.items():
             if spec.kind == "lora":
                 self._add_adapter(role, spec)
@@ -169,6 +171,7 @@ class Roles:
             self._activate(role, name)
 
     def _activate(self, role: str, component: str) -> None:
+        self.before_role(role)
         if (role, component) in self._copies:
             return
         self.before_use(component)

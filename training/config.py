@@ -233,6 +233,9 @@ class DistillConfig(Section):
     offload_idle_network: bool = Field(
         False, description="of a two-network teacher, keep only the network that runs on the device"
     )
+    offload_idle_experts: bool = Field(
+        False, description="keep experts that do not train off the device, but while they compute"
+    )
     sharding: Literal["none", "fsdp", "hsdp"] = Field(
         "none",
         description="spread the base and full copies over all processes, or over groups of them (hsdp); adapters stay "
@@ -272,6 +275,8 @@ class DistillConfig(Section):
             raise ValueError(f"shard_size is for sharding hsdp, found sharding {self.sharding}: leave it out")
         if self.offload_idle_network and self.sharding != "none":
             raise ValueError("offload_idle_network keeps networks whole: set sharding to none, or leave it out")
+        if self.offload_idle_experts and self.sharding != "none":
+            raise ValueError("offload_idle_experts keeps experts whole: set sharding to none, or leave it out")
         if self.compile != "none" and self.sharding != "none":
             raise ValueError("compile is for networks that are whole: set sharding to none, or compile to none")
         for section, role in (("generator", self.generator), ("fake", self.fake)):

@@ -75,9 +75,11 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
         f"static memory of {'a GPU' if gpus == 1 else f'each of {gpus} GPUs'}:",
     ]
     held = static_memory(config, plan, roles, gpus)
-    lines += [f"  {part.role:12} {in_words(part.bytes)}: {part.how}" for part in held]
-    total = sum(part.bytes for part in held)
-    lines += [f"  {'all':12} {in_words(total)}: weights, gradients, optimizer; activations come on top", ""]
+    lines += [f"  {part.role:12} {in_words(part.bytes)}: {part.how}" for part in held.parts]
+    total = held.bytes
+    lines += [f"  {'all':12} {in_words(total)}: weights, gradients, optimizer; activations come on top"]
+    both = f", {total / held.all_networks:.3f} of both its networks" if held.all_networks > held.base else ""
+    lines += [f"  {'ratio':12} {total / held.base:7.3f}: all of it against the teacher on the GPU{both}", ""]
     lines += [*_evaluations(config, plan, gpus), ""]
     files = ["config.yaml", "metrics.jsonl", "samples/", "checkpoints/", "logs/", "experts/"]
     lines += [
@@ -85,7 +87,7 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
         f"writes {', '.join(str(Path(config.output_dir) / f) for f in files)}",
     ]
     if memory_per_gpu is not None and total > memory_per_gpu * 2**30:
-        largest = max(held, key=lambda part: part.bytes)
+        largest = max(held.parts, key=lambda part: part.bytes)
         raise UserError(
             f"does not fit: {in_words(total).strip()} of weights, gradients and optimizer for each GPU, "
             f"{memory_per_gpu:g} GiB given; the largest is {largest.role} ({in_words(largest.bytes).strip()}); use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,10 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.command_line import UserError
-from training.config import RoleSection
+from training.config import DistillConfig, RoleSection
 
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
 """Bytes that the moments of one weight take, by ``optimizer``: 8 bits have a float32 scale for each 256 of them."""
+FUSED = ("cpu", "cuda", "xpu")
+"""Devices on which torch makes the whole step of AdamW in one kernel."""
+
+
+def check_libraries(config: DistillConfig) -> None:
+    """Raises UserError where a library is missing that an optimizer of this run takes: before anything is loaded."""
+    if "adamw_8bit" in (config.generator.optimizer, config.fake.optimizer):
+        _adamw_8bit()
 
 
 def make_optimizer(parameters: list[nn.Parameter], section: RoleSection, device: torch.device) -> Optimizer:
@@ -26,7 +35,14 @@ def make_optimizer(parameters: list[nn.Parameter], section: RoleSection, device:
         raise UserError(f"weights that train are float32, found {found}: updates of lr {section.lr} would vanish")
     settings: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "weight_decay": section.weight_decay}
     if section.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings, fused=True if device.type == "cuda" else None)
+        return torch.optim.AdamW(parameters, **settings, fused=device.type in FUSED)
+    optimizer = _adamw_8bit()(parameters, **settings)
+    if device.type == "cpu":  # a step that is compiled takes a compiler and seconds, and nothing is gained
+        optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)
+    return optimizer
+
+
+def _adamw_8bit() -> Callable[..., Any]:
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -34,7 +50,7 @@ def make_optimizer(parameters: list[nn.Parameter], section: RoleSection, device:
             f"optimizer: adamw_8bit takes the package torchao ({error}): pip install 'phased-dmd[low-memory]', or use "
             "adamw"
         ) from None
-    return AdamW8bit(parameters, **settings)
+    return AdamW8bit
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

@@ -20,6 +20,7 @@ from pdmd_core.roles import FAKE, Roles
 from training.config import DistillConfig, RoleSection
 from training.data.bank import PromptBank
 from training.draws import Draws
+from training.offload import keep_idle_experts_away
 from training.optimizers import make_optimizer, set_rate
 from training.sharding import average_gradients, gathered
 
@@ -61,6 +62,8 @@ class PhaseTraining:
         self.distiller = PhasedDistiller(plan, phase, roles, config.objective.build(), config.guidance_batched)
         self.sections: dict[str, RoleSection] = {self.expert: config.generator, FAKE: config.fake}
         roles.set_trainable(self.sections)
+        if config.offload_idle_experts:
+            keep_idle_experts_away(roles, self.expert, self.device)
         self.optimizers = {
             role: make_optimizer(roles.parameters(role), section, self.device)
             for role, section in self.sections.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,19 +15,28 @@ Quantization = Literal["none", "int8", "float8"]
 
 def quantize(networks: Iterable[nn.Module], kind: Quantization) -> None:
     """Weights only: what is computed stays in the dtype of the inputs. Raises UserError where torchao is missing."""
-    if kind == "none":
+    config = library_config(kind)
+    if config is None:
         return
+    from torchao.quantization import quantize_
+
+    for network in networks:
+        for block in blocks_of(network):
+            quantize_(block, config)
+
+
+def library_config(kind: Quantization) -> Any:
+    """What torchao is told; None for none. Raises UserError where torchao is missing."""
+    if kind == "none":
+        return None
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:
         raise UserError(
             f"model.quantization: {kind} takes the package torchao ({error}): pip install 'phased-dmd[low-memory]', or "
             "use none"
         ) from None
-    config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
-    for network in networks:
-        for block in blocks_of(network):
-            quantize_(block, config)
+    return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
 
 
 def quantized_numbers(network: nn.Module) -> int:

@@ -35,6 +35,7 @@ FREE_TO_CHANGE = {
     "guidance_batched",
     "compile",
     "offload_idle_network",
+    "offload_idle_experts",
     "sharding",
     "shard_size",
 }

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from pdmd_core.distillation import PhasedDistiller, expert_velocities
+from pdmd_core.experts.fingerprint import fingerprint_of
 from pdmd_core.roles import FAKE, Roles
 from pdmd_core.rollout import route, sample
 from training.checkpoints import list_checkpoints, load_values, newest_whole, save_checkpoint
@@ -22,10 +23,11 @@ from training.data.training_data import training_data
 from training.draws import Draws
 from training.export import export_experts
 from training.offload import keep_one_network
+from training.optimizers import check_libraries
 from training.phase_training import Batches, PhaseTraining
 from training.pictures import save_samples
 from training.progress import Progress, UpdateReport
-from training.quantization import quantize
+from training.quantization import library_config, quantize
 from training.run_state import check_same_config, check_same_prompts, resume_from, tensors_of_run, values_of_run
 from training.sharding import check_processes, mesh_of, shard_roles
 from training.stopping import Stopped, StopRequest
@@ -52,8 +54,9 @@ class Trainer:
         self.device = self.accelerator.device
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         check_processes(config, processes)
-        self.plan = config.plan.build()
-        model = config.model
+        self.plan, model = config.plan.build(), config.model
+        check_libraries(config)
+        library_config(model.quantization)  # a missing library is said before anything is loaded
         self.source = TeacherSource(model.path, model.revision, model.pipeline)
         self.pipeline = load_image_side(self.source, getattr(torch, model.dtype))
         self.family = family_of_pipeline(self.pipeline)
@@ -61,6 +64,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         routing = self.family.teacher_routing(self.pipeline.config)
         networks, mesh = networks_of(self.pipeline, self.family), mesh_of(config, self.device, processes)
+        self.fingerprints = {name: fingerprint_of(network) for name, network in networks.items()}
         quantize(networks.values(), model.quantization)
         one_at_a_time = config.offload_idle_network and len(networks) > 1
         if mesh is None and not one_at_a_time:
@@ -178,7 +182,8 @@ class Trainer:
         self._validate(f"{self.training.expert}-final")
         if self.progress.phase + 1 == len(self.plan):
             main = self.accelerator.is_main_process
-            export_experts(self.output_dir / "experts", self.config, self.plan, self.roles, self._summary(), main)
+            folder, prints = self.output_dir / "experts", self.fingerprints
+            export_experts(folder, self.config, self.plan, self.roles, self._summary(), prints, main)
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -192,14 +197,18 @@ class Trainer:
         noise = torch.randn(
             config.sample_seeds, *data.validation_shape, generator=torch.Generator().manual_seed(config.seed)
         ).repeat(len(data.validation), *([1] * len(data.validation_shape)))
-        experts = expert_velocities(self.roles, self.plan, data.validation.conditioning(indices, self.device))
         sigmas = [s for phase in self.plan.phases[: self.progress.phase + 1] for s in phase.sigmas]
+        at_once = config.micro_batch_size or len(indices)
+        latents = []
         with self.training.averaged(), self.accelerator.autocast():
-            latents = sample(route(experts, self.plan), sigmas, noise.to(self.device))
+            for own, start in zip(indices.split(at_once), noise.split(at_once), strict=True):
+                experts = expert_velocities(self.roles, self.plan, data.validation.conditioning(own, self.device))
+                latents.append(sample(route(experts, self.plan), sigmas, start.to(self.device)))
         if not self.accelerator.is_main_process:
             return
         self.pipeline.vae.to(self.device)
-        pixels = self.family.decode(self.pipeline, latents).cpu()
+        pixels = torch.cat([self.family.decode(self.pipeline, part).cpu() for part in latents])
+        self.pipeline.vae.to("cpu")
         try:
             save_samples(self.output_dir / "samples" / name, pixels, columns=config.sample_seeds)
         except OSError as error:

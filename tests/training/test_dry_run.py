@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pdmd_core.families import family
+from pdmd_core.families import TeacherRouting, family
 from pdmd_core.roles import FAKE, Roles
 from tests.tiny_families import wan_two_networks
 from training.command_line import UserError
 from training.config import ConfigError, load_config, parse_config
 from training.dry_run import describe, pipeline_on_meta
-from training.teacher import TeacherError, TeacherSource, family_of_pipeline, networks_of
+from training.memory import static_memory
+from training.offload import IdleExperts
+from training.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, networks_of
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"
@@ -35,9 +40,29 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+def check_that_little_is_held_beside_the_teacher(text: str, two_networks: bool) -> None:
+    """At most 1.15 times what it takes; the parts add up to the whole, and the whole has that ratio."""
+    (found,) = re.findall(
+        r"^  ratio +([\d.]+): .* teacher on the GPU(?:, ([\d.]+) of both its networks)?", text, re.MULTILINE
+    )
+    ratio = float(found[0])
+    assert 1 < ratio <= 1.15
+    assert bool(found[1]) == two_networks
+    if two_networks:
+        assert float(found[1]) == pytest.approx(ratio / 2, abs=0.001)
+    sizes = re.findall(r"^  (\w+) +([\d.]+) ([GM])iB:", text, re.MULTILINE)
+    parts = {role: float(size) / (1 if unit == "G" else 1024) for role, size, unit in sizes}
+    total = parts.pop("all")
+    assert sum(parts.values()) == pytest.approx(total, abs=0.03)
+    assert total / parts["teacher"] == pytest.approx(ratio, abs=0.01)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_recipe_says_what_it_takes(model: str, recipe: str) -> None:
+def test_every_recipe_says_what_it_takes(model: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library of 8-bit moments, which a dry run does not need."""
+    for name in ("torchao", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     config = load_config(CONFIGS / f"{model}_{recipe}.yaml")
     single = recipe == "phased_single_gpu"
     gpus = 1 if single else 16 if "a14b" in model else 8
@@ -49,6 +74,8 @@ def test_every_recipe_says_what_it_takes(model: str, recipe: str) -> None:
     phases = text.count("network evaluations of each sample")
     assert phases == len(config.plan.build()) == (1 if recipe == "dmd_sgts" else 2)
     assert (config.sharding == "fsdp") == (not single)
+    if single:
+        check_that_little_is_held_beside_the_teacher(text, "a14b" in model)
     if not single and model != "wan2_1_t2v_1_3b":
         with pytest.raises(UserError, match=r"does not fit: .* GiB .*80 GiB given; the largest is fake") as caught:
             describe(config, memory_per_gpu=80)
@@ -136,29 +163,75 @@ def test_architectures_are_those_of_the_released_models(
     assert {sum(p.numel() for p in network.parameters()) for network in networks.values()} == {weights}
 
 
-def test_bytes_are_those_of_the_real_roles(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
-    """Against tensors counted on a real tiny teacher of two networks, after its optimizers made a step."""
-    pipeline = wan_two_networks()
-    pipeline.save_pretrained(tmp_path / "two")
+def alive(trainer: Trainer) -> tuple[int, set[str]]:
+    """Bytes of the teacher and of what roles hold, but for adapters that are away; the roles that have gradients."""
+    roles, idle = trainer.roles, trainer.roles.before_role
+    networks = [roles.base_state_dict(name).values() for name in roles.bases]
+    tensors = [value for network in networks for value in network]
+    with_gradients = set()
+    for role in roles.specs:
+        parameters = roles.parameters(role)
+        if not (isinstance(idle, IdleExperts) and role in idle.idle and role != idle.here):
+            tensors += parameters
+        if gradients := [p.grad for p in parameters if p.grad is not None]:
+            tensors += gradients
+            with_gradients.add(role)
+    for optimizer in trainer.training.optimizers.values():
+        tensors += [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    if trainer.training.average is not None:
+        tensors += trainer.training.average.shadow_params
+    return sum(t.numel() * t.element_size() for t in tensors), with_gradients
+
+
+@pytest.mark.parametrize("changes", [{}, {"offload_idle_experts": True}, {"micro_batch_size": 1}, {"ema_decay": 0.9}])
+def test_bytes_are_the_most_that_a_run_holds(
+    settings_of_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Counted on a tiny teacher of two networks at every optimizer step and whenever an idle expert comes."""
+    wan_two_networks().save_pretrained(tmp_path / "two")
     settings_of_run["model"] |= {"path": str(tmp_path / "two")}
     role = {"kind": "lora", "rank": 256, "alpha": 4, "lr": 1e-2}  # so that adapters are most of it
-    changes = {"plan": {"steps": [2, 2], "shift": 5.0}, "ema_decay": None, "generator": role, "fake": role}
+    settings_of_run |= {"plan": {"steps": [1, 1], "shift": 5.0}, "generator": role, "fake": role, "ema_decay": None}
+    settings_of_run |= {"batch_size": 2, "updates": 2, "fake_updates": 1}
+    if changes.get("micro_batch_size"):
+        changes |= {"offload_idle_experts": True}  # gradients of a part are there when an expert comes for the next
     config = parse_config(settings_of_run | changes, "test")
-    routing = family("wan").teacher_routing(pipeline.config)
-    roles = Roles(networks_of(pipeline, family("wan")), family("wan"), config.role_specs(routing), routing)
-    total = sum(v.numel() * v.element_size() for name in roles.bases for v in roles.base_state_dict(name).values())
-    total += sum(p.numel() * p.element_size() for p in roles.parameters("high_noise"))
-    roles.set_trainable(["low_noise", FAKE])
-    for role in ("low_noise", FAKE):
-        parameters = roles.parameters(role)
-        for p in parameters:
-            p.grad = torch.zeros_like(p)
-        optimizer = torch.optim.AdamW(parameters)
-        optimizer.step()
-        moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
-        total += sum(t.numel() * t.element_size() for t in [*parameters, *(p.grad for p in parameters), *moments])
-    (found,) = re.findall(r"all +([\d.]+) MiB", describe(config))
-    assert float(found) == pytest.approx(total / 2**20, abs=0.06), "shown with one decimal"
+    trainer = Trainer(config)
+    found: list[int] = []
+
+    def at_a_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        size, with_gradients = alive(trainer)
+        (stepping,) = [role for role, own in trainer.training.optimizers.items() if own is optimizer]
+        assert with_gradients == {stepping}, "gradients of the other role are gone"
+        found.append(size)
+
+    bring = IdleExperts._bring
+
+    def when_one_comes(self: IdleExperts, role: str) -> None:
+        bring(self, role)
+        self.here = role
+        found.append(alive(trainer)[0])
+
+    monkeypatch.setattr(IdleExperts, "_bring", when_one_comes)
+    hook = register_optimizer_step_pre_hook(at_a_step)
+    try:
+        trainer.run()
+    finally:
+        hook.remove()
+    (shown,) = re.findall(r"all +([\d.]+) MiB", describe(config))
+    assert float(shown) == pytest.approx(max(found) / 2**20, abs=0.06), "shown with one decimal"
+
+
+def test_weights_that_diffusers_keeps_in_float32_are_counted_so(settings_of_run: dict[str, Any]) -> None:
+    settings_of_run["model"] |= {"dtype": "bfloat16"}
+    config = parse_config(settings_of_run, "test")
+    source = TeacherSource(config.model.path)
+    loaded = list(load_image_side(source, torch.bfloat16).transformer.parameters())
+    sizes = {dtype: sum(p.nbytes for p in loaded if p.dtype == dtype) for dtype in (torch.float32, torch.bfloat16)}
+    networks, routing = networks_of(pipeline_on_meta(source), family("wan")), TeacherRouting()
+    roles = Roles(networks, family("wan"), config.role_specs(routing), routing)
+    assert static_memory(config, config.plan.build(), roles, 1).base == sum(sizes.values())
+    assert all(sizes.values())
 
 
 def test_nothing_is_allocated() -> None:

@@ -1,18 +1,22 @@
-"""One network of a two-network teacher on the device at a time: where weights are, and that no number changes."""
+"""Networks and experts that are idle are off the device: where weights are, and that no number changes."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from pdmd_core.roles import Roles
 from tests.tiny_families import wan_two_networks
+from training import offload
 from training.config import ConfigError, DistillConfig, parse_config
-from training.offload import OneNetworkOnDevice
+from training.offload import IdleExperts, OneNetworkOnDevice
 from training.trainer import Trainer
 
 
@@ -90,11 +94,77 @@ def test_a_run_never_computes_with_the_network_that_is_away(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sharding": "fsdp"}, "set sharding to none"),
-        ({"gradient_checkpointing": False}, "frees memory only with gradient_checkpointing"),
+        ({"offload_idle_network": True, "sharding": "fsdp"}, "set sharding to none"),
+        ({"offload_idle_network": True, "gradient_checkpointing": False}, "frees memory only with gradient_checkpoi"),
+        ({"offload_idle_experts": True, "sharding": "hsdp"}, "keeps experts whole: set sharding to none"),
     ],
 )
-def test_what_does_not_go_with_it_is_one_line(config: DistillConfig, changes: dict[str, Any], words: str) -> None:
+def test_what_does_not_go_together_is_one_line(config: DistillConfig, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
-        changed(config, offload_idle_network=True, **changes)
+        changed(config, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What comes is a copy, and is NaN once it has gone; an idle expert that computes must have come.
+
+    Returns the roles that computed.
+    """
+    computed: list[str] = []
+    velocity = Roles.velocity
+
+    def bring(tensors: list[Tensor], at_home: list[Tensor], device: torch.device) -> None:
+        for tensor, home in zip(tensors, at_home, strict=True):
+            tensor.data = home.clone()
+
+    def send_home(tensors: list[Tensor], at_home: list[Tensor]) -> None:
+        for tensor, home in zip(tensors, at_home, strict=True):
+            if tensor.data_ptr() != home.data_ptr():
+                tensor.data.fill_(float("nan"))
+            tensor.data = home
+
+    def seen(self: Roles, role: str, *arguments: Any) -> Tensor:
+        result = velocity(self, role, *arguments)
+        computed.append(role)
+        assert isinstance(self.before_role, IdleExperts)
+        for name, parameters in self.before_role.idle.items():
+            away = [
+                p.data_ptr() == h.data_ptr() for p, h in zip(parameters, self.before_role.at_home[name], strict=True)
+            ]
+            assert set(away) == {name != role}, f"{name} while {role} computes"
+        return result
+
+    monkeypatch.setattr(offload, "_bring", bring)
+    monkeypatch.setattr(offload, "_send_home", send_home)
+    monkeypatch.setattr(Roles, "velocity", seen)
+    return computed
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_idle_experts_are_on_the_device_only_while_they_compute(
+    settings_of_run: dict[str, Any], kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Also of a run that is resumed in its second phase, of three."""
+    role = {"kind": kind, "rank": 4, "alpha": 4, "lr": 1e-2 if kind == "lora" else 1e-4}
+    settings_of_run |= {"plan": {"steps": [1, 1, 1], "shift": 5.0}, "generator": role, "updates": 1}
+    settings_of_run |= {"gradient_checkpointing": True, "keep_checkpoints": 9}
+    together = parse_config(settings_of_run, "test")
+    Trainer(together).run()
+    computed = request.getfixturevalue("device_of_its_own")
+    apart, resumed = (
+        changed(together, offload_idle_experts=True, output_dir=str(tmp_path / name)) for name in ("apart", "resumed")
+    )
+    Trainer(apart).run()
+    shutil.copytree(
+        together.output_dir / "checkpoints" / "update-00000001", tmp_path / "resumed/checkpoints/update-00000001"
+    )
+    Trainer(resumed).run(resume=True)
+    assert {"teacher", "fake", *(phase.name for phase in together.plan.build().phases)} == set(computed)
+    assert metrics(apart) == metrics(together)
+    assert metrics(resumed) == metrics(together)[1:]
+    for path in (together.output_dir / "experts").glob("*.safetensors"):
+        wanted = load_file(path)
+        for config in (apart, resumed):
+            found = load_file(config.output_dir / "experts" / path.name)
+            assert all(torch.equal(found[name], value) for name, value in wanted.items())

@@ -96,6 +96,26 @@ def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfi
         assert plain["generator_grad_norm"] == pytest.approx(recomputed["generator_grad_norm"], rel=1e-3)
 
 
+def test_samples_are_made_in_the_parts_that_updates_are_made_in(config: DistillConfig) -> None:
+    """As many at once as memory has room for; the same samples."""
+    trainer = Trainer(changed(config, micro_batch_size=4, updates=1))
+    trainer.run()
+    counts, made = [], []
+    decode = trainer.family.decode
+
+    def counted(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        counts.append(len(latents))
+        made.append(decode(pipeline, latents))
+        return made[-1]
+
+    with mock.patch.object(trainer.family, "decode", counted):
+        for size in (None, 4):
+            trainer.config = changed(config, micro_batch_size=size)
+            trainer._validate("again")
+    assert counts == [6, 4, 2], "three prompts, two seeds"
+    torch.testing.assert_close(torch.cat(made[1:]), made[0], atol=1e-4, rtol=0)
+
+
 def test_full_copies_train_too(config: DistillConfig) -> None:
     role = {"kind": "full", "lr": 1e-4}
     folder = Trainer(changed(config, generator=role, fake=role, updates=2)).run()
