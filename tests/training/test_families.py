@@ -19,6 +19,7 @@ from pdmd_core.roles import FAKE
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests import tiny_families
 from tests.interrupted import run_and_stop
+from tests.prompt_files import write_prompts
 from tests.tiny import wan_pipeline
 from training.config import ConfigError, DistillConfig, parse_config
 from training.prompts import Example, PromptError, SampleSize, read_examples
@@ -62,20 +63,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, kind in KINDS.items():
         kind.build().save_pretrained(folder / name)
     return {name: folder / name for name in KINDS}
-
-
-def write_prompts(folder: Path, images: bool) -> Path:
-    if not images:
-        path = folder / "prompts.txt"
-        path.write_text("a panda\na fox on red ice\nan apple\n", encoding="utf-8")
-        return path
-    lines = []
-    for i, prompt in enumerate(("a panda", "a fox on red ice", "an apple")):
-        tiny_families.picture(i, (64, 48)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"prompt": prompt, "image": f"{i}.png"}))
-    path = folder / "prompts.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
 
 
 def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> DistillConfig:

@@ -1,7 +1,7 @@
 """Several processes, with weights whole or in shards: the numbers of one process, one set of files, any resumption.
 
-The teacher has two networks and a process has two samples at a time, so that in many updates the samples of one process
-lie on one network and those of the other on the other. Everything runs in two launches of torchrun.
+Wan's teachers have two networks and a process has two samples at a time, so that in many updates the samples of one
+process lie on one network and those of the other on the other. Everything runs in two launches of torchrun.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ import torch
 import yaml
 
 from pdmd_core.experts import PhasedExperts
-from tests.tiny_families import wan_two_networks
+from tests.prompt_files import write_prompts
+from tests.tiny_families import qwen_image, wan_image_two_networks, wan_two_networks
 from training.checkpoints import list_checkpoints
 from training.config import ConfigError, load_config, parse_config
 from training.sharding import check_processes
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
+TEACHERS = {
+    "wan": (wan_two_networks, (16, 16, 1), 12),
+    "image": (wan_image_two_networks, (16, 32, 5), 12),
+    "qwen": (qwen_image, (32, 48, 1), 330),
+}
+"""How it is built; height, width and frames; tokens of a prompt."""
 LORA, FULL = {"kind": "lora", "rank": 4, "alpha": 4, "lr": 1e-2}, {"kind": "full", "lr": 1e-3}
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"generator": LORA, "fake": FULL},
@@ -37,11 +44,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "full-none": {},
     "full-hsdp": {"sharding": "hsdp", "shard_size": 1},
     "full-2-to-1": {},
+    "image": {"teacher": "image", "generator": LORA, "fake": LORA},
+    "image-1-to-2": {"sharding": "fsdp"},
+    "qwen": {"teacher": "qwen", "generator": LORA, "fake": LORA},
+    "qwen-1-to-2": {"sharding": "fsdp"},
 }
-"""What a run changes of the one before its dash; "lora" and "full" are the kinds of the experts, the fake is the other.
+"""What a run changes of the one before its dash; the teacher is Wan's unless it says otherwise.
 
-"lora" and "full" are runs of one process, those after them must have the same numbers.
+Runs without a dash are of one process, those after them must have the same numbers.
 """
+ALONE = [name for name in RUNS if "-" not in name]
 TOLERANCE = 1e-4
 """Relative: sums in another order."""
 
@@ -72,25 +84,29 @@ def go_on_from(folder: Path, before: str, name: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("runs")
-    wan_two_networks().save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("a panda\na fox\nan apple\n", encoding="utf-8")
-    model = {"path": str(folder / "teacher"), "height": 16, "width": 16, "frames": 1, "max_sequence_length": 12}
-    shared = {"model": model, "prompts": str(folder / "prompts.txt"), "plan": {"steps": [1, 1], "shift": 5.0}}
-    shared |= {"objective": {"guidance_scale": 2.0}, "updates": 2, "batch_size": 4, "fake_updates": 2}
-    shared |= {"ema_decay": 0.9, "checkpoint_every": 3, "log_every": 1, "tracker": None}
-    shared |= {"sample_every": None, "sample_seeds": 1}
+    teachers = {}
+    for name, (build, (height, width, frames), tokens) in TEACHERS.items():
+        build().save_pretrained(folder / "teachers" / name)
+        model = {"path": str(folder / "teachers" / name), "height": height, "width": width, "frames": frames}
+        prompts = write_prompts(folder / "teachers" / name, images=name == "image")
+        teachers[name] = {"model": {**model, "max_sequence_length": tokens}, "prompts": str(prompts)}
+    shared: dict[str, Any] = {"plan": {"steps": [1, 1], "shift": 5.0}, "objective": {"guidance_scale": 2.0}}
+    shared |= {"updates": 2, "batch_size": 4, "fake_updates": 2, "ema_decay": 0.9, "checkpoint_every": 3}
+    shared |= {"log_every": 1, "tracker": None, "sample_every": None, "sample_seeds": 1}
     configs: dict[str, str] = {}
     for name, changes in RUNS.items():
         settings = {**shared, **RUNS[name.partition("-")[0]], **changes, "output_dir": str(folder / name)}
+        settings |= teachers[settings.pop("teacher", "wan")]
         configs[name] = str(folder / f"{name}.yaml")
         Path(configs[name]).write_text(yaml.safe_dump(settings), encoding="utf-8")
-    for name in ("lora", "full"):
+    for name in ALONE:
         Trainer(load_config(Path(configs[name]))).run()
     output = launch(str(ROOT / "training" / "distill.py"), "--config", configs["lora-fsdp"])
-    go_on_from(folder, "lora", "lora-1-to-2")
-    launch(
-        str(Path(__file__).with_name("run_configs.py")), *map(configs.get, ("lora-1-to-2", "full-none", "full-hsdp"))
-    )
+    two = ["full-none", "full-hsdp"]
+    for name in ("lora", "image", "qwen"):
+        go_on_from(folder, name, f"{name}-1-to-2")
+        two.append(f"{name}-1-to-2")
+    launch(str(Path(__file__).with_name("run_configs.py")), *map(configs.__getitem__, two))
     go_on_from(folder, "lora-fsdp", "lora-2-to-1")
     go_on_from(folder, "full-hsdp", "full-2-to-1")
     for name in ("lora-2-to-1", "full-2-to-1"):
@@ -99,7 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [name for name in RUNS if "-" in name])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ALONE])
 def test_the_numbers_are_those_of_one_process(runs: Finished, name: str) -> None:
     expected, found = runs.metrics(name.partition("-")[0]), runs.metrics(name)
     if "-to-" in name:
@@ -110,7 +126,7 @@ def test_the_numbers_are_those_of_one_process(runs: Finished, name: str) -> None
             assert row[key] == pytest.approx(wanted[key], rel=TOLERANCE), (row["update"], key)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if "-" in name])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ALONE])
 def test_the_experts_are_those_of_one_process(runs: Finished, name: str) -> None:
     kind = name.partition("-")[0]
     wanted, found = (PhasedExperts.open(runs.folder / run / "experts") for run in (kind, name))
