@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.command_line import UserError
-from training.config import DistillConfig, RoleSection
+from training.config import DistillConfig
+from training.sections import RoleSection
 
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
 """Bytes that the moments of one weight take, by ``optimizer``: 8 bits have a float32 scale for each 256 of them."""

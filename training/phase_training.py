@@ -17,11 +17,12 @@ from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.families import Conditioning
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, Roles
-from training.config import DistillConfig, RoleSection
+from training.config import DistillConfig
 from training.data.bank import PromptBank
 from training.draws import Draws
 from training.offload import keep_idle_experts_away
 from training.optimizers import make_optimizer, set_rate
+from training.sections import RoleSection
 from training.sharding import average_gradients, gathered
 
 Rows = slice | Tensor

@@ -16,8 +16,8 @@ from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.tiny import transformer
 from training.command_line import UserError
-from training.config import RoleSection
 from training.optimizers import make_optimizer
+from training.sections import RoleSection
 
 
 @st.composite

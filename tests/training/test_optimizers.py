@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from training.checkpoints import load_tensors, save_checkpoint
 from training.command_line import UserError
-from training.config import ConfigError, RoleSection, parse_config, with_overrides
+from training.config import ConfigError, parse_config, with_overrides
 from training.optimizers import MOMENTS, make_optimizer, make_state, set_rate
+from training.sections import RoleSection
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from training.config import WatchSection
+from training.sections import WatchSection
 from training.watching.look import Look
 
 

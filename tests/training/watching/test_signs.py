@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import WatchSection
+from training.sections import WatchSection
 from training.watching.look import Look
 from training.watching.signs import Sign, Signs
 
