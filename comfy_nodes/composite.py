@@ -25,6 +25,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from ..pdmd_core.phases import PhasePlan
 from .additions import copied, with_additions
 from .errors import NodeError
+from .notices import tell_of_sigmas
 
 KEY = "phased_dmd"
 _BOUND_TO_RUN = frozenset({"to_load_options", "registered_hooks"})
@@ -54,10 +55,13 @@ class Made:
 
 
 class Composite:
-    """The attachment: plan, experts (the first one's ``model`` is only its origin), state when made."""
+    """The attachment: plan, experts (the first one's ``model`` is only its origin), state when made.
 
-    def __init__(self, plan: PhasePlan, experts: Sequence[Expert], made: Made) -> None:
-        self.plan, self.experts, self.made = plan, tuple(experts), made
+    warnings: what was found about the experts then, for the report.
+    """
+
+    def __init__(self, plan: PhasePlan, experts: Sequence[Expert], made: Made, warnings: Sequence[str] = ()) -> None:
+        self.plan, self.experts, self.made, self.warnings = plan, tuple(experts), made, tuple(warnings)
 
     def on_model_patcher_clone(self) -> Composite:
         """ComfyUI calls this for the attachment of a clone. Experts are never changed, so they can be shared."""
@@ -168,7 +172,7 @@ class Run:
         return self._options[k]
 
 
-def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True) -> Any:
+def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True, warnings: Sequence[str] = ()) -> Any:
     """One MODEL of these experts, one for each phase of the plan, high noise first.
 
     set_shift: give the MODEL the plan's shift, so that the scheduler ``simple`` with the plan's number of steps gives
@@ -181,7 +185,7 @@ def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True) 
     model.wrappers.pop(WrappersMP.PREDICT_NOISE, None)  # the first expert's own: its run calls them, not all runs
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    model.set_attachments(KEY, Composite(plan, experts, Made.of(model)))
+    model.set_attachments(KEY, Composite(plan, experts, Made.of(model), warnings))
     return model
 
 
@@ -263,6 +267,7 @@ def _outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kw)
     if guider.model_patcher.get_additional_models_with_key("multigpu"):
         raise NodeError("phased experts run on one GPU: take the multi-GPU node out of this MODEL")
+    tell_of_sigmas(composite.plan, sigmas.flatten().tolist())
     run = Run(guider, composite)
     setattr(guider, KEY, run)
     try:

@@ -18,6 +18,8 @@ import comfy.text_encoders.t5
 import folder_paths
 import torch
 
+from ..pdmd_core.experts.untrusted import read_json, shown
+from ..pdmd_core.experts.weights import open_weights
 from ..pdmd_core.families import family
 from ..pdmd_core.families.wan_autoencoder import autoencoder_to_native
 from .errors import NodeError
@@ -48,7 +50,7 @@ def _folders() -> dict[str, Path]:
 
 
 def load(name: str, tokens: int) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) of a folder. tokens: to which prompts are padded. Raises NodeError."""
+    """(MODEL, CLIP, VAE) of a folder. tokens: to which prompts are padded. Raises NodeError, ExpertsError."""
     folder = _folders().get(name)
     if folder is None:
         raise NodeError(f"no pipeline folder {name!r} with a model_index.json in models/diffusers")
@@ -162,11 +164,12 @@ def _weights(folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise NodeError(f"{folder}: no .safetensors file here; other formats are not read")
+    open_weights(*files)  # headers are checked before the library maps them
     return {key: value for file in files for key, value in load_file(file).items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise NodeError(f"{path}: not a readable JSON file ({error})") from None
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise NodeError(f"{path}: a JSON object is expected, found {shown(found)}")
+    return found

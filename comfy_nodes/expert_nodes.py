@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from ..pdmd_core.experts.released import open_lora
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
 from .errors import NodeError
-from .loading import FROM_HUB, apply_lora, expert_model, experts_names, fingerprint, open_experts
+from .loading import FROM_HUB, apply_lora, base_warnings, expert_model, experts_names, fingerprint, open_experts
+from .notices import tell_of_base
 from .schema import Plan, cfg_input, plan_input, schema, shift_input
 from .timeline import timeline
 from .words import TRAINED, read_cfgs
@@ -96,7 +98,9 @@ class LoadExperts(io.ComfyNode):
             Expert(expert_model(opened, expert, bases, strength), value)
             for expert, value in zip(manifest.experts, cfgs, strict=True)
         ]
-        model = compose(manifest.plan, entries, set_shift)
+        warnings = base_warnings(opened, bases)
+        tell_of_base(warnings)
+        model = compose(manifest.plan, entries, set_shift, warnings)
         return io.NodeOutput(model, manifest.plan, ui={"phase_plan": [timeline(manifest.plan, cfgs)]})
 
 
@@ -194,5 +198,5 @@ class ExpertsFromLoRAs(io.ComfyNode):
 
 
 def _with_lora(model: Any, file: str, strength: float) -> Any:
-    path = folder_paths.get_full_path_or_raise("loras", file)
-    return apply_lora(model, comfy.utils.load_torch_file(path, safe_load=True), strength, file)
+    weights = open_lora(Path(folder_paths.get_full_path_or_raise("loras", file)))
+    return apply_lora(model, {name: weights.read(name) for name in weights.specs}, strength, file)

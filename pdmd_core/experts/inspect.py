@@ -57,7 +57,7 @@ def inspect(path: Path) -> dict[str, Any]:
     if METADATA_KEY in metadata:
         return _expert_file_report(path, metadata)
     report = {"what": "weights", "path": str(path), **_contents(weights), "metadata": _short(metadata)}
-    return report | _lora_report(weights, metadata)
+    return report | lora_report(weights, metadata)
 
 
 def _manifest_report(manifest: Manifest, path: Path, files: dict[str, Path]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _contents(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _lora_report(weights: Weights, metadata: Mapping[str, str]) -> dict[str, Any]:
+def lora_report(weights: Weights, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Format, rank and alpha of a LoRA; nothing when no key is one's."""
     parts: dict[str, Counter[str]] = {}
     for name in weights.specs:

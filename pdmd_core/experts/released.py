@@ -11,9 +11,10 @@ from typing import Any
 from ..families import family
 from ..phases import PhasePlan
 from .files import RELEASED, PhasedExperts, sha256_of
-from .inspect import inspect
+from .header import read_header
+from .inspect import inspect, lora_report
 from .manifest import BaseModel, Expert, ExpertsError, Manifest
-from .weights import open_weights
+from .weights import Weights, open_weights
 
 DEFAULT_BASES = {"wan": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "qwen_image": "Qwen/Qwen-Image"}
 """Family to the base that most released files belong to."""
@@ -59,6 +60,30 @@ def experts_from_lora_files(
     return PhasedExperts(paths[names[0]].parent, Manifest(origin, plan, experts, 1.0, training), paths)
 
 
+def open_lora(path: Path) -> Weights:
+    """The tensors of anyone's LoRA file, also of kinds that only ComfyUI reads.
+
+    Raises ExpertsError for what is no safetensors file, for an alpha that is not one positive number, and for one that
+    lies where most programs lose it.
+    """
+    if path.suffix not in (".safetensors", ".sft"):
+        raise ExpertsError(f"{path}: only safetensors files are read, others can bring code: convert it to one")
+    weights, metadata = open_weights(path), read_header(path).metadata
+    alphas = [name for name in weights.specs if name.endswith(".alpha")]
+    for name in alphas:
+        if weights.specs[name].numel != 1 or not 0 < float(weights.read(name)) < math.inf:
+            raise ExpertsError(f"{path}: {name} is not one positive number, by which the LoRA is scaled")
+    report = lora_report(weights, metadata)
+    inside = report.get("alpha_in_metadata")
+    if inside and len(alphas) < report["modules"] and {*inside} != {*map(float, report["ranks"])}:
+        ranks = ", ".join(map(str, report["ranks"])) or "unknown"
+        raise ExpertsError(
+            f"{path}: alpha {inside[0]:g} at rank {ranks} is in the metadata alone, where most programs lose it: add "
+            "an .alpha tensor to each module"
+        )
+    return weights
+
+
 def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What ``inspect`` says of a LoRA file, and its modules."""
     if path.is_dir():
@@ -69,17 +94,7 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     if report["what"] != "LoRA" or report["unpaired_modules"] or min(report["ranks"], default=0) < 1:
         raise ExpertsError(f"{path}: not a LoRA file: every module needs a down and an up projection")
     ups = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight")
-    weights = open_weights(path)
-    modules = {name.removesuffix(up) for name in weights.specs for up in ups if name.endswith(up)}
-    for name, spec in weights.specs.items():
-        if name.endswith(".alpha") and not (spec.numel == 1 and 0 < float(weights.read(name)) < math.inf):
-            raise ExpertsError(f"{path}: {name} is not one positive number, by which the LoRA is scaled")
-    inside = report["alpha_in_metadata"]
-    if inside and not report["alphas"] and {*inside} != {*map(float, report["ranks"])}:
-        raise ExpertsError(
-            f"{path}: alpha {inside[0]:g} at rank {report['ranks'][0]} is in the metadata alone, where most programs "
-            "lose it: add an .alpha tensor to each module"
-        )
+    modules = [name.removesuffix(up) for name in open_lora(path).specs for up in ups if name.endswith(up)]
     return report, tuple(sorted(modules))
 
 

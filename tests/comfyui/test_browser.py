@@ -122,6 +122,13 @@ def test_a_user_opens_the_tiny_template_moves_a_widget_and_sees_the_picture(ui: 
     for node in (sampler, ui.node("PhasedDMDLoadExperts")):
         ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('rect').length === 2", node)
         assert ui.timeline(node)["bands"][0] == "high_noise, cfg 1: 1.0000, 0.9375"
+    for steps, text in ((7, "7 step(s) here, 4 trained"), (0, "these are trained sigmas")):
+        ui.set_widget(sampler, "steps", steps)
+        ui.do("() => window.app.queuePrompt(0, 1)")
+        ui.wait(
+            "([id, text]) => window.app.graph.getNodeById(id).widgets.some((w) => `${w.value}`.includes(text))",
+            [sampler, text],
+        )
     ui.fit()
     ui.screenshot("tiny_on_cpu")
     history = server.get("/history")

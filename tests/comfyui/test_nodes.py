@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pdmd_core.experts import BaseModel, Expert, Manifest, write_experts
 from pdmd_core.phases import PhasePlan
@@ -184,6 +186,49 @@ def test_loras_that_do_not_fit_are_refused_in_words(pack, models, lora_files, fa
     common = {"model": models.wan(), "plan": plan_of(pack), "cfg": "", "set_shift": True}
     fails(message, "PhasedDMDExpertsLoRA", **common, **chosen)
     fails(file, "PhasedDMDExpertsLoRA", **common, **chosen)
+
+
+@pytest.mark.parametrize(
+    ("file", "alpha", "metadata", "message"),
+    [
+        ("pickled.pt", 3.0, None, "only safetensors files are read, others can bring code"),
+        ("pickled.safetensors", 3.0, None, "not a readable safetensors file"),
+        ("nan.safetensors", float("nan"), None, ".alpha is not one positive number"),
+        ("infinite.safetensors", float("inf"), None, ".alpha is not one positive number"),
+        ("negative.safetensors", -3.0, None, ".alpha is not one positive number"),
+        ("lost.safetensors", None, {"transformer.lora_alpha": 3}, "alpha 3 at rank 2 is in the metadata alone"),
+    ],
+)
+def test_loras_with_code_or_an_alpha_that_scales_to_nonsense_are_refused(
+    pack, models, lora_files, fails, base: Path, file: str, alpha: float | None, metadata: Any, message: str
+) -> None:
+    path, tensors = base / "models/loras" / file, lora("wan", 1)
+    tensors |= {key: torch.tensor(alpha) for key in tensors if key.endswith(".alpha") and alpha is not None}
+    if alpha is None:
+        tensors = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
+    if "pickled" in file:
+        torch.save(tensors, path)
+    else:
+        words = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
+        save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path, metadata=words)
+    chosen = {**NO_LORAS, "lora_1": lora_files[0], "lora_2": file}
+    common = {"model": models.wan(), "plan": plan_of(pack), "cfg": "", "set_shift": True}
+    fails(message, "PhasedDMDExpertsLoRA", **common, **chosen)
+    fails(file, "PhasedDMDExpertsLoRA", **common, **chosen)
+
+
+def test_each_module_of_a_lora_is_scaled_by_its_own_alpha(pack, models, base: Path) -> None:
+    tensors = lora("wan", 1)
+    alphas = sorted(key for key in tensors if key.endswith(".alpha"))
+    without = {key: value for key, value in tensors.items() if key != alphas[1]}
+    save_lora(base / "models/loras/mixed.safetensors", without | {alphas[0]: torch.tensor(0.5)})
+    chosen = {**NO_LORAS, "lora_1": "mixed.safetensors", "strength_1": 0.7}
+    common = {"plan": plan_of(pack, "4"), "cfg": "", "set_shift": True}
+    (model,) = pack.call("PhasedDMDExpertsLoRA", model=models.wan(), **common, **chosen)
+    (core,) = pack.call("LoraLoaderModelOnly", model=models.wan(), lora_name="mixed.safetensors", strength_model=0.7)
+    (expected,) = pack.call("PhasedDMDExperts", model_1=core, **common)
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (model, expected)]
+    assert torch.equal(*outputs)
 
 
 def test_lora_slots_that_do_not_fit_the_plan(pack, models, lora_files, fails) -> None:
@@ -378,14 +423,35 @@ def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models, fails) -
     fails("this MODEL carries no phased experts", "PhasedDMDPlanReport", model=models.wan())
 
 
+def test_a_run_with_sigmas_that_were_not_trained_is_warned_of_once(pack, models, caplog) -> None:
+    plan = plan_of(pack)
+    common = {"plan": plan, "cfg": "", "set_shift": True, "model_1": models.wan(0), "model_2": models.wan(1)}
+    (model,) = pack.call("PhasedDMDExperts", **common)
+
+    def said(sigmas: torch.Tensor, sampler: str = "euler", network: Any = model) -> list[str]:
+        caplog.clear()
+        sample(pack, models, network, "wan", sigmas, sampler)
+        return [record.getMessage() for record in caplog.records if "Phased experts" in record.getMessage()]
+
+    (beta,) = pack.call("BasicScheduler", model=model, scheduler="beta", steps=4, denoise=1.0)
+    (line,) = said(beta, "heun")
+    assert "expert high_noise was not trained to step" in line and "4 step(s) here, 4 trained: Phased Sigmas" in line
+    (simple,) = pack.call("BasicScheduler", model=model, scheduler="simple", steps=20, denoise=1.0)
+    (line,) = said(simple)
+    assert "; and 15 more, all in Phase Plan Report. 20 step(s) here, 4 trained" in line and "\n" not in line
+    (skipped,) = said(sigmas_of(TWO)[[0, 1, 4]])
+    assert "jumps over the boundary 0.8333" in skipped
+    for sigmas in (sigmas_of(TWO), sigmas_of(TWO)[2:], sigmas_of(TWO)[:3]):
+        assert said(sigmas) == []
+    assert said(beta, network=models.wan(0)) == []
+
+
 def test_the_front_ends_question_is_answered_by_the_same_code(pack) -> None:
     from aiohttp.test_utils import make_mocked_request
 
     extension = pack.module("comfy_nodes.extension")
 
     def ask(body: Any) -> Any:
-        import json
-
         request = make_mocked_request("POST", extension.PLAN_ROUTE)
 
         async def read() -> Any:

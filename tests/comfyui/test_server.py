@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import itertools
+import json
 import random
+import struct
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,35 +83,58 @@ def test_object_info_has_help_and_words_in_two_languages(server: Server) -> None
         assert words["zh"]["nodeDefs"][name]["display_name"] != info[name]["display_name"]
 
 
-def test_one_progress_bar_and_previews_go_over_both_experts(server: Server) -> None:
-    import asyncio
-    import json
+PREVIEWS, TEXT = (1, 4), 3
+"""Kinds of binary messages."""
 
-    import aiohttp
 
-    prompt = workflow(21, "watched")
-    prompt["6"]["inputs"]["steps"] = 8
+def watched(server: Server, prompt: dict[str, Any]) -> tuple[list[tuple[int, int]], int, list[str]]:
+    """What the front end hears while a prompt runs: progress of node 6, the number of previews, texts on node 6."""
 
-    async def watch() -> tuple[list[tuple[int, int]], int]:
-        progress, previews = [], 0
+    async def watch() -> tuple[list[tuple[int, int]], int, list[str]]:
+        progress, previews, texts = [], 0, []
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=watcher") as ws:
             body = {"prompt": prompt, "client_id": "watcher"}
             async with session.post(f"{server.url}/prompt", json=body) as answer:
                 assert (await answer.json())["node_errors"] == {}
             async for message in ws:
                 if message.type == aiohttp.WSMsgType.BINARY:
-                    previews += 1
+                    (kind, length), rest = struct.unpack(">II", message.data[:8]), message.data[8:]
+                    previews += kind in PREVIEWS
+                    if kind == TEXT and rest[:length] == b"6":
+                        texts.append(rest[length:].decode())
                     continue
                 said = json.loads(message.data)
                 if said["type"] == "progress" and said["data"]["node"] == "6":
                     progress.append((said["data"]["value"], said["data"]["max"]))
                 if said["type"] in ("execution_success", "execution_error"):
                     break
-        return progress, previews
+        return progress, previews, texts
 
-    progress, previews = asyncio.run(watch())
+    return asyncio.run(watch())
+
+
+def test_one_progress_bar_and_previews_go_over_both_experts(server: Server) -> None:
+    prompt = workflow(21, "watched")
+    prompt["6"]["inputs"]["steps"] = 8
+    progress, previews, _ = watched(server, prompt)
     assert [value for value in dict.fromkeys(progress) if value[0]] == [(step, 8) for step in range(1, 9)]
     assert previews >= 8
+
+
+def test_a_wrong_number_of_steps_is_said_on_the_sampler_and_in_the_log(server: Server) -> None:
+    def run(steps: int) -> tuple[list[str], list[str]]:
+        prompt, logged = workflow(next(seeds), "steps", "KSampler"), len(server.log.read_text())
+        prompt["6"]["inputs"]["steps"] = steps
+        texts = watched(server, prompt)[2]
+        return texts, [line for line in server.log.read_text()[logged:].splitlines() if "Phased experts" in line]
+
+    seeds = itertools.count(300)
+    run(4)  # whatever stood on the node
+    assert run(4) == ([], [])
+    (text,), (line,) = run(9)
+    assert "9 step(s) here, 4 trained: Phased Sigmas has the trained ones" in text and text in line
+    assert run(4) == (["Phased experts: these are trained sigmas"], [])  # in the place of the warning
+    assert run(4) == ([], [])
 
 
 @pytest.mark.parametrize(

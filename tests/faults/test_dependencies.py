@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = {"pdmd_core", "training", "benchmarks", "comfy_nodes", "tests"}
-OF_COMFYUI = {"comfy", "comfy_api", "folder_paths", "nodes", "server", "aiohttp"}
+OF_COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "aiohttp"}
 """Modules of the program that loads the node pack, and what it brings itself."""
 
 

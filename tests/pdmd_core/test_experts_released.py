@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
+from pdmd_core.experts.released import open_lora
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
@@ -144,6 +145,41 @@ def test_an_alpha_that_would_be_lost_is_refused(tmp_path: Path) -> None:
         else:
             with pytest.raises(ExpertsError, match=r"alpha 8 at rank 4 is in the metadata alone"):
                 PhasedExperts.from_lora_files(plan, tmp_path / "x.safetensors")
+
+
+def test_an_alpha_that_only_some_modules_have_beside_the_metadata_is_refused(tmp_path: Path) -> None:
+    path = lightning(tmp_path / "x.safetensors", 1)
+    tensors, metadata = load_file(path), {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2})}
+    save_file(tensors, path, metadata=metadata)
+    assert open_lora(path).specs.keys() == tensors.keys()
+    del tensors["diffusion_model.blocks.0.ffn.0.alpha"]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ExpertsError, match="alpha 2 at rank 4 is in the metadata alone"):
+        open_lora(path)
+
+
+def test_each_module_is_scaled_by_its_own_alpha(tmp_path: Path) -> None:
+    path = lightning(tmp_path / "mixed.safetensors", 1)
+    own = {f"diffusion_model.blocks.{block}.ffn.0.alpha": torch.tensor(4.0) for block in range(2)}
+    save_file(load_file(path) | own, path)
+    experts = PhasedExperts.from_lora_files(PhasePlan.from_steps([4], shift=5.0), path)
+    network = merged(transformer(), 1, 2 / 4)
+    with torch.no_grad():
+        for name, (down, up) in weights(1).items():
+            if name.endswith("ffn.0"):
+                network.get_submodule(WAN.diffusers_module_name(name)).weight += 2 / 4 * up @ down
+    pipeline = wan_pipeline()
+    expected = euler(pipeline, [network, network])
+    torch.testing.assert_close(run(attach_experts(pipeline, experts)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_safetensors_are_opened(tmp_path: Path) -> None:
+    torch.save(load_file(lightning(tmp_path / "x.safetensors", 1)), tmp_path / "x.pt")
+    with pytest.raises(ExpertsError, match=r"x.pt: only safetensors files are read, others can bring code"):
+        open_lora(tmp_path / "x.pt")
+    (tmp_path / "x.pt").rename(tmp_path / "renamed.safetensors")
+    with pytest.raises(ExpertsError, match=r"renamed.safetensors: not a readable safetensors file"):
+        open_lora(tmp_path / "renamed.safetensors")
 
 
 def test_files_are_named_by_phase_for_any_plan(tmp_path: Path) -> None:
