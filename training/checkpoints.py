@@ -196,8 +196,20 @@ def _one_line(message: Callable[[], str]) -> Iterator[None]:
         first: BaseException = error
         if isinstance(error, CheckpointException):
             first = next(iter(error.failures.values()))[0]
+        first = _of_the_system(first)
         reason = " ".join(str(first).split())[:200]
         raise CheckpointError(f"{message()} ({type(first).__name__}: {reason})") from error
+
+
+def _of_the_system(error: BaseException) -> BaseException:
+    """The operating system's error behind one; the error itself where there is none.
+
+    PyTorch's writer tells of a full disk as of a position in the file that it did not expect.
+    """
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or error
 
 
 @contextmanager

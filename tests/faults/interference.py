@@ -19,6 +19,8 @@ from typing import Any
 
 CHANGES = {"os.rename": "replace", "os.remove": "remove", "os.mkdir": "mkdir", "os.rmdir": "rmdir"}
 FOREVER = 3600
+LARGEST = 8192
+"""Bytes: more than what a tiny run prints, less than a checkpoint and an expert."""
 
 
 def interfere(faults: Sequence[dict[str, Any]]) -> None:
@@ -32,7 +34,8 @@ def at_change(folder: str, action: str, change: str = "", number: int = 1, log: 
     """Before the ``number``-th change to the folder that the pattern ``change`` finds.
 
     action: the name of a signal that this process gets; ``pause`` for good; the name of an error (``ENOSPC``), which
-    this change and all later ones of the pattern then end with; or ``none``. log: where all changes are written.
+    this change and all later ones of the pattern then end with; ``EFBIG``, which is the kernel's own, in the middle of
+    every write beyond ``LARGEST`` bytes of a file from then on; or ``none``. log: where all changes are written.
     """
     root, pattern = Path(os.path.realpath(folder)), re.compile(change)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if log else None
@@ -88,6 +91,8 @@ def _act(action: str, described: str, first: bool) -> None:
             os.kill(os.getpid(), getattr(signal, action))
     elif action == "pause":
         time.sleep(FOREVER)
+    elif action == "EFBIG":
+        largest_file(LARGEST, kill=False)
     elif action != "none":
         number = getattr(errno, action)
         raise OSError(number, os.strerror(number), described)

@@ -18,6 +18,9 @@ PARTS = (".metadata", "run.json", "sha256.json", "__0_0.distcp")
 
 
 @pytest.mark.parametrize(
+    ("error", "text"), [("ENOSPC", "No space left on device"), ("EFBIG", "File too large")], ids=["injected", "real"]
+)
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (
@@ -29,13 +32,19 @@ PARTS = (".metadata", "run.json", "sha256.json", "__0_0.distcp")
     ids=["checkpoint", "experts"],
 )
 def test_a_full_disk_ends_a_run_with_its_last_checkpoint(
-    change: str, words: str, distillation: Callable[..., Distillation], uninterrupted: Uninterrupted
+    change: str,
+    words: str,
+    error: str,
+    text: str,
+    distillation: Callable[..., Distillation],
+    uninterrupted: Uninterrupted,
 ) -> None:
+    """Injected, every write ends at its start; the real one, a limit of the kernel, ends in the middle of a file."""
     run = distillation()
-    ended = run.run(faults=[run.at(change, "ENOSPC")])
+    ended = run.run(faults=[run.at(change, error)])
     assert ended.status == 2, ended.errors
     (line,) = ended.lines
-    assert words in line and "No space left on device" in line and "--resume" in line
+    assert words in line and text in line and "--resume" in line
     assert "Traceback" not in ended.errors
     assert run.checkpoints[-1] == ("update-00000006" if "experts" in change else "update-00000002")
     run.check_nothing_half_written_counts()
