@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, PhasedExperts, lora_to_file, write_experts
 from pdmd_core.experts.card import write_card
+from pdmd_core.experts.fingerprint import base_warning, network_weights, sampler_of
 from pdmd_core.families import ModelFamily, TeacherRouting
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
@@ -20,10 +22,17 @@ from training.sharding import whole
 
 
 def export_experts(
-    folder: Path, config: DistillConfig, plan: PhasePlan, roles: Roles, training: Mapping[str, Any], write: bool = True
+    folder: Path,
+    config: DistillConfig,
+    plan: PhasePlan,
+    roles: Roles,
+    training: Mapping[str, Any],
+    fingerprints: Mapping[str, Mapping[str, str]],
+    write: bool = True,
 ) -> None:
     """Write ``folder`` as described in docs: one safetensors file for each phase, manifest, scheduler, README.
 
+    fingerprints: of the teacher's networks by component, taken before they were quantised or spread over processes.
     All processes must ask together where weights are in shards, one of them with ``write``.
     """
     dtype = getattr(torch, config.expert_dtype)
@@ -49,11 +58,13 @@ def export_experts(
         )
     if not write:
         return
+    used = sorted({expert.component for expert in experts})
     base = BaseModel(
         model=config.model.path,
         architecture=roles.family.architecture,
         family=roles.family.name,
         revision=config.model.revision,
+        fingerprints={name: dict(fingerprints[name]) for name in used if fingerprints.get(name)} or None,
     )
     manifest = write_experts(folder, Manifest(base, plan, tuple(experts), 1.0, training), weights)
     PhasedDMDScheduler.from_plan(plan).save_pretrained(folder / "scheduler")
@@ -86,6 +97,9 @@ def roles_from_experts(
         for expert in manifest.experts
     }
     roles = Roles(networks, family, specs, routing)
+    for name in sorted({expert.component for expert in manifest.experts if expert.kind == "lora"}):
+        if text := base_warning(manifest.base, name, sampler_of(network_weights(networks[name])), f"the {name} here"):
+            print(f"warning: {text}", file=sys.stderr)
     for expert in manifest.experts:
         weights = experts.lora_state(expert.name) if expert.kind == "lora" else experts.tensors(expert.name)
         try:
