@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import folder_paths
 import torch
 
 from ..pdmd_core.experts import MANIFEST_NAME, Expert, PhasedExperts
+from ..pdmd_core.experts.fingerprint import Sampler, base_warning, sample_of
 from ..pdmd_core.families import family
 from .errors import NodeError
 
@@ -92,6 +94,32 @@ def expert_model(experts: PhasedExperts, expert: Expert, bases: Mapping[str, Any
     except NodeError as error:
         origin = experts.manifest.base
         raise NodeError(f"{error}; these experts belong to {origin.model} ({origin.architecture})") from None
+
+
+def base_warnings(experts: PhasedExperts, bases: Mapping[str, Any]) -> list[str]:
+    """A line for each base with other weights than the one that LoRA experts were distilled from."""
+    origin, texts = experts.manifest.base, []
+    for component in dict.fromkeys(expert.component for expert in experts.manifest.experts if expert.kind == "lora"):
+        if component in bases:
+            found = f"the MODEL of base_{2 if component == 'transformer_2' else 1}"
+            texts.append(base_warning(origin, component, _sampler(bases[component], origin.family), found))
+    return [text for text in texts if text]
+
+
+def _sampler(model: Any, family_name: str) -> Sampler:
+    """Of a MODEL's weights as they are without what is patched onto it."""
+    keys, weights = comfy.lora.model_lora_keys_unet(model.model, {}), model.model_state_dict()
+
+    def sample(name: str) -> torch.Tensor | None:
+        with suppress(ValueError):  # ComfyUI itself knows where it is, or nobody
+            name = family(family_name).native_weight_name(name)
+        key = f"diffusion_model.{name}"
+        place = key if key in weights else keys.get(key.removesuffix(".weight"), key)
+        key, part = (place, None) if isinstance(place, str) else (place[0], place[1])
+        weight = model.backup[key].weight if key in model.backup else weights.get(key)
+        return None if weight is None else sample_of(weight, *(part[1:] if part else ()))
+
+    return sample
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Any], strength: float, what: str) -> Any:

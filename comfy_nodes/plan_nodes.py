@@ -196,6 +196,7 @@ class PlanReport(io.ComfyNode):
         warnings = [] if run is None else sigma_warnings(plan, run)
         if carried and carried.plan != plan:
             warnings.insert(0, "the MODEL's experts follow another plan than the connected one")
+        warnings += carried.warnings if carried else ()
         text = report(plan, run, warnings, cfgs)
         pixels = numpy.asarray(draw(plan, text, run), dtype=numpy.float32) / 255
         image = torch.from_numpy(pixels)[None]

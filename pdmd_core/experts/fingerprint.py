@@ -102,12 +102,15 @@ def base_warning(base: BaseModel, component: str, sampler: Sampler, found: str) 
 # --- where weights are ------------------------------------------------------
 
 
-def sample_of(weight: Tensor) -> Tensor | None:
-    """The first values of a weight's middle row, on the CPU; None when they are not there or packed."""
+def sample_of(weight: Tensor, start: int = 0, rows: int | None = None) -> Tensor | None:
+    """The first values of a weight's middle row, on the CPU; None when they are not there or packed.
+
+    start, rows: where several weights are joined, the part to look at.
+    """
     if weight.is_meta or type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # offloaded elsewhere; a tensor that consists of others
     weight = weight.detach().as_subclass(Tensor)
-    row = weight[len(weight) // 2] if weight.ndim > 1 and len(weight) else weight
+    row = weight[start + (rows or len(weight)) // 2] if weight.ndim > 1 and len(weight) else weight
     return row.flatten()[:MAX_SAMPLED_VALUES].cpu()
 
 

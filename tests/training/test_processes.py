@@ -131,6 +131,7 @@ def test_the_experts_are_those_of_one_process(runs: Finished, name: str) -> None
     kind = name.partition("-")[0]
     wanted, found = (PhasedExperts.open(runs.folder / run / "experts") for run in (kind, name))
     assert found.manifest.training == wanted.manifest.training
+    assert found.manifest.base.fingerprints == wanted.manifest.base.fingerprints is not None
     for expert in ("high_noise", "low_noise"):
         before, after = wanted.tensors(expert), found.tensors(expert)
         assert set(before) == set(after)

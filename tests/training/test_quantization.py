@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pdmd_core.experts import PhasedExperts
+from pdmd_core.experts.fingerprint import fingerprint_of
 from pdmd_core.families import family
 from pdmd_core.roles import FAKE, TEACHER, Roles, RoleSpec
 from tests.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, transformer
@@ -76,6 +77,7 @@ def test_a_run_on_it_ends_in_experts_for_the_base(settings_of_run: dict[str, Any
     trainer = Trainer(parse_config(settings_of_run | {"updates": 2}, "test"))
     experts = PhasedExperts.open(trainer.run())
     assert trainer.progress.bad == 0
+    assert experts.manifest.base.fingerprints == {"transformer": fingerprint_of(transformer())}  # of the whole weights
     for expert in experts.manifest.experts:
         assert any(bool(v.any()) for key, v in experts.lora_state(expert.name).items() if key.endswith("lora_B"))
 

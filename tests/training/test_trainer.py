@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from pdmd_core.experts import PhasedExperts
+from pdmd_core.experts.fingerprint import fingerprint_of
 from pdmd_core.roles import FAKE
 from tests.interrupted import run_and_stop
+from tests.tiny import transformer
 from training.checkpoints import list_checkpoints
 from training.config import ConfigError, DistillConfig, parse_config
 from training.trainer import Trainer, TrainingStopped
@@ -33,6 +35,7 @@ def test_a_run_leaves_experts_metrics_samples_and_its_configuration(config: Dist
     experts = PhasedExperts.open(folder)
     assert [expert.name for expert in experts.manifest.experts] == ["high_noise", "low_noise"]
     assert experts.manifest.plan == config.plan.build()
+    assert experts.manifest.base.fingerprints == {"transformer": fingerprint_of(transformer())}
     for name in ("high_noise", "low_noise"):
         moved = [value.abs().max() for key, value in experts.lora_state(name).items() if key.endswith("lora_B")]
         assert min(moved) > 0, "every up-projection starts at zero and must have moved"
