@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test audit test-long test-comfyui test-comfyui-load test-matrix environment clean
+.PHONY: demo test audit test-long test-oldest test-comfyui test-comfyui-load test-matrix environment clean
 
 demo: $(VENV)/.training
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
@@ -25,6 +25,13 @@ audit: environment
 # The full size of tests that the suite runs in small: minutes to hours
 test-long: environment
 	$(BIN)/python -m pytest -m long
+
+# Families, roles, pipelines and the Hub on the lowest versions that pyproject.toml allows, laid over the environment
+OLDEST := $(addprefix tests/pdmd_core/,pipelines test_experts_hub.py test_experts_released.py test_families_*.py test_roles.py \
+	test_scheduler.py)
+test-oldest: environment
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest --requirement .ci/oldest.txt
+	PYTHONPATH=.oldest $(BIN)/python -m pytest $(wildcard $(OLDEST))
 
 # In an environment of its own, with the real ComfyUI and Chromium; clones share it by setting PHASED_DMD_COMFYUI
 export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui

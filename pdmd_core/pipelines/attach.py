@@ -308,14 +308,12 @@ def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:
 
 def _load_stock(source: str, **kwargs: Any) -> DiffusionPipeline:
     """A stock pipeline of full experts, as ``save_pretrained`` of a phased pipeline writes it."""
-    import diffusers
-
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     index = load_index(source, hub)
     names = [name for name in component_names(99) if isinstance(index.get(name), list) and index[name][0]]
     scheduler = PhasedDMDScheduler.from_pretrained(source, subfolder="scheduler", **hub)
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
-    if scheduler.plan is None or len(names) != len(scheduler.plan) or kind is None:
+    kind = pipeline_class(source, index)
+    if scheduler.plan is None or len(names) != len(scheduler.plan) or kind is DiffusionPipeline:
         found = f"a plan of {len(scheduler.plan)} phases" if scheduler.plan else "no phase plan in scheduler/"
         raise ExpertsError(f"{source}: no {MANIFEST_NAME}, {len(names)} network(s) and {found}: not phased experts")
     pipe = phased_class(kind, len(names)).from_pretrained(source, scheduler=scheduler, **kwargs)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -64,6 +66,18 @@ def test_each_dependency_is_pinned_to_a_version_that_it_allows() -> None:
         for name, requirement in packages.items():
             assert name in pinned, f"{name} is not in constraints.txt"
             assert requirement.specifier.contains(pinned[name], prereleases=True), f"{requirement}: {pinned[name]}"
+
+
+def test_the_lowest_versions_that_are_allowed_are_tested() -> None:
+    """By ``make test-oldest``; torch is the pinned one there."""
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = {canonicalize_name(r.name): r for r in map(Requirement, lines[1:])}
+    found = declared()["diffusers"]
+    floors = {name: str(requirement.specifier) for name, requirement in found.items() if requirement.specifier}
+    assert set(floors) - {"torch"} <= set(tested)
+    for name in set(floors) - {"torch"}:
+        (lowest,), (version,) = SpecifierSet(floors[name]), tested[name].specifier
+        assert (lowest.operator, Version(lowest.version)) == (">=", Version(version.version)), name
 
 
 def test_what_the_dependencies_need_is_pinned_too() -> None:
