@@ -26,12 +26,13 @@ audit: environment
 test-long: environment
 	$(BIN)/python -m pytest -m long
 
-# Families, roles, pipelines and the Hub on the lowest versions that pyproject.toml allows, laid over the environment
-OLDEST := $(addprefix tests/pdmd_core/,pipelines test_experts_hub.py test_experts_released.py test_families_*.py test_roles.py \
-	test_scheduler.py)
+# Families, roles, pipelines and the Hub on the lowest versions that pyproject.toml allows, laid over the environment; without
+# offloading, which diffusers 0.40 does in groups only where there is an accelerator
+OLDEST := pipelines test_experts_hub.py test_experts_released.py test_families_*.py test_roles.py test_scheduler.py
 test-oldest: environment
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest --requirement .ci/oldest.txt
-	PYTHONPATH=.oldest $(BIN)/python -m pytest $(wildcard $(OLDEST))
+	PYTHONPATH=.oldest $(BIN)/python -m pytest $(wildcard $(addprefix tests/pdmd_core/,$(OLDEST))) \
+		--ignore tests/pdmd_core/pipelines/test_offload.py
 
 # In an environment of its own, with the real ComfyUI and Chromium; clones share it by setting PHASED_DMD_COMFYUI
 export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui
