@@ -39,6 +39,8 @@ class StaticMemory:
     """Bytes of the frozen teacher on each GPU."""
     all_networks: float
     """Bytes of all its networks, where only one is on the GPU at a time; otherwise those of the base."""
+    loaded: float
+    """Bytes of all its networks, whole: each process has them in host memory before they go to the GPU."""
 
     @property
     def bytes(self) -> float:
@@ -82,7 +84,7 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
     if shards > 1:
         largest = max(_count(block.parameters()) for network in roles.networks() for block in blocks_of(network))
         parts.append(Held("gathered", 2 * largest * 4, "two blocks of a network, the one that runs and the next"))
-    return StaticMemory(parts, base, sum(sizes) / shards)
+    return StaticMemory(parts, base, sum(sizes) / shards, sum(sizes))
 
 
 def _base_sizes(config: DistillConfig, roles: Roles) -> list[int]:

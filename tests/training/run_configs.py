@@ -7,8 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from accelerate.state import AcceleratorState
+
 from training.config import load_config
 from training.trainer import Trainer
 
 for name in sys.argv[1:]:
+    AcceleratorState._reset_state()  # it keeps the precision of the first run in a process
     Trainer(load_config(Path(name))).run(resume=True)

@@ -69,6 +69,9 @@ def test_every_recipe_says_what_it_takes(model: str, recipe: str, monkeypatch: p
     text = describe(config, memory_per_gpu=80, gpus=gpus)
     parameters, latents = MODELS[model]
     assert parameters in text and f"latents {latents}" in text
+    ((host, when),) = re.findall(r"^  host memory +([\d.]+) GiB: the teacher, in each process, (.*)$", text, re.M)
+    assert float(host) * 2**30 == pytest.approx(2e9 * float(parameters.split()[0]), rel=0.01), "whole, in bfloat16"
+    assert (when == "all the time") == (single and "a14b" in model)
     assert ("transformer_2 below" in text) == ("a14b" in model)
     assert ("one network at a time" in text) == (single and "a14b" in model)
     phases = text.count("network evaluations of each sample")
