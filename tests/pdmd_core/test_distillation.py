@@ -95,6 +95,17 @@ def test_generator_loss_reaches_only_the_expert_of_the_phase(phase, weighting):
     assert networks.roles_with_gradient() == {["first", "second", "third"][phase]} == {method.expert}
 
 
+@torch.no_grad()
+@every_phase
+def test_the_score_distance_is_how_far_teacher_and_fake_are_apart(phase):
+    method, networks = distiller(phase)
+    rollout, t, _ = generator_update(method)
+    x_t = renoise(rollout.x_s, normal(3), method.sigma_end, t)
+    teacher = method.teacher_velocity(x_t, t, POSITIVE, NEGATIVE)
+    expected = (teacher - networks.velocity("fake", x_t, t, POSITIVE)).abs().mean()
+    torch.testing.assert_close(method.score_distance, expected.float())
+
+
 @every_phase
 def test_generator_update_records_exactly_one_evaluation(phase):
     for step in range(len(PLAN.phases[phase].sigmas)):

@@ -390,3 +390,23 @@ def test_the_teacher_takes_no_specification() -> None:
 def test_the_teacher_has_no_weights_to_train(roles: Roles, use: Callable[[Roles], object]) -> None:
     with pytest.raises(KeyError, match="no weights of its own"):
         use(roles)
+
+
+def test_parameters_that_took_the_place_of_others_get_gradient_as_their_role_does(lora_roles: Roles) -> None:
+    lora_roles.set_trainable(["high"])
+    for module in lora_roles.network(TEACHER).modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    lora_roles.forget_parameters()
+    trainable = {role: {p.requires_grad for p in lora_roles.parameters(role)} for role in lora_roles.specs}
+    assert trainable == {"high": {True}, "low": {False}, FAKE: {False}}
+
+
+def test_no_network_is_left_in_training_mode() -> None:
+    roles = Roles(transformer().train(), family("wan"), MIXES["mixed"])
+    assert [network.training for network in roles.networks()] == [False, False]
+
+
+def test_the_state_of_a_role_that_trains_carries_no_gradient(roles: Roles) -> None:
+    roles.set_trainable(["high", FAKE])
+    assert not any(value.requires_grad for role in ("high", FAKE) for value in roles.state_dict(role).values())
