@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pdmd_core.phases import (
     BOUNDARY_TOLERANCE,
+    MAX_STEPS,
     Phase,
     PhasePlan,
     PhasePlanError,
@@ -434,3 +435,14 @@ def test_refining_is_uniform_in_raw_time_and_starts_at_the_noisy_end():
 def test_refining_to_fewer_steps_is_refused(steps):
     with pytest.raises(PhasePlanError, match="at least the 4 steps of the plan, found"):
         PhasePlan.from_steps([2, 2]).refined(steps)
+
+
+def test_a_plan_may_have_just_as_many_steps_as_are_allowed() -> None:
+    assert len(PhasePlan.from_steps([500, 500]).sigmas) == MAX_STEPS
+    assert len(PhasePlan.from_steps([2]).refined(MAX_STEPS).sigmas) == MAX_STEPS
+
+
+def test_a_plan_that_is_almost_uniform_has_no_shift() -> None:
+    uniform = [list(phase.sigmas) for phase in PhasePlan.from_steps([2, 2], shift=5.0).phases]
+    uniform[1][1] *= 1.01
+    assert PhasePlan.from_sigmas(uniform).shift is None

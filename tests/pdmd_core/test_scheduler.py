@@ -387,3 +387,30 @@ def test_it_survives_copy_and_pickle_in_the_middle_of_a_run() -> None:
         moved = copied.step(randn(1, 3, seed=2), 937.5, x).prev_sample
         assert copied.phase == 1
         torch.testing.assert_close(moved, x + (1 / 1.2 - 0.9375) * randn(1, 3, seed=2))
+
+
+def test_sigmas_a_little_beside_the_plans_are_refused_and_rounded_ones_taken() -> None:
+    plan = PhasePlan.from_steps([2, 2], shift=5.0)
+    scheduler = PhasedDMDScheduler.from_plan(plan)
+    scheduler.set_timesteps(sigmas=[round(sigma, 3) for sigma in plan.sigmas])
+    with pytest.raises(ValueError, match="the sigmas given are not the plan's"):
+        scheduler.set_timesteps(sigmas=[*plan.sigmas[:3], plan.sigmas[3] - 0.01])
+
+
+def test_a_run_that_begins_at_the_first_step_does_not_look_at_its_timestep() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PhasePlan.from_steps([2, 2], shift=5.0))
+    scheduler.set_timesteps()
+    scheduler.set_begin_index(0)
+    scheduler.step(randn(1, 4), 123.0, randn(1, 4))
+    assert scheduler.step_index == 1
+
+
+def test_half_precision_is_renoised_in_float32() -> None:
+    plan = PhasePlan.from_steps([2, 2], shift=5.0)
+    scheduler = PhasedDMDScheduler.from_plan(plan, sampler="renoise", renoise_seed=3)
+    scheduler.set_timesteps()
+    x, velocity = randn(2, 64).bfloat16(), randn(2, 64, seed=1).bfloat16()
+    (found,) = scheduler.step(velocity, scheduler.timesteps[0], x, return_dict=False)
+    noise, following = torch.randn(2, 64, generator=torch.Generator().manual_seed(3)), plan.sigmas[1]
+    expected = (1 - following) * (x.float() - velocity.float()) + following * noise
+    assert torch.equal(found, expected.bfloat16())
