@@ -158,6 +158,11 @@ def test_one_weight_of_each_kind_is_taken_and_all_depths_are_seen(expected: dict
         assert torch.equal(values, row.flatten()[:32].bfloat16())
 
 
+def test_what_does_not_repeat_is_left_out_beside_blocks() -> None:
+    weights = {name: torch.ones(8) for name in ("blocks.0.a", "blocks.1.a", "blocks.0.b", "blocks.1.b", "embed.0.c")}
+    assert list(take_fingerprint(weights, sampler_of(weights))) == ["blocks.0.a", "blocks.1.b"]
+
+
 def test_weights_that_may_vanish_in_float16_are_left_out() -> None:
     weights = {
         "blocks.0.a": torch.zeros(40),
