@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "100M"), default=["100M", "tiny"])
     parser.add_argument(
-        "--side", type=int, default=8, help="of the latent; 8 are 16 tokens, more make the ratio smaller"
+        "--side", type=int, default=32, help="of the latent; 32 are 256 tokens, more make the ratio smaller"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/update_cost")
