@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.comfyui import install
+
+if TYPE_CHECKING:
+    from pdmd_core.phases import PhasePlan
 
 VERSION = os.environ.get("PHASED_DMD_COMFYUI_VERSION", install.NEWEST)
 IN_COMFYUI = Path(sys.prefix).resolve() == install.cache() / "venv"
@@ -37,6 +41,61 @@ def models(pack, tmp_path_factory: pytest.TempPathFactory):
     from tests.comfyui.tiny_models import TinyModels
 
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def composite(pack):
+    return pack.module("comfy_nodes.composite")
+
+
+@pytest.fixture
+def build(pack, composite, models):
+    """``build(family, plan, kind)`` gives the composite and its experts' MODELs."""
+
+    def build(family: str, plan: PhasePlan, kind: str = "full", cfgs: list[float | None] | None = None) -> Any:
+        plan = pack.module("pdmd_core.phases").PhasePlan.from_json(plan.to_json())
+        if kind == "full":
+            experts = [models.load(family, seed) for seed in range(len(plan))]
+        else:
+            import comfy.sd
+
+            from tests.comfyui.tiny_models import lora
+
+            base = models.load(family)
+            files = [lora(family, seed + 1) for seed in range(len(plan))]
+            experts = [comfy.sd.load_lora_for_models(base, None, file, 1.0, 0.0)[0] for file in files]
+        cfgs = cfgs or [None] * len(plan)
+        entries = [composite.Expert(model, cfg) for model, cfg in zip(experts, cfgs, strict=True)]
+        return composite.compose(plan, entries), experts
+
+    return build
+
+
+@pytest.fixture
+def fails(pack):
+    """``fails(message, node, **inputs)``: the node ends with this line."""
+
+    def fails(message: str, node: str, **inputs: Any) -> None:
+        kinds = [
+            pack.module("comfy_nodes.errors").NodeError,
+            pack.module("pdmd_core.phases").PhasePlanError,
+            pack.module("pdmd_core.experts").ExpertsError,
+        ]
+        with pytest.raises(tuple(kinds)) as caught:
+            pack.call(node, **inputs)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    return fails
+
+
+@pytest.fixture(scope="module")
+def our_nodes(pack) -> dict[str, Any]:
+    import nodes
+
+    found = {name: kind for name, kind in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("PhasedDMD")}
+    assert len(found) >= 9
+    return found
 
 
 EXPERTS = "embedded/models/experts"

@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdmd_core.phases import PhasePlan
-from tests.comfyui.test_composite import sample, sigmas_of
+from tests.comfyui.phased_models import TWO, sample, sigmas_of
 from tests.comfyui.tiny_models import lora
-
-TWO = PhasePlan.from_steps([2, 2], shift=5.0)
 
 
 def fp8_file(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from torch import Tensor
 from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
-from tests.comfyui.test_composite import noise_of, sigmas_of
-from tests.comfyui.test_nodes import LOAD
+from tests.comfyui.phased_models import LOAD, noise_of, sigmas_of
 from tests.comfyui.tiny_models import Z_IMAGE_TEXT, Z_IMAGE_WIDTH, z_image_state
 from tests.tiny import randn
 
