@@ -33,6 +33,9 @@ from tests.tiny_families import (
     z_image,
 )
 
+PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
+THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
+TWO_COMPONENTS = ["transformer", "transformer_2"]
 TARGETS = ("to_q", "to_v", "to_out.0")
 """Modules that LoRA experts adapt here."""
 Velocity = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor, Tensor], Tensor]
@@ -136,6 +139,10 @@ def full_experts(folder: Path, pipe: DiffusionPipeline, plan: PhasePlan, **chang
         weights[phase.name] = {k: v.contiguous() for k, v in shifted(pipe.transformer, seed).state_dict().items()}
         experts.append(Expert(phase.name, f"{phase.name}.safetensors", "full", ""))
     return _write(folder, pipe, plan, experts, weights, **changes)
+
+
+KINDS = {"lora": lora_experts, "full": full_experts}
+"""How experts of each kind are written."""
 
 
 @torch.no_grad()

@@ -14,24 +14,22 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
-from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from tests.pipeline_state import assert_same, state_of
 from tests.tiny_families import qwen_image_to_image
 from tests.tiny_pipelines import (
     CASES,
     GIVEN,
+    KINDS,
+    PLAN,
+    THREE,
+    TWO_COMPONENTS,
     euler,
     full_experts,
     lora_experts,
     networks_of,
     random_lora,
 )
-
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
-THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
-KINDS = {"lora": lora_experts, "full": full_experts}
-TWO_COMPONENTS = ["transformer", "transformer_2"]
 
 
 @pytest.mark.parametrize("name", ["wan", "wan_two", "wan_image_to_video", "flux", "stable_diffusion_3"])

@@ -12,13 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pdmd_core.experts import PhasedExperts
-from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from tests.tiny_experts import note_fingerprints
-from tests.tiny_pipelines import CASES, full_experts, lora_experts, lora_file, random_lora
-
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
-TWO = ["transformer", "transformer_2"]
+from tests.tiny_pipelines import CASES, PLAN, TWO_COMPONENTS, full_experts, lora_experts, lora_file, random_lora
 
 
 @pytest.fixture
@@ -41,8 +37,10 @@ def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]
 def experts_of(name: str, folder: Path, kind: Callable[..., Path] = lora_experts) -> Path:
     pipe = CASES[name].build()
     two = getattr(pipe, "transformer_2", None) is not None
-    kind(folder, pipe, PLAN, **({"components": TWO} if two else {}))
-    return note_fingerprints(folder, {part: getattr(pipe, part) for part in (TWO if two else TWO[:1])})
+    kind(folder, pipe, PLAN, **({"components": TWO_COMPONENTS} if two else {}))
+    return note_fingerprints(
+        folder, {part: getattr(pipe, part) for part in (TWO_COMPONENTS if two else TWO_COMPONENTS[:1])}
+    )
 
 
 @torch.no_grad()

@@ -18,16 +18,15 @@ from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.tiny_families import flux
 from tests.tiny_pipelines import (
     CASES,
+    KINDS,
+    PLAN,
+    THREE,
     Case,
     first_call,
     full_experts,
     lora_experts,
     networks_of,
 )
-
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
-THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
-KINDS = {"lora": lora_experts, "full": full_experts}
 
 
 def test_the_scheduler_must_walk_the_plan(kind: str, tmp_path: Path) -> None:

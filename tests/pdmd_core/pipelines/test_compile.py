@@ -12,12 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch._dynamo.testing import CompileCounter
 
-from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts
-from tests.tiny_pipelines import CASES, GIVEN, full_experts, lora_experts
-
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
-KINDS = {"lora": lora_experts, "full": full_experts}
+from tests.tiny_pipelines import CASES, GIVEN, KINDS, PLAN, full_experts, lora_experts
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ from tests.tiny_families import qwen_image_to_image
 from tests.tiny_pipelines import (
     CASES,
     GIVEN,
+    PLAN,
+    THREE,
     Case,
     euler,
     first_call,
@@ -30,8 +32,6 @@ from tests.tiny_pipelines import (
     networks_of,
 )
 
-TWO = PhasePlan.from_steps([2, 2], shift=5.0)
-THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
 ON_BOUNDARY = PhasePlan.from_steps([2, 2], shift=7.0)
 """[1, .9545 | .875, .7]: the low-noise expert starts exactly where Wan 2.2's own boundary_ratio lies."""
 SECOND = "transformer_2"
@@ -55,11 +55,11 @@ def phased(case: Case, folder: Path) -> DiffusionPipeline:
 @pytest.mark.parametrize("name", CASES)
 def test_every_pipeline_samples_what_a_loop_by_hand_samples(name: str, kind: str, tmp_path: Path) -> None:
     case = CASES[name]
-    folder = experts(case, kind, TWO, tmp_path)
+    folder = experts(case, kind, PLAN, tmp_path)
     networks = networks_of(case, folder)
-    expected = euler(case, TWO, networks)
+    expected = euler(case, PLAN, networks)
     assert torch.equal(case.sample(phased(case, folder)), expected)
-    assert (euler(case, TWO, networks[::-1]) - expected).abs().max() > 0.1
+    assert (euler(case, PLAN, networks[::-1]) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -111,7 +111,7 @@ def test_one_expert_for_all_noise(tmp_path: Path) -> None:
     assert torch.equal(case.sample(two), euler(case, plan, networks_of(case, folder)))
 
 
-@pytest.mark.parametrize("plan", [TWO, PhasePlan.from_steps([4], shift=5.0)], ids=["two phases", "one phase"])
+@pytest.mark.parametrize("plan", [PLAN, PhasePlan.from_steps([4], shift=5.0)], ids=["two phases", "one phase"])
 @pytest.mark.parametrize("component", ["transformer", SECOND])
 def test_lora_experts_of_one_network_of_wan_2_2_run_all_steps_on_it(
     component: str, plan: PhasePlan, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -147,9 +147,9 @@ def test_lora_experts_of_one_network_of_wan_2_2_run_all_steps_on_it(
 def test_alpha_counts_as_in_the_formula_of_lora(tmp_path: Path) -> None:
     """W + alpha / rank * B A, merged by hand; merging rounds differently."""
     case = CASES["wan"]
-    folder = lora_experts(tmp_path, case.build(), TWO)
+    folder = lora_experts(tmp_path, case.build(), PLAN)
     opened, names, networks = PhasedExperts.open(folder), family("wan"), []
-    for phase in TWO.phases:
+    for phase in PLAN.phases:
         network, tensors = case.build().transformer, opened.tensors(phase.name)
         for name, module in network.named_modules():
             key = (
@@ -161,14 +161,14 @@ def test_alpha_counts_as_in_the_formula_of_lora(tmp_path: Path) -> None:
                 up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
                 module.weight.data += float(tensors[f"{key}.alpha"]) / len(down) * up @ down
         networks.append(network)
-    torch.testing.assert_close(case.sample(phased(case, folder)), euler(case, TWO, networks), rtol=0, atol=2e-4)
+    torch.testing.assert_close(case.sample(phased(case, folder)), euler(case, PLAN, networks), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize(("strength", "start"), [(1.0, 0), (0.75, 1), (0.5, 2), (0.25, 3)])
 def test_image_to_image_starts_midway(strength: float, start: int, kind: str, tmp_path: Path) -> None:
     text, case = CASES["qwen_image"], Case(qwen_image_to_image, {}, (1, 16, 16), CASES["qwen_image"].velocity)
-    folder = experts(text, kind, TWO, tmp_path)
+    folder = experts(text, kind, PLAN, tmp_path)
     pipe = phased(case, folder)
     call = {**text.call, "image": GIVEN, "strength": strength, "output_type": "latent", "return_dict": False}
     seen: list[int] = []
@@ -183,9 +183,9 @@ def test_image_to_image_starts_midway(strength: float, start: int, kind: str, tm
     with torch.no_grad():
         clean = pipe._pack_latents(pipe._encode_vae_image(pixels, generator), 1, 4, 8, 8)
     noise = pipe._pack_latents(torch.randn(1, 1, 4, 8, 8, generator=generator), 1, 4, 8, 8)
-    sigma = torch.tensor(TWO.sigmas)[start]
+    sigma = torch.tensor(PLAN.sigmas)[start]
     x = (1 - sigma) * clean + sigma * noise
-    assert torch.equal(sampled, euler(text, TWO, networks_of(text, folder), x, start))
+    assert torch.equal(sampled, euler(text, PLAN, networks_of(text, folder), x, start))
     assert seen == [0, 1, 1, 1][start:]  # after each step, the phase of the next
 
 
@@ -193,7 +193,7 @@ def test_image_to_image_starts_midway(strength: float, start: int, kind: str, tm
 def test_a_pipeline_that_does_not_say_where_it_starts(kind: str, tmp_path: Path) -> None:
     """WanVideoToVideoPipeline slices the timesteps without set_begin_index."""
     case = CASES["wan"]
-    folder = experts(case, kind, TWO, tmp_path)
+    folder = experts(case, kind, PLAN, tmp_path)
     text = case.build()
     pipe = diffusers.WanVideoToVideoPipeline(**{k: v for k, v in text.components.items() if k != "transformer_2"})
     pipe.set_progress_bar_config(disable=True)
@@ -201,7 +201,7 @@ def test_a_pipeline_that_does_not_say_where_it_starts(kind: str, tmp_path: Path)
     x = randn(*case.latents, seed=9)
     call = {k: v for k, v in case.call.items() if k != "num_frames"}
     sampled = pipe(strength=0.5, latents=x, output_type="latent", return_dict=False, **call)[0]
-    assert torch.equal(sampled, euler(case, TWO, networks_of(case, folder), x, start=2))
+    assert torch.equal(sampled, euler(case, PLAN, networks_of(case, folder), x, start=2))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -209,7 +209,7 @@ def test_a_pipeline_that_does_not_say_where_it_starts(kind: str, tmp_path: Path)
 def test_batches_equal_single_samples(name: str, kind: str, tmp_path: Path) -> None:
     """Several prompts and several samples of each; kernels round differently for other batch sizes."""
     case = CASES[name]
-    pipe = phased(case, experts(case, kind, TWO, tmp_path))
+    pipe = phased(case, experts(case, kind, PLAN, tmp_path))
     prompts = ["a panda", "a zebra"]
     many = "num_videos_per_prompt" if "wan" in name else "num_images_per_prompt"
     noise = randn(4, *case.latents[1:], seed=8)
@@ -233,11 +233,11 @@ def test_refined_steps_stay_with_their_experts(kind: str, tmp_path: Path) -> Non
 
 def test_renoising_takes_the_experts_of_the_phases(tmp_path: Path) -> None:
     case = CASES["wan"]
-    folder = experts(case, "full", TWO, tmp_path)
+    folder = experts(case, "full", PLAN, tmp_path)
     pipe = phased(case, folder)
-    pipe.scheduler = PhasedDMDScheduler.from_plan(TWO, sampler="renoise", renoise_seed=4)
+    pipe.scheduler = PhasedDMDScheduler.from_plan(PLAN, sampler="renoise", renoise_seed=4)
     scheduler, networks = (
-        PhasedDMDScheduler.from_plan(TWO, sampler="renoise", renoise_seed=4),
+        PhasedDMDScheduler.from_plan(PLAN, sampler="renoise", renoise_seed=4),
         networks_of(case, folder),
     )
 

@@ -14,11 +14,8 @@ from torch import nn
 from pdmd_core.experts import ExpertsError
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts
-from tests.tiny_pipelines import CASES, full_experts, lora_experts
+from tests.tiny_pipelines import CASES, KINDS, PLAN, THREE, full_experts, lora_experts
 
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
-THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
-KINDS = {"lora": lora_experts, "full": full_experts}
 CPU = torch.device("cpu")
 
 

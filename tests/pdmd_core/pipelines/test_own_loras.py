@@ -11,11 +11,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
-from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts
-from tests.tiny_pipelines import CASES, euler, full_experts, lora_experts, lora_file, networks_of, random_lora
+from tests.tiny_pipelines import CASES, PLAN, euler, full_experts, lora_experts, lora_file, networks_of, random_lora
 
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 STYLE_TARGETS = ("to_q", "to_k", "ffn.net.0.proj", "img_mlp.net.0.proj")
 """Partly modules that experts adapt, partly others."""
 

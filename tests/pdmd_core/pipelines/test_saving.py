@@ -13,22 +13,20 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
-from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.pipeline_state import assert_same, public, state_of
 from tests.tiny_pipelines import (
     CASES,
+    KINDS,
+    PLAN,
+    THREE,
+    TWO_COMPONENTS,
     euler,
     full_experts,
     lora_experts,
     networks_of,
 )
-
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
-THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
-KINDS = {"lora": lora_experts, "full": full_experts}
-TWO_COMPONENTS = ["transformer", "transformer_2"]
 
 
 @pytest.mark.parametrize("name", ["wan", "wan_two", "qwen_image"])
