@@ -83,6 +83,9 @@ class DistillConfig(Section):
     shard_size: int | None = Field(
         None, ge=1, description="processes in a group with sharding hsdp; those of one node if null"
     )
+    context_parallel: int = Field(
+        1, ge=1, description="processes that share the tokens of one sample, for samples that do not fit one GPU"
+    )
     seed: int = Field(0, ge=0, description="seed of weights, prompts, noise and sigmas")
     output_dir: Path = Field(Path("runs/distill"), description="where everything is written")
     tracker: str | None = Field("tensorboard", description="a tracker that accelerate knows, or null")
@@ -118,6 +121,8 @@ class DistillConfig(Section):
             raise ValueError("offload_idle_experts keeps experts whole: set sharding to none, or leave it out")
         if self.compile != "none" and self.sharding != "none":
             raise ValueError("compile is for networks that are whole: set sharding to none, or compile to none")
+        if self.compile != "none" and self.context_parallel > 1:
+            raise ValueError("compile is for samples that are whole: set context_parallel to 1, or compile to none")
         for section, role in (("generator", self.generator), ("fake", self.fake)):
             if self.sharding != "none" and role.kind == "full" and role.optimizer != "adamw":
                 raise ValueError(f"{section}.optimizer: {role.optimizer} is for weights that are whole: use adamw")
@@ -167,6 +172,10 @@ class DistillConfig(Section):
                 f"networks, {' or '.join(routing.components)}, or give the phases other sigmas"
             )
         return chosen or found.pop()
+
+    def groups(self, processes: int) -> int:
+        """Among how many groups of processes the samples of an update are divided."""
+        return processes // self.context_parallel
 
     def updates_of(self, phase: int) -> int:
         """Generator updates in this phase."""

@@ -18,6 +18,7 @@ from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from training.command_line import UserError
 from training.config import DistillConfig
+from training.context_parallel import check_context_parallel
 from training.data.buckets import ANY, Bucket, bucket_of
 from training.data.training_data import buckets_of, latent_shapes
 from training.memory import in_words, static_memory
@@ -59,6 +60,7 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     source = TeacherSource(str(model.architecture or model.path), model.revision, model.pipeline)
     pipeline = pipeline_on_meta(source)
     family = family_of_pipeline(pipeline)
+    check_context_parallel(config, family, pipeline)
     (shape,) = latent_shapes([Bucket(model.width, model.height, model.frames)], family, pipeline)
     routing, networks = family.teacher_routing(pipeline.config), networks_of(pipeline, family)
     specs = config.role_specs(routing)
@@ -113,9 +115,10 @@ def _examples(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPip
 
 
 def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]:
-    own = config.batch_size // gpus
+    own, together = config.batch_size // config.groups(gpus), config.context_parallel
     at_once = min(config.micro_batch_size or own, own)
-    lines = [f"an update has {config.batch_size} samples, {own} for each GPU, {at_once} at once"]
+    whom = "GPU" if together == 1 else f"group of {together} GPUs, which share its tokens"
+    lines = [f"an update has {config.batch_size} samples, {own} for each {whom}, {at_once} at once"]
     guidance = ""
     if config.objective.guidance_scale != 1:
         guidance = (

@@ -116,7 +116,7 @@ def _about_base(config: DistillConfig, roles: Roles, alone: bool) -> str:
 
 def _gradients_meet_rollouts(config: DistillConfig, gpus: int) -> bool:
     """Whether the samples of an update come in parts: gradients of one are there in the rollout of the next."""
-    own = config.batch_size // gpus
+    own = config.batch_size // config.groups(gpus)
     return own > (config.micro_batch_size or own) or (config.offload_idle_network and own > 1)
 
 

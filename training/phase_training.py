@@ -58,8 +58,8 @@ class PhaseTraining:
     ) -> None:
         self.config, self.roles, self.accelerator = config, roles, accelerator
         self.device = accelerator.device
-        self.batch = config.batch_size // accelerator.num_processes
-        """Samples of this process."""
+        self.batch = config.batch_size // config.groups(accelerator.num_processes)
+        """Samples of this process, or of the group of processes that share them."""
         self.distiller = PhasedDistiller(plan, phase, roles, config.objective.build(), config.guidance_batched)
         self.sections: dict[str, RoleSection] = {self.expert: config.generator, FAKE: config.fake}
         roles.set_trainable(self.sections)
@@ -173,7 +173,7 @@ class PhaseTraining:
             # What gradient checkpointing recomputes must be this role, on a network that is there.
             of_two = self.config.offload_idle_network and role == FAKE
             self.roles.activate(role, self.roles.routing.component_at(float(t[part][0])) if of_two else None)
-            loss.backward()
+            (loss * self.config.context_parallel).backward()  # a group adds up, and all processes are averaged
             total += loss.detach()
         if len(self.roles.components(role)) > 1:  # a network that had no sample here may have had one elsewhere
             for parameter in parameters:

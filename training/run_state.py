@@ -38,6 +38,7 @@ FREE_TO_CHANGE = {
     "offload_idle_experts",
     "sharding",
     "shard_size",
+    "context_parallel",
 }
 """Keys that may differ between a run and its resumption: they change no number, or only how sums are rounded."""
 

@@ -24,8 +24,12 @@ from training.config import ConfigError, DistillConfig
 
 def check_processes(config: DistillConfig, processes: int) -> None:
     """Raises ConfigError when this many processes cannot divide the work."""
-    if config.batch_size % processes:
-        raise ConfigError(f"batch_size: {config.batch_size} samples cannot be divided among {processes} processes")
+    together, groups = config.context_parallel, config.groups(processes)
+    if processes % together:
+        raise ConfigError(f"context_parallel: {processes} processes cannot be divided into groups of {together}")
+    if config.batch_size % groups:
+        whom = f"{processes} processes" if together == 1 else f"{groups} groups of {together} processes"
+        raise ConfigError(f"batch_size: {config.batch_size} samples cannot be divided among {whom}")
     if config.sharding == "hsdp" and processes > 1 and processes % group_size(config, processes):
         raise ConfigError(
             f"shard_size: {processes} processes cannot be divided into groups of {group_size(config, processes)}"

@@ -19,6 +19,7 @@ from training.checkpoints import list_checkpoints, load_values, newest_whole, sa
 from training.command_line import UserError
 from training.compiling import compile_blocks
 from training.config import DistillConfig
+from training.context_parallel import check_context_parallel, divide_samples
 from training.data.training_data import training_data
 from training.draws import Draws
 from training.export import export_experts
@@ -60,6 +61,7 @@ class Trainer:
         self.source = TeacherSource(model.path, model.revision, model.pipeline)
         self.pipeline = load_image_side(self.source, getattr(torch, model.dtype))
         self.family = family_of_pipeline(self.pipeline)
+        check_context_parallel(config, self.family, self.pipeline)
         self.data = training_data(config, self.source, self.family, self.pipeline, self.device)
         torch.manual_seed(config.seed)
         routing = self.family.teacher_routing(self.pipeline.config)
@@ -76,12 +78,15 @@ class Trainer:
             shard_roles(self.roles, mesh, self.device, torch.bfloat16 if config.precision == "bf16" else None)
         if one_at_a_time:
             keep_one_network(self.roles, self.device)
-        self.sharded = mesh is not None
+        together = config.context_parallel
+        if together > 1:
+            divide_samples(self.roles.networks(), together, self.device)
+        self.evaluates_with_others = mesh is not None or together > 1
         if config.gradient_checkpointing:
             for network in self.roles.networks():
                 enable_gradient_checkpointing(network)
         self.progress = Progress()
-        self.draws = Draws(config.seed, config.batch_size, self.data.order, rank, processes)
+        self.draws = Draws(config.seed, config.batch_size, self.data.order, rank // together, config.groups(processes))
         self.training: PhaseTraining
         """Of the current phase."""
         self.watchers = watchers_of(config, self.accelerator)
@@ -189,7 +194,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, name: str) -> None:
         """A grid of fixed prompts and seeds through the experts so far; the last step jumps to sigma 0."""
-        if not (self.accelerator.is_main_process or self.sharded):
+        if not (self.accelerator.is_main_process or self.evaluates_with_others):
             return
         config = self.config
         data = self.data

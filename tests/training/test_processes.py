@@ -31,11 +31,11 @@ from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 TEACHERS = {
-    "wan": (wan_two_networks, (16, 16, 1), 12),
+    "wan": (wan_two_networks, (16, 32, 5), 12),
     "image": (wan_image_two_networks, (16, 32, 5), 12),
-    "qwen": (qwen_image, (32, 48, 1), 330),
+    "qwen": (qwen_image, (32, 48, 1), 143),
 }
-"""How it is built; height, width and frames; tokens of a prompt."""
+"""How it is built; height, width and frames; tokens of a prompt, an odd number where processes divide them."""
 HALF = {"dtype": "bfloat16", "precision": "bf16", "micro_batch_size": 1, "gradient_checkpointing": True}
 LORA, FULL = {"kind": "lora", "rank": 4, "alpha": 4, "lr": 1e-2}, {"kind": "full", "lr": 1e-3}
 RUNS: dict[str, dict[str, Any]] = {
@@ -43,18 +43,23 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-fsdp": {"sharding": "fsdp", "micro_batch_size": 1, "gradient_checkpointing": True},
     "lora-1-to-2": {"sharding": "fsdp"},
     "lora-2-to-1": {},
+    "lora-cp": {"context_parallel": 2, "guidance_batched": False, "gradient_checkpointing": True},
+    "lora-1-to-cp": {"context_parallel": 2, "micro_batch_size": 1},
     "full": {"generator": FULL, "fake": LORA},
     "full-none": {},
     "full-hsdp": {"sharding": "hsdp", "shard_size": 1},
     "full-2-to-1": {},
+    "full-cp-fsdp": {"context_parallel": 2, "sharding": "fsdp"},
     "image": {"teacher": "image", "generator": LORA, "fake": LORA},
     "image-1-to-2": {"sharding": "fsdp"},
     "qwen": {"teacher": "qwen", "generator": LORA, "fake": LORA},
     "qwen-1-to-2": {"sharding": "fsdp"},
+    "qwen-cp": {"context_parallel": 2},
     "half": {**HALF, "generator": LORA, "fake": LORA},
     "half-fsdp": {"sharding": "fsdp"},
     "sent": {**HALF, "generator": LORA, "fake": FULL},
     "sent-fsdp": {"sharding": "fsdp"},
+    "sent-cp": {"context_parallel": 2},
 }
 """What a run changes of the one before its dash; the teacher is Wan's unless it says otherwise.
 
@@ -117,10 +122,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         Trainer(load_config(Path(configs[name]))).run()
     output = launch(str(ROOT / "training" / "distill.py"), "--config", configs["lora-fsdp"])
     AcceleratorState._reset_state()
-    two = ["full-none", "full-hsdp", "half-fsdp", "sent-fsdp"]
-    for name in ("lora", "image", "qwen"):
-        go_on_from(folder, name, f"{name}-1-to-2")
-        two.append(f"{name}-1-to-2")
+    two = ["full-none", "full-hsdp", "half-fsdp", "sent-fsdp", "sent-cp", "lora-cp", "full-cp-fsdp", "qwen-cp"]
+    for name in ("lora-1-to-2", "image-1-to-2", "qwen-1-to-2", "lora-1-to-cp"):
+        go_on_from(folder, name.partition("-")[0], name)
+        two.append(name)
     launch(str(Path(__file__).with_name("run_configs.py")), *map(configs.__getitem__, two))
     go_on_from(folder, "lora-fsdp", "lora-2-to-1")
     go_on_from(folder, "full-hsdp", "full-2-to-1")
@@ -141,7 +146,7 @@ def test_the_numbers_are_those_of_one_process(runs: Finished, name: str) -> None
             assert row[key] == pytest.approx(wanted[key], rel=tolerance), (row["update"], key)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in ALONE and name != "sent-fsdp"])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ALONE and not name.startswith("sent")])
 def test_the_experts_are_those_of_one_process(runs: Finished, name: str) -> None:
     kind = name.partition("-")[0]
     wanted, found = (PhasedExperts.open(runs.folder / run / "experts") for run in (kind, name))
@@ -176,6 +181,11 @@ def test_each_process_writes_its_shards_of_the_fake_once(runs: Finished) -> None
     ("changes", "words"),
     [
         ({"batch_size": 6}, "batch_size: 6 samples cannot be divided among 4 processes"),
+        ({"context_parallel": 3}, "context_parallel: 4 processes cannot be divided into groups of 3"),
+        (
+            {"context_parallel": 2, "batch_size": 3},
+            "batch_size: 3 samples cannot be divided among 2 groups of 2 processes",
+        ),
         ({"sharding": "hsdp", "shard_size": 3}, "shard_size: 4 processes cannot be divided into groups of 3"),
     ],
 )
@@ -186,3 +196,4 @@ def test_what_processes_cannot_divide_is_one_line(
         check_processes(parse_config(settings_of_run | changes, "test"), 4)
     assert str(error.value) == words
     check_processes(parse_config(settings_of_run | {"batch_size": 8, "sharding": "hsdp", "shard_size": 2}, "test"), 4)
+    check_processes(parse_config(settings_of_run | {"batch_size": 2, "context_parallel": 2}, "test"), 4)
