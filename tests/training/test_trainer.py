@@ -195,3 +195,16 @@ def test_learning_rates_fall_to_zero_at_the_end_of_each_phase(config: DistillCon
         factors.append(trainer._lr_factor())
     assert factors[:6] == [1.0] * 6
     assert factors[6:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_the_step_of_every_role_goes_down_its_loss(config: DistillConfig) -> None:
+    trainer = Trainer(config)
+    trainer._start_phase()
+    training, roles = trainer.training, trainer.roles
+    for role in (FAKE, training.expert):
+
+        def loss(part: Any, role: str = role) -> torch.Tensor:
+            return torch.stack([(parameter - 1).square().sum() for parameter in roles.parameters(role)]).sum()
+
+        first, second = (training._train(role, torch.zeros(training.batch), loss)[0] for _ in range(2))
+        assert second < first
