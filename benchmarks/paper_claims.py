@@ -29,6 +29,7 @@ from benchmarks.claims.evidence import Row, best_lr
 from benchmarks.claims.methods import METHODS, Run, runs
 from benchmarks.claims.mixture_report import MixtureReport
 from benchmarks.claims.mixture_study import MixtureStudy
+from benchmarks.claims.summary import write_summary
 from benchmarks.claims.verdict import write_verdict
 
 Study = MixtureStudy | EmbeddedStudy
@@ -141,6 +142,7 @@ class Claims:
         rows = [*self.references(), *trained]
         report = make_report(self.study, rows, self.updates)
         report.write(folder)
+        write_summary(folder)
         write_verdict(folder)
         print(report.markdown())
 

@@ -72,6 +72,12 @@ def test_the_table_is_the_one_that_the_demo_wrote() -> None:
         assert line in README
 
 
+def test_the_comparison_of_methods_is_the_one_that_the_benchmark_wrote() -> None:
+    table = (ROOT / "docs" / "evidence" / "summary.md").read_text(encoding="utf-8")
+    assert len(table.splitlines()) >= 6
+    assert table in README
+
+
 def test_every_file_that_the_documents_link_to_exists() -> None:
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for link in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
