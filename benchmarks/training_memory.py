@@ -33,7 +33,7 @@ from benchmarks.random_wan import machine
 from pdmd_core.roles import Roles
 from training.config import DistillConfig, load_config
 from training.dry_run import pipeline_on_meta
-from training.offload import IdleExperts, OneNetworkOnDevice
+from training.offload import OneOnDevice
 from training.teacher import TeacherSource
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def away_bytes(roles: Roles) -> int:
     return sum(
         tensor.nbytes
         for keeper in (roles.before_use, roles.before_role)
-        if isinstance(keeper, OneNetworkOnDevice | IdleExperts)
+        if isinstance(keeper, OneOnDevice)
         for name, tensors in keeper.at_home.items()
         if name != keeper.here
         for tensor in tensors

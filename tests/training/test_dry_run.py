@@ -18,7 +18,7 @@ from training.command_line import UserError
 from training.config import ConfigError, load_config, parse_config
 from training.dry_run import describe, pipeline_on_meta
 from training.memory import static_memory
-from training.offload import IdleExperts
+from training.offload import OneOnDevice
 from training.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, networks_of
 from training.trainer import Trainer
 
@@ -174,7 +174,7 @@ def alive(trainer: Trainer) -> tuple[int, set[str]]:
     with_gradients = set()
     for role in roles.specs:
         parameters = roles.parameters(role)
-        if not (isinstance(idle, IdleExperts) and role in idle.idle and role != idle.here):
+        if not (isinstance(idle, OneOnDevice) and role in idle.kept and role != idle.here):
             tensors += parameters
         if gradients := [p.grad for p in parameters if p.grad is not None]:
             tensors += gradients
@@ -209,14 +209,14 @@ def test_bytes_are_the_most_that_a_run_holds(
         assert with_gradients == {stepping}, "gradients of the other role are gone"
         found.append(size)
 
-    bring = IdleExperts._bring
+    bring = OneOnDevice._bring
 
-    def when_one_comes(self: IdleExperts, role: str) -> None:
+    def when_one_comes(self: OneOnDevice, role: str) -> None:
         bring(self, role)
         self.here = role
         found.append(alive(trainer)[0])
 
-    monkeypatch.setattr(IdleExperts, "_bring", when_one_comes)
+    monkeypatch.setattr(OneOnDevice, "_bring", when_one_comes)
     hook = register_optimizer_step_pre_hook(at_a_step)
     try:
         trainer.run()

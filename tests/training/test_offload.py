@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from pdmd_core.roles import Roles
 from tests.tiny_families import wan_two_networks
-from training import offload
 from training.config import ConfigError, DistillConfig, parse_config
-from training.offload import IdleExperts, OneNetworkOnDevice
+from training.offload import OneOnDevice
 from training.trainer import Trainer
 
 
-class Recorded(OneNetworkOnDevice):
+class Recorded(OneOnDevice):
     """Says what it moves."""
 
     def __init__(self, frozen: dict[str, list[torch.Tensor]]) -> None:
@@ -76,12 +75,12 @@ def test_a_run_never_computes_with_the_network_that_is_away(
     Trainer(config).run()
     brought: list[str] = []
 
-    def poison(self: OneNetworkOnDevice, name: str) -> None:
+    def poison(self: OneOnDevice, name: str) -> None:
         brought.append(name)
-        for tensor in self.frozen[name]:
+        for tensor in self.kept[name]:
             tensor.data = torch.full_like(tensor, float("nan"))
 
-    monkeypatch.setattr(OneNetworkOnDevice, "_send_home", poison)
+    monkeypatch.setattr(OneOnDevice, "_send_home", poison)
     one = changed(config, offload_idle_network=True, guidance_batched=False, output_dir=str(tmp_path / "one"))
     Trainer(one).run()
     assert len(brought) > 10 and set(brought) == {"transformer", "transformer_2"}
@@ -114,12 +113,12 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     computed: list[str] = []
     velocity = Roles.velocity
 
-    def bring(tensors: list[Tensor], at_home: list[Tensor], device: torch.device) -> None:
-        for tensor, home in zip(tensors, at_home, strict=True):
+    def bring(self: OneOnDevice, name: str) -> None:
+        for tensor, home in zip(self.kept[name], self.at_home[name], strict=True):
             tensor.data = home.clone()
 
-    def send_home(tensors: list[Tensor], at_home: list[Tensor]) -> None:
-        for tensor, home in zip(tensors, at_home, strict=True):
+    def send_home(self: OneOnDevice, name: str) -> None:
+        for tensor, home in zip(self.kept[name], self.at_home[name], strict=True):
             if tensor.data_ptr() != home.data_ptr():
                 tensor.data.fill_(float("nan"))
             tensor.data = home
@@ -127,16 +126,16 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def seen(self: Roles, role: str, *arguments: Any) -> Tensor:
         result = velocity(self, role, *arguments)
         computed.append(role)
-        assert isinstance(self.before_role, IdleExperts)
-        for name, parameters in self.before_role.idle.items():
+        assert isinstance(self.before_role, OneOnDevice)
+        for name, parameters in self.before_role.kept.items():
             away = [
                 p.data_ptr() == h.data_ptr() for p, h in zip(parameters, self.before_role.at_home[name], strict=True)
             ]
             assert set(away) == {name != role}, f"{name} while {role} computes"
         return result
 
-    monkeypatch.setattr(offload, "_bring", bring)
-    monkeypatch.setattr(offload, "_send_home", send_home)
+    monkeypatch.setattr(OneOnDevice, "_bring", bring)
+    monkeypatch.setattr(OneOnDevice, "_send_home", send_home)
     monkeypatch.setattr(Roles, "velocity", seen)
     return computed
 
