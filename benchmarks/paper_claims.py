@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.claims.embedded_report import EmbeddedReport
 from benchmarks.claims.embedded_study import SETTINGS, EmbeddedStudy
-from benchmarks.claims.evidence import Row, best_lr
+from benchmarks.claims.evidence import Row, best_lr, best_rows
 from benchmarks.claims.methods import METHODS, Run, runs
 from benchmarks.claims.mixture_report import MixtureReport
 from benchmarks.claims.mixture_study import MixtureStudy
@@ -38,7 +38,7 @@ TEACHERS = ("mixture", "pictures", "clips")
 STAGES = {
     "prepare": "what all runs of a teacher need, and rows of the teacher itself",
     "equal": "every method at every learning rate, for the same number of updates",
-    "long": "the four methods at their best learning rate for more and more updates, until that stops helping",
+    "long": "the four methods for twice the updates, four times, ... until that stops helping",
     "report": "tables, pictures and the verdict, of all runs that are there",
 }
 STILL_IMPROVES = 0.9
@@ -60,22 +60,20 @@ class Claims:
         """Every learning rate, with the seeds that decide on the best."""
         return runs(methods, self.lrs, self.seeds[: self.study.grid_seeds], self.updates)
 
-    def other_seeds(self, key: str, rows: Sequence[Row]) -> list[Run]:
+    def other_seeds(self, key: str, rows: Sequence[Row], updates: int) -> list[Run]:
         """The best learning rate with the seeds that the grid was not run with."""
-        lr = self.best_lr(key, rows)
-        return (
-            []
-            if lr is None
-            else runs([key], [lr], self.seeds[len(self.seeds[: self.study.grid_seeds]) :], self.updates)
-        )
+        lr = self.best_lr(key, rows, updates)
+        others = self.seeds[len(self.seeds[: self.study.grid_seeds]) :]
+        return [] if lr is None else runs([key], [lr], others, updates)
 
-    def longer(self, key: str, lr: float) -> list[list[Run]]:
-        """All seeds for twice the updates, four times the updates, ..."""
-        return [runs([key], [lr], self.seeds, times * self.updates) for times in self.study.longer]
+    def longer(self, key: str, lr: float, times: int) -> list[Run]:
+        """For so many times the updates, with the seeds that decide: at this learning rate and the next lower one."""
+        lrs = [lr, *sorted(other for other in self.lrs if other < lr)[-1:]]
+        return runs([key], lrs, self.seeds[: self.study.grid_seeds], times * self.updates)
 
-    def best_lr(self, key: str, rows: Sequence[Row]) -> float | None:
-        """Of this method for the equal number of updates; None when it was not trained."""
-        return best_lr(rows, key, self.updates, self.study.grid_seeds)
+    def best_lr(self, key: str, rows: Sequence[Row], updates: int) -> float | None:
+        """Of this method for this number of updates; None when it was not trained."""
+        return best_lr(rows, key, updates, self.study.grid_seeds)
 
     # --- what is there ------------------------------------------------------------
 
@@ -87,10 +85,13 @@ class Claims:
         """Rows of all runs that are there; trains nothing."""
         rows = self._there(self.grid(self.options.methods))
         for key in self.options.methods:
-            rows += self._there(self.other_seeds(key, rows))
-            lr = self.best_lr(key, rows)
-            if lr is not None:
-                rows += self._there([run for wanted in self.longer(key, lr) for run in wanted])
+            rows += self._there(self.other_seeds(key, rows, self.updates))
+            lr = self.best_lr(key, rows, self.updates)
+            if lr is None:
+                continue
+            for times in self.study.longer:
+                rows += self._there(self.longer(key, lr, times))
+                rows += self._there(self.other_seeds(key, rows, times * self.updates))
         return rows
 
     def _there(self, wanted: Sequence[Run]) -> list[Row]:
@@ -109,21 +110,27 @@ class Claims:
             methods = [key for key in self.options.methods if bool(METHODS[key].ablation_of) == ablations]
             rows = self._rows_of(self.grid(methods), "grid")
             for key in methods:
-                self._rows_of(self.other_seeds(key, rows), key)
+                self._rows_of(self.other_seeds(key, rows, self.updates), key)
 
     def long(self) -> None:
         """See STAGES."""
         trained = self.trained()
         for key in self.options.methods:
-            lr = self.best_lr(key, trained)
+            lr = self.best_lr(key, trained, self.updates)
             if METHODS[key].ablation_of or lr is None:
                 continue
-            rows = [row for row in trained if (row.method, row.lr, row.updates) == (key, lr, self.updates)]
-            for wanted in self.longer(key, lr):
-                before = statistics.mean(row.score for row in rows)
-                rows = self._rows_of(wanted, f"{key}, {wanted[0].updates} updates")
-                if statistics.mean(row.score for row in rows) > STILL_IMPROVES * before:
+            score = self._score(key, trained, self.updates)
+            for times in self.study.longer:
+                updates, name = times * self.updates, f"{key}, {times * self.updates} updates"
+                rows = self._rows_of(self.longer(key, lr, times), name)
+                rows += self._rows_of(self.other_seeds(key, rows, updates), name)
+                before, score = score, self._score(key, rows, updates)
+                if score > STILL_IMPROVES * before:
                     break
+
+    def _score(self, key: str, rows: Sequence[Row], updates: int) -> float:
+        """Mean of a method at its best learning rate."""
+        return statistics.mean(row.score for row in best_rows(rows, key, updates, self.study.grid_seeds))
 
     def _rows_of(self, wanted: Sequence[Run], name: str) -> list[Row]:
         rows = []

@@ -133,8 +133,8 @@ class EmbeddedReport:
             parts += [
                 "## Trained for longer",
                 "",
-                f"{self.distance} (diversity in % of the teacher's) by generator updates, at the best learning rate of "
-                "the first column.",
+                f"{self.distance} (diversity in % of the teacher's) by generator updates, at the better of two "
+                "learning rates: the best of the first column and the next lower one.",
                 "",
                 markdown_table(("method", *map(str, columns)), self._budgets(columns)),
                 "",

@@ -90,7 +90,8 @@ class MixtureReport:
             parts += [
                 "## Trained for longer",
                 "",
-                "Kernel distance x 10^4 by generator updates, at the best learning rate of the first column.",
+                "Kernel distance x 10^4 by generator updates, at the better of two learning rates: the best of the "
+                "first column and the next lower one.",
                 "",
                 markdown_table(("method", *map(str, columns)), table),
                 "",

@@ -59,7 +59,8 @@ class Verdict:
             found.append(self.keeps(key, "diversity", DIVERSITY_SHARE))
             if self.teacher == "clips":
                 found.append(self.keeps(key, "motion", FLOW_SHARE))
-        found += [self.worse("biased_4x1", "phased_4x1", "frechet"), self.worse("biased", "phased_2x2", "frechet")]
+        for biased, unbiased in (("biased_4x1", "phased_4x1"), ("biased", "phased_2x2")):
+            found += [self.worse(biased, unbiased, "frechet"), self.better(unbiased, biased, "diversity", lower=False)]
         return found
 
     def better(self, method: str, other: str, column: str, lower: bool) -> dict[str, Any]:

@@ -74,20 +74,25 @@ def test_what_is_there_is_never_trained_again(command, monkeypatch: pytest.Monke
 
 
 def test_longer_training_goes_on_until_it_stops_helping(command, study: MixtureStudy, monkeypatch) -> None:
-    """Rows with made-up scores: 4 times is no better than twice, so 8 times is never trained."""
+    """Rows with made-up scores: 4 times is no better than twice, so 8 times is never trained.
+
+    The best learning rate is not that of few updates, so the next lower one is tried too; lower ones are not.
+    """
     arguments, _ = command
     scores, trained = {80: 1.0, 160: 0.5, 320: 0.49, 640: 0.1}, []
 
     def row(run: Run) -> Row:
         trained.append((run.method.key, run.updates, run.lr, run.seed))
-        score = scores[run.updates] + run.lr
+        score = scores[run.updates] + (run.lr if run.updates > 80 else abs(run.lr - 3e-3))
         return Row("mixture", run.method.key, run.seed, 4, 0.0, 1.0, None, run.lr, run.updates, score)
 
     monkeypatch.setattr(study, "row", row)
     monkeypatch.setattr(study, "has_row", lambda run: run.updates == 80)
-    paper_claims.main([*arguments, "--stages", "long", "--lrs", "1e-3", "3e-3"])
+    paper_claims.main([*arguments, "--stages", "long", "--lrs", "1e-3", "3e-3", "1e-2", "3e-4"])
     longer = [entry for entry in trained if entry[1] > 80]
-    assert longer == [("phased_4x1", updates, 1e-3, seed) for updates in (160, 320) for seed in (0, 1)]
+    assert longer == [
+        ("phased_4x1", updates, lr, seed) for updates in (160, 320) for seed in (0, 1) for lr in (3e-3, 1e-3)
+    ]
 
 
 def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
