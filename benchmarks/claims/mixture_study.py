@@ -26,7 +26,7 @@ from benchmarks.claims.mixture import (
 from benchmarks.claims.mixture_training import NOTHING, MixtureNetworks, Settings, distil, fit_initial_network
 from pdmd_core.distillation import expert_velocities
 from pdmd_core.metrics import frechet_distance, manifold, pairwise_distance
-from pdmd_core.phases import shift_sigma
+from pdmd_core.phases import PhasePlan, shift_sigma
 from pdmd_core.rollout import Velocity, route, sample, simulate
 
 REFERENCES = {
@@ -106,6 +106,28 @@ class MixtureStudy:
 
     def walk(self, run: Run, seed: int, count: int | None = None) -> Path2D:
         """Samples of a run's experts from the noise of this seed, as its plan says."""
+        plan, velocities = self._experts(run)
+        noise = _noise(seed, count or self.samples)
+        with torch.no_grad():
+            samples = sample(route(velocities, plan), plan.sigmas, noise)
+            if len(plan) == 1:
+                return Path2D(samples, None, None)
+            half = simulate(velocities, plan, 0, len(plan.phases[0].sigmas) - 1, noise, gradient=False)
+        return Path2D(samples, half.x_s, half.sigma_end)
+
+    def truncated(self, run: Run, seed: int, count: int | None = None) -> list[Tensor]:
+        """Samples of rollouts that jump to the end from each step of the last phase; the last ones are whole rollouts.
+
+        All from the same noise, the same as that of ``walk``.
+        """
+        plan, velocities = self._experts(run)
+        noise, last = _noise(seed, count or self.samples), len(plan) - 1
+        steps = range(len(plan.phases[last].sigmas))
+        with torch.no_grad():
+            return [simulate(velocities, plan, last, step, noise, gradient=False).x_s for step in steps]
+
+    def _experts(self, run: Run) -> tuple[PhasePlan, list[Velocity]]:
+        """The plan and the velocity of each expert of a run."""
         weights = load_file(self.train(run))
         plan = self.settings.plan(run.method)
         experts = {}
@@ -116,14 +138,7 @@ class MixtureStudy:
                 {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             )
         networks = MixtureNetworks(self.mixture, experts, self.initial)
-        velocities = expert_velocities(networks, plan, NOTHING)
-        noise = _noise(seed, count or self.samples)
-        with torch.no_grad():
-            samples = sample(route(velocities, plan), plan.sigmas, noise)
-            if len(plan) == 1:
-                return Path2D(samples, None, None)
-            half = simulate(velocities, plan, 0, len(plan.phases[0].sigmas) - 1, noise, gradient=False)
-        return Path2D(samples, half.x_s, half.sigma_end)
+        return plan, expert_velocities(networks, plan, NOTHING)
 
     def reference(self, name: str, seed: int, count: int | None = None) -> Tensor:
         """Samples of what needs no training: exact ones, or the exact velocity in Euler steps."""

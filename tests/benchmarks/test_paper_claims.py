@@ -14,6 +14,7 @@ from benchmarks import paper_claims
 from benchmarks.claims import mixture_study
 from benchmarks.claims.evidence import Row
 from benchmarks.claims.methods import METHODS, Run
+from benchmarks.claims.mixture_report import MixtureReport
 from benchmarks.claims.mixture_study import MixtureStudy
 from benchmarks.claims.mixture_training import Settings, distil
 from pdmd_core.distillation import Objective, evaluations_per_update
@@ -93,6 +94,24 @@ def test_longer_training_goes_on_until_it_stops_helping(command, study: MixtureS
     assert longer == [
         ("phased_4x1", updates, lr, seed) for updates in (160, 320) for seed in (0, 1) for lr in (3e-3, 1e-3)
     ]
+
+
+def test_truncation_is_looked_at_step_by_step(study: MixtureStudy) -> None:
+    run = Run(METHODS["phased_2x2"], 1e-3, 0, 80)
+    path = study.walk(run, 3, 100)
+    jumped, whole = study.truncated(run, 3, 100)
+    torch.testing.assert_close(whole, path.samples)
+    _, (_, last) = study._experts(run)
+    assert path.at_boundary is not None and path.boundary is not None
+    with torch.no_grad():
+        velocity = last(path.at_boundary, path.boundary)
+    torch.testing.assert_close(jumped, path.at_boundary - path.boundary * velocity)
+    references = [study.reference_row(name, 0) for name in study.references]
+    text = MixtureReport(study, [*references, study.row(run)], 80).markdown()
+    (line,) = [line for line in text.partition("## What truncation matches")[2].splitlines() if "2 x 2" in line]
+    assert len(line.split("|")) == 6, "all together, from both steps"
+    other = study.row(Run(METHODS["phased_4x1"], 1e-3, 0, 80))
+    assert "truncation" not in MixtureReport(study, [*references, other], 80).markdown()
 
 
 def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
