@@ -12,7 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.claims.embedded_study import EmbeddedStudy
-from benchmarks.claims.evidence import Row, Spread, best_lr, best_rows, markdown_table, spread, update_json
+from benchmarks.claims.evidence import (
+    Row,
+    Spread,
+    best_lr,
+    best_rows,
+    markdown_table,
+    spread,
+    ticks_at,
+    update_json,
+)
 from benchmarks.claims.methods import METHODS, Run
 from training.pictures import labelled_columns
 
@@ -192,6 +201,7 @@ class EmbeddedReport:
         ):
             self._panel(place, column, factor)
             place.set(xscale="log", ylabel=title, xlabel="learning rate of the generator")
+            ticks_at(place, self._lrs())
             if column == "frechet":
                 place.set_yscale("log")
                 place.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -91,7 +91,7 @@ CLIPS = replace(
 """Of guidance 1, 2 and 3 the teacher's clips are nearest to real ones at 3."""
 SETTINGS = {"pictures": PICTURES, "clips": CLIPS}
 GRIDS = {"pictures": (1e-3, 3e-4, 3e-3, 1e-2), "clips": (1e-3, 3e-4, 3e-3)}
-"""Learning rates. On pictures some methods are best at 3e-3, so the grid goes on until none is."""
+"""Learning rates. The grid of a teacher goes on until none of the four methods is best at its end."""
 
 
 class AskedScenes(EmojiScenes):

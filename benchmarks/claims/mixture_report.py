@@ -9,7 +9,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.claims.evidence import Row, Spread, best_lr, best_rows, markdown_table, spread, update_json
+from benchmarks.claims.evidence import (
+    Row,
+    Spread,
+    best_lr,
+    best_rows,
+    markdown_table,
+    spread,
+    ticks_at,
+    update_json,
+)
 from benchmarks.claims.methods import METHODS, Run
 from benchmarks.claims.mixture import kernel_distance_to_exact, variance_in_modes
 from benchmarks.claims.mixture_study import REFERENCES, MixtureStudy
@@ -211,5 +220,6 @@ class MixtureReport:
         for row in self.of("teacher_4")[:1]:
             axes.axhline(row.score, color="0.5", lw=1, ls="--", label=REFERENCES["teacher_4"])
         axes.set(xscale="log", yscale="log", xlabel="learning rate of the generator", ylabel="kernel distance")
+        ticks_at(axes, self._lrs())
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
