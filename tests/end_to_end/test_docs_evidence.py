@@ -1,0 +1,57 @@
+"""docs/evidence: its commands are understood, its files are there and say the same."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks.claims.evidence import Row, read_evidence
+from benchmarks.claims.methods import METHODS
+from benchmarks.claims.summary import summary
+from benchmarks.claims.verdict import markdown, verdict
+from benchmarks.paper_claims import TEACHERS, parse
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+README = (EVIDENCE / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_understood(line: str) -> None:
+    program, script, *arguments = shlex.split(line, comments=True)
+    assert (program, script) == ("python", "benchmarks/paper_claims.py")
+    parse(arguments)
+
+
+def test_every_file_that_it_names_is_there() -> None:
+    table = README[README.index("| file |") : README.index("## The methods")]
+    links = [*re.findall(r"`([\w.]+\.(?:md|json|png|gif))`", table), *re.findall(r"\]\(([^)#:]+)\)", README)]
+    assert len(links) > 15
+    assert not [link for link in links if not (EVIDENCE / link).exists()]
+
+
+def test_tables_and_verdict_are_those_of_the_rows() -> None:
+    data = read_evidence(EVIDENCE / "paper_claims.json")
+    rows = [Row.from_dict(row) for row in data["rows"]]
+    updates = {teacher: data["settings"][teacher]["updates"] for teacher in sorted(data["settings"])}
+    assert sorted(updates) == sorted(TEACHERS)
+    assert verdict(rows, updates) == data["verdict"]
+    assert (EVIDENCE / "verdict.md").read_text(encoding="utf-8") == markdown(data["verdict"])
+    assert (EVIDENCE / "summary.md").read_text(encoding="utf-8") == summary(rows, updates)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_every_method_was_run_with_three_seeds(teacher: str) -> None:
+    data = read_evidence(EVIDENCE / "paper_claims.json")
+    for key in METHODS:
+        seeds = [
+            row["seed"]
+            for row in data["rows"]
+            if (row["teacher"], row["method"], row["updates"]) == (teacher, key, data["settings"][teacher]["updates"])
+        ]
+        assert seeds == [0, 1, 2], key
+    text = (EVIDENCE / f"{teacher}.md").read_text(encoding="utf-8")
+    assert not [method.title for method in METHODS.values() if f"| {method.title} |" not in text]
