@@ -54,7 +54,7 @@ class MixtureStudy:
 
     teacher = "mixture"
     references = REFERENCES
-    lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    lrs = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     """The grid of learning rates."""
     grid_seeds: int | None = None
     """It is run with all seeds."""
