@@ -41,7 +41,7 @@ STAGES = {
     "long": "the four methods for twice the updates, four times, ... until that stops helping",
     "report": "tables, pictures and the verdict, of all runs that are there",
 }
-STILL_IMPROVES = 0.9
+STILL_IMPROVES = 0.95
 """Twice the updates help if they bring the mean score below this share of what it was."""
 
 
