@@ -12,16 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.claims.embedded_study import EmbeddedStudy
-from benchmarks.claims.evidence import (
-    Row,
-    Spread,
-    best_lr,
-    best_rows,
-    markdown_table,
-    spread,
-    ticks_at,
-    update_json,
-)
+from benchmarks.claims.evidence import Row, Spread, best_lr, best_rows, markdown_table, spread, update_json
+from benchmarks.claims.figures import plot_by_lr
 from benchmarks.claims.methods import METHODS, Run
 from training.pictures import labelled_columns
 
@@ -200,20 +192,15 @@ class EmbeddedReport:
             figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
         ):
             self._panel(place, column, factor)
-            place.set(xscale="log", ylabel=title, xlabel="learning rate of the generator")
-            ticks_at(place, self._lrs())
+            place.set(ylabel=title)
             if column == "frechet":
                 place.set_yscale("log")
                 place.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
     def _panel(self, place: Axes, column: str, factor: float) -> None:
-        for i, key in enumerate(self.methods):
-            own = [row for row in self.rows if row.method == key and row.updates == self.updates]
-            points = torch.tensor([(row.lr or 0.0, float(row.value(column) or 0.0)) for row in own])
-            shift = 1.04 ** (i - len(self.methods) / 2)
-            marker = "s" if METHODS[key].ablation_of else "o"
-            place.plot(points[:, 0] * shift, points[:, 1] * factor, marker, ms=4, label=METHODS[key].title)
+        equal = [row for row in self.rows if row.updates == self.updates]
+        plot_by_lr(place, equal, self.methods, column, factor)
         for style, (name, title) in zip(("-", "--"), self.study.references.items(), strict=False):
             found = spread(self.of(name), column)
             if found is not None:

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-
 Value = float | int | None
 
 
@@ -107,12 +105,6 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     """A Markdown table; the first column is text, the others are numbers."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
-def ticks_at(axes: Axes, lrs: Sequence[float]) -> None:
-    """Label a logarithmic axis at these learning rates and nowhere else."""
-    axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
-    axes.set_xticks([], minor=True)
 
 
 _SECTIONS = ("verdict", "rows", "grid")

@@ -9,16 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.claims.evidence import (
-    Row,
-    Spread,
-    best_lr,
-    best_rows,
-    markdown_table,
-    spread,
-    ticks_at,
-    update_json,
-)
+from benchmarks.claims.evidence import Row, Spread, best_lr, best_rows, markdown_table, spread, update_json
+from benchmarks.claims.figures import plot_by_lr
 from benchmarks.claims.methods import METHODS, Run
 from benchmarks.claims.mixture import kernel_distance_to_exact, variance_in_modes
 from benchmarks.claims.mixture_study import REFERENCES, MixtureStudy
@@ -209,17 +201,12 @@ class MixtureReport:
         """Kernel distance of every run by learning rate, a colour for each method; the floor as a band."""
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
-        for i, key in enumerate(self.methods):
-            points = [(row.lr, row.score) for row in self.rows if row.method == key and row.updates == self.updates]
-            lrs, scores = torch.tensor(points, dtype=torch.float64).T
-            shift = 1.04 ** (i - len(self.methods) / 2)
-            marker = "s" if METHODS[key].ablation_of else "o"
-            axes.plot(lrs * shift, scores.clamp(min=1e-5), marker, ms=4, label=METHODS[key].title)
+        equal = [row for row in self.rows if row.updates == self.updates]
+        plot_by_lr(axes, equal, self.methods, "score")
         floor = max(abs(row.score) for row in self.of("exact"))
         axes.axhspan(1e-5, max(floor, 1.1e-5), color="0.85", label="noise floor")
         for row in self.of("teacher_4")[:1]:
             axes.axhline(row.score, color="0.5", lw=1, ls="--", label=REFERENCES["teacher_4"])
-        axes.set(xscale="log", yscale="log", xlabel="learning rate of the generator", ylabel="kernel distance")
-        ticks_at(axes, self._lrs())
+        axes.set(yscale="log", ylabel="kernel distance")
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure

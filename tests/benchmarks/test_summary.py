@@ -18,7 +18,7 @@ def row(teacher: str, method: str, seed: int, frechet: float, motion: float | No
 
 
 ROWS = [
-    row("mixture", "teacher_4", 0, 99.0),
+    row("mixture", "teacher_40", 0, 99.0, updates=10),  # another teacher, another number of evaluations
     *(row("pictures", "teacher_40", seed, frechet) for seed, frechet in enumerate((1.0, 2.0, 3.0))),
     *(row("clips", "teacher_40", seed, 10.0, motion=2.0) for seed in range(2)),
     *(row("pictures", "dmd_sgts", seed, frechet, updates=100) for seed, frechet in enumerate((0.5, 1.5))),
