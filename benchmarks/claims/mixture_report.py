@@ -99,7 +99,50 @@ class MixtureReport:
                 markdown_table(("method", *map(str, columns)), table),
                 "",
             ]
-        return "\n".join(parts)
+        return "\n".join(parts + self._phase_by_phase())
+
+    def _phase_by_phase(self) -> list[str]:
+        """The way to the samples of the methods with phases, at every number of updates."""
+        lines, ends = [], set[float]()
+        for key in self.methods:
+            if METHODS[key].ablation_of or len(METHODS[key].steps) == 1:
+                continue
+            for updates in (self.updates, *self.longer):
+                cells = self._phase_ends(best_rows(self.rows, key, updates))
+                if cells:
+                    lines.append((METHODS[key].title, str(updates), cells))
+                    ends |= set(cells)
+        if not lines:
+            return []
+        columns = sorted(ends, reverse=True)
+        return [
+            "## Phase by phase",
+            "",
+            "Kernel distance x 10^4 to the mixture noised to sigma, of samples at the end of each phase; in brackets "
+            "of the phase's expert alone, from exact samples at the phase's start.",
+            "",
+            markdown_table(
+                ("method", "updates", *(f"sigma {sigma:g}" for sigma in columns)),
+                [[title, updates, *(cells.get(sigma, "") for sigma in columns)] for title, updates, cells in lines],
+            ),
+            "",
+        ]
+
+    def _phase_ends(self, rows: Sequence[Row]) -> dict[float, str]:
+        """Distances at the end of each phase, by sigma."""
+        by_seed = [
+            self.study.phase_ends(Run(METHODS[row.method], row.lr or 0.0, row.seed, row.updates), row.seed)
+            for row in rows
+        ]
+        cells = {}
+        for found in zip(*by_seed, strict=True):
+            truth = self.study.mixture.marginal(found[0].sigma)
+            chained, alone = (
+                Spread.of([kernel_distance_to_exact(x, truth) for x in samples]).text(1e4, 1)
+                for samples in ([end.chained for end in found], [end.alone for end in found])
+            )
+            cells[found[0].sigma] = f"{chained} ({alone})"
+        return cells
 
     def _truncation(self) -> list[str]:
         """What SGTS trains, step by step, of the methods that truncate."""

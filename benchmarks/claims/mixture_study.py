@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from benchmarks.claims.mixture import (
 )
 from benchmarks.claims.mixture_training import NOTHING, MixtureNetworks, Settings, distil, fit_initial_network
 from pdmd_core.distillation import expert_velocities
+from pdmd_core.flow import euler_step
 from pdmd_core.metrics import frechet_distance, manifold, pairwise_distance
 from pdmd_core.phases import PhasePlan, shift_sigma
 from pdmd_core.rollout import Velocity, route, sample, simulate
@@ -47,6 +49,17 @@ class Path2D:
     samples: Tensor
     at_boundary: Tensor | None
     boundary: float | None
+
+
+@dataclass(frozen=True)
+class PhaseEnd:
+    """Samples at the end of a phase, which should be those of the mixture noised to ``sigma``."""
+
+    sigma: float
+    chained: Tensor
+    """From noise, through this phase and all before it."""
+    alone: Tensor
+    """Through this phase alone, from exact samples at its start."""
 
 
 class MixtureStudy:
@@ -125,6 +138,21 @@ class MixtureStudy:
         steps = range(len(plan.phases[last].sigmas))
         with torch.no_grad():
             return [simulate(velocities, plan, last, step, noise, gradient=False).x_s for step in steps]
+
+    def phase_ends(self, run: Run, seed: int, count: int | None = None) -> list[PhaseEnd]:
+        """Samples at the end of each phase of a run, of all experts so far and of the phase's own expert alone."""
+        plan, velocities = self._experts(run)
+        noise, ends = _noise(seed, count or self.samples), []
+        generator = torch.Generator().manual_seed(_EXACT_SEED + 1 + seed)
+        for i, (phase, velocity) in enumerate(zip(plan.phases, velocities, strict=True)):
+            end, start = plan.interval(i)
+            x = self.mixture.marginal(start).sample(len(noise), generator)
+            with torch.no_grad():
+                chained = simulate(velocities, plan, i, len(phase.sigmas) - 1, noise, gradient=False).x_s
+                for sigma, after in pairwise([*phase.sigmas, end]):
+                    x = euler_step(x, velocity(x, sigma), sigma, after)
+            ends.append(PhaseEnd(end, chained, x))
+        return ends
 
     def _experts(self, run: Run) -> tuple[PhasePlan, list[Velocity]]:
         """The plan and the velocity of each expert of a run."""

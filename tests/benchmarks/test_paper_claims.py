@@ -108,10 +108,33 @@ def test_truncation_is_looked_at_step_by_step(study: MixtureStudy) -> None:
     torch.testing.assert_close(jumped, path.at_boundary - path.boundary * velocity)
     references = [study.reference_row(name, 0) for name in study.references]
     text = MixtureReport(study, [*references, study.row(run)], 80).markdown()
-    (line,) = [line for line in text.partition("## What truncation matches")[2].splitlines() if "2 x 2" in line]
+    section = text.partition("## What truncation matches")[2].partition("\n## ")[0]
+    (line,) = [line for line in section.splitlines() if "2 x 2" in line]
     assert len(line.split("|")) == 6, "all together, from both steps"
     other = study.row(Run(METHODS["phased_4x1"], 1e-3, 0, 80))
     assert "truncation" not in MixtureReport(study, [*references, other], 80).markdown()
+
+
+def test_phases_are_looked_at_one_by_one(study: MixtureStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(METHODS["phased_2x2"], 1e-3, 0, 80)
+    path = study.walk(run, 3, 100)
+    first, last = study.phase_ends(run, 3, 100)
+    assert (first.sigma, last.sigma) == (path.boundary, 0.0)
+    torch.testing.assert_close(first.chained, path.at_boundary)
+    torch.testing.assert_close(last.chained, path.samples)
+    references = [study.reference_row(name, 0) for name in study.references]
+    text = MixtureReport(study, [*references, study.row(run)], 80).markdown()
+    (line,) = [line for line in text.partition("## Phase by phase")[2].splitlines() if "2 x 2" in line]
+    assert len(line.split("|")) == 6, "name, updates, the ends of both phases"
+
+    plan, _ = study._experts(run)
+    monkeypatch.setattr(study, "_experts", lambda _: (plan, [lambda x, sigma: torch.zeros_like(x)] * 2))
+    first, last = study.phase_ends(run, 3, 20_000)
+    torch.testing.assert_close(last.chained, first.chained)
+    truth = study.mixture.marginal(first.sigma)
+    second_moment = float(truth.weights @ (truth.centres.square().sum(1) + 2 * truth.deviations.square()))
+    assert float(last.alone.square().sum(1).mean()) == pytest.approx(second_moment, rel=0.02), "from exact x_s"
+    assert float(first.alone.square().sum(1).mean()) == pytest.approx(2, rel=0.02), "from noise"
 
 
 def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
