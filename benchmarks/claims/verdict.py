@@ -29,7 +29,7 @@ class Verdict:
     """The claims on one teacher, at one budget.
 
     ``rows`` are those at the best learning rates. Budget "equal": all of ``updates`` generator updates; "longest": each
-    method at the number of updates with its lowest mean score.
+    method at the number of updates with its lowest mean score, of those that were run with the most seeds.
     """
 
     def __init__(self, teacher: str, rows: Sequence[Row], updates: int, budget: str) -> None:
@@ -42,7 +42,7 @@ class Verdict:
                 trained.setdefault(row.method, {}).setdefault(row.updates, []).append(row)
         self.methods = {}
         for method, by_updates in trained.items():
-            at = min(by_updates, key=lambda n: _mean_score(by_updates[n])) if budget == "longest" else updates
+            at = _best_updates(by_updates) if budget == "longest" else updates
             self.methods[method] = by_updates.get(at, [])
 
     def entries(self) -> list[dict[str, Any]]:
@@ -166,8 +166,10 @@ def _both(a: Spread, b: Spread) -> float:
     return a.deviation + b.deviation
 
 
-def _mean_score(rows: Sequence[Row]) -> float:
-    return statistics.mean(row.score for row in rows)
+def _best_updates(by_updates: Mapping[int, Sequence[Row]]) -> int:
+    seeds = max(map(len, by_updates.values()))
+    complete = [updates for updates, rows in by_updates.items() if len(rows) == seeds]
+    return min(complete, key=lambda updates: statistics.mean(row.score for row in by_updates[updates]))
 
 
 def _many_step_teacher(rows: Sequence[Row]) -> str | None:

@@ -111,6 +111,18 @@ def test_longer_training_is_judged_apart_at_the_best_number_of_updates() -> None
     assert (longest["holds"], longest["value"], longest["other"]) == (False, 1.1, 0.5)
 
 
+def test_a_longer_training_that_lacks_seeds_does_not_count() -> None:
+    """One lucky seed at many updates must not stand for the method."""
+    lucky = {"frechet": [0.1], "score": [0.1]}
+    rows = [
+        *rows_of("pictures", "phased_2x2", PHASED),
+        *rows_of("pictures", "dmd_sgts", SGTS),
+        *rows_of("pictures", "dmd_sgts", lucky, updates=200),
+    ]
+    longest = find(verdict(rows, {"pictures": 100}), "phased_2x2", "frechet", "dmd_sgts", "longest")
+    assert (longest["holds"], longest["other"], longest["other_seeds"]) == (True, 2.1, 3)
+
+
 def test_the_verdict_is_written_beside_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "paper_claims.json"
     rows = [*rows_of("pictures", "phased_2x2", PHASED), *rows_of("pictures", "dmd_sgts", SGTS)]
