@@ -135,6 +135,9 @@ def test_phases_are_looked_at_one_by_one(study: MixtureStudy, monkeypatch: pytes
     second_moment = float(truth.weights @ (truth.centres.square().sum(1) + 2 * truth.deviations.square()))
     assert float(last.alone.square().sum(1).mean()) == pytest.approx(second_moment, rel=0.02), "from exact x_s"
     assert float(first.alone.square().sum(1).mean()) == pytest.approx(2, rel=0.02), "from noise"
+    monkeypatch.setattr(study, "_experts", lambda _: (plan, [lambda x, sigma: torch.ones_like(x)] * 2))
+    moved = study.phase_ends(run, 3, 20_000)[-1].alone
+    torch.testing.assert_close(moved, last.alone - first.sigma, msg="from s to 0 along the velocity")
 
 
 def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
