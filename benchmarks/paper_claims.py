@@ -10,6 +10,7 @@ hour on one core, pictures and clips half a day each. Definitions are in docs/ev
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -189,6 +190,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or (options.updates is not None and (options.updates < 4 or options.updates % 4)):
         parser.error("--seeds is at least 1 and --updates a multiple of 4: phases share them equally")
+    if options.lrs is not None and not all(0 < lr < math.inf for lr in options.lrs):
+        parser.error(f"--lrs are learning rates above 0, found {' '.join(f'{lr:g}' for lr in options.lrs)}")
+    if options.guidance_scale is not None:
+        if not 0 <= options.guidance_scale < math.inf:
+            parser.error(f"--guidance_scale is a finite number of at least 0, found {options.guidance_scale:g}")
+        if "mixture" in options.teacher:
+            parser.error("--guidance_scale is of pictures and clips, the mixture has none: name them in --teacher")
     return options
 
 

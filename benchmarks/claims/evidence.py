@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,9 @@ def update_json(path: Path, teacher: str, rows: Sequence[Row], all_rows: Sequenc
     """
     data = read_evidence(path)
     data["settings"][teacher] = settings
-    data["rows"] = [row for row in data["rows"] if row["teacher"] != teacher] + [rounded(row.to_dict()) for row in rows]
-    data["grid"] = [cell for cell in data["grid"] if cell["teacher"] != teacher] + _grid(teacher, all_rows)
+    for section, own in (("rows", [rounded(row.to_dict()) for row in rows]), ("grid", _grid(teacher, all_rows))):
+        others = [entry for entry in data[section] if entry["teacher"] != teacher]
+        data[section] = sorted(others + own, key=itemgetter("teacher"))  # whichever teacher was reported last
     write_evidence(path, data)
 
 

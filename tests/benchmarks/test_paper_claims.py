@@ -146,10 +146,22 @@ def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
         paper_claims.main([*arguments, "--stages", "report", "--lrs", "0.5"])
 
 
-@pytest.mark.parametrize("bad", [["--updates", "30"], ["--seeds", "0"], ["--methods", "magic"]])
-def test_options_that_cannot_be_are_refused(bad: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        (["--updates", "30"], "--updates a multiple of 4"),
+        (["--seeds", "0"], "--seeds is at least 1"),
+        (["--methods", "magic"], "invalid choice: 'magic'"),
+        (["--lrs", "1e-3", "-1"], "--lrs are learning rates above 0, found 0.001 -1"),
+        (["--lrs", "nan"], "found nan"),
+        (["--teacher", "clips", "--guidance_scale", "-2"], "at least 0, found -2"),
+        (["--teacher", "mixture", "clips", "--guidance_scale", "3"], "the mixture has none"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(bad: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         paper_claims.parse(bad)
+    assert named in capsys.readouterr().err
 
 
 # --- the trainings ---------------------------------------------------------------------------------------------------
