@@ -22,9 +22,9 @@ from torch import Tensor
 
 from training.embedded.emoji import BACKGROUNDS, EMOJI, EmojiScenes, caption
 from training.embedded.features import load_features, see
-from training.measures import wanted_classes
-from training.pictures import labelled_columns, save_samples
-from training.sampler import Sampler, SampleSize
+from training.evaluation.measures import wanted_classes
+from training.evaluation.pictures import labelled_columns, save_samples
+from training.evaluation.sampler import Sampler, SampleSize
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "training" / "embedded" / "models"

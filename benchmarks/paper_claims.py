@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.claims.embedded_report import EmbeddedReport
-from benchmarks.claims.embedded_study import SETTINGS, EmbeddedStudy
-from benchmarks.claims.evidence import Row, best_lr, best_rows
-from benchmarks.claims.methods import METHODS, Run, runs
-from benchmarks.claims.mixture_report import MixtureReport
-from benchmarks.claims.mixture_study import MixtureStudy
-from benchmarks.claims.summary import write_summary
-from benchmarks.claims.verdict import write_verdict
+from benchmarks.claims.common.evidence import Row, best_lr, best_rows
+from benchmarks.claims.common.methods import METHODS, Run, runs
+from benchmarks.claims.common.summary import write_summary
+from benchmarks.claims.common.verdict import write_verdict
+from benchmarks.claims.embedded.report import EmbeddedReport
+from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
+from benchmarks.claims.mixture.report import MixtureReport
+from benchmarks.claims.mixture.study import MixtureStudy
 
 Study = MixtureStudy | EmbeddedStudy
 ROOT = Path(__file__).resolve().parents[1]

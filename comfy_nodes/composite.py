@@ -23,8 +23,8 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..pdmd_core.phases import PhasePlan
-from .additions import copied, with_additions
 from .errors import NodeError
+from .model_options import copied, with_added_options
 from .notices import tell_of_sigmas
 
 KEY = "phased_dmd"
@@ -75,10 +75,10 @@ class Composite:
         expert.add_object_patch("model_sampling", carrier.get_model_object("model_sampling"))
         skip = _BOUND_TO_RUN if expert.model is carrier.model else _BOUND_TO_RUN | _BOUND_TO_MODULES
         made = self.made
-        expert.model_options = with_additions(expert.model_options, carrier.model_options, made.options, skip)
-        expert.wrappers = with_additions(expert.wrappers, carrier.wrappers, made.wrappers, skip)
-        expert.callbacks = with_additions(expert.callbacks, carrier.callbacks, made.callbacks, skip)
-        patches = with_additions(expert.patches, carrier.patches, made.patches)
+        expert.model_options = with_added_options(expert.model_options, carrier.model_options, made.options, skip)
+        expert.wrappers = with_added_options(expert.wrappers, carrier.wrappers, made.wrappers, skip)
+        expert.callbacks = with_added_options(expert.callbacks, carrier.callbacks, made.callbacks, skip)
+        patches = with_added_options(expert.patches, carrier.patches, made.patches)
         if any(len(entries) != len(expert.patches.get(key, ())) for key, entries in patches.items()):
             expert.patches = patches
             # equal patches, equal name: ComfyUI then knows in the next run that the weights are the same
@@ -124,7 +124,7 @@ class Run:
         """Of the active expert: its own, and what the sampler has set for this run."""
         if self.active == 0:
             return model_options
-        return with_additions(self._own_options(self.active), model_options, self.options_at_start, _BOUND_TO_RUN)
+        return with_added_options(self._own_options(self.active), model_options, self.options_at_start, _BOUND_TO_RUN)
 
     def cfg(self) -> float | None:
         """Of the active expert; None is the sampler's."""

@@ -18,8 +18,8 @@ import comfy.text_encoders.t5
 import folder_paths
 import torch
 
-from ..pdmd_core.experts.untrusted import read_json, shown
-from ..pdmd_core.experts.weights import open_weights
+from ..pdmd_core.experts.format.untrusted import read_json, shown
+from ..pdmd_core.experts.format.weights import open_weights
 from ..pdmd_core.families import family
 from ..pdmd_core.families.wan_autoencoder import autoencoder_to_native
 from .errors import NodeError

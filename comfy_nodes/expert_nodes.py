@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..pdmd_core.experts.released import open_lora
+from ..pdmd_core.experts.convert.released import open_lora
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
 from .errors import NodeError
@@ -16,7 +16,7 @@ from .loading import FROM_HUB, apply_lora, base_warnings, expert_model, experts_
 from .notices import tell_of_base
 from .schema import Plan, cfg_input, plan_input, schema, shift_input
 from .timeline import timeline
-from .words import TRAINED, read_cfgs
+from .widget_text import TRAINED, read_cfgs
 
 MAX_MODELS, MAX_LORAS, NO_LORA = 6, 4, "none"
 _MODEL = "Carries all experts and switches between them by sigma inside one sampler run; for any sampler node."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,8 +18,9 @@ import folder_paths
 import torch
 
 from ..pdmd_core.experts import MANIFEST_NAME, Expert, PhasedExperts
-from ..pdmd_core.experts.fingerprint import Sampler, base_warning, sample_of
+from ..pdmd_core.experts.format.fingerprint import Sampler, base_warning, sample_of
 from ..pdmd_core.families import family
+from ..pdmd_core.hashing import sha256_of
 from .errors import NodeError
 
 FOLDER = "phased_experts"
@@ -74,7 +74,7 @@ def open_experts(name: str, hub_id: str = "") -> PhasedExperts:
 def fingerprint(name: str) -> str:
     """Changes when the manifest does, which has the hashes of all files."""
     folder = _folders().get(name)
-    return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest() if folder else name
+    return sha256_of(folder / MANIFEST_NAME) if folder else name
 
 
 def expert_model(experts: PhasedExperts, expert: Expert, bases: Mapping[str, Any], strength: float = 1.0) -> Any:

@@ -15,7 +15,7 @@ from .errors import NodeError
 from .loading import experts_names, fingerprint, open_experts
 from .schema import Plan, plan_input, schema
 from .timeline import draw, report, timeline
-from .words import read_names, read_sigmas, read_steps
+from .widget_text import read_names, read_sigmas, read_steps
 
 _NAMES = {
     "default": "",

@@ -1,0 +1,1 @@
+"""The trainer of phase experts: three commands, and a folder for each concern."""

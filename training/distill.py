@@ -24,8 +24,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.command_line import UserError, exit_status
-from training.config import DistillConfig, fields_of, load_config
+from training.config.command_line import UserError, exit_status
+from training.config.schema import DistillConfig, fields_of, load_config
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dry_run(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1) -> int:
     """Print plan, roles, memory, evaluations and outputs."""
-    from training.dry_run import describe
+    from training.loop.dry_run import describe
 
     print(describe(config, memory_per_gpu, gpus))
     return 0
@@ -91,22 +91,22 @@ def encode_prompts(config: DistillConfig) -> int:
     import torch
     from accelerate import Accelerator
 
+    from training.data.teacher import TeacherSource, family_of_pipeline
     from training.data.training_data import training_data
-    from training.dry_run import pipeline_on_meta
-    from training.teacher import TeacherSource, family_of_pipeline
+    from training.loop.dry_run import pipeline_on_meta
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     source = TeacherSource(config.model.path, config.model.revision, config.model.pipeline)
     sizes = pipeline_on_meta(source)
     data = training_data(config, source, family_of_pipeline(sizes), sizes, accelerator.device)
-    accelerator.print(f"{len(data.bank)} examples are encoded in {data.bank.folder}")
+    accelerator.print(f"{len(data.prompts)} examples are encoded in {data.prompts.folder}")
     return 0
 
 
 def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
     """Train, write experts/, push them when asked; returns the exit status."""
     from pdmd_core.experts.hub import check_push
-    from training.output_folder import claimed
+    from training.loop.run_lock import claimed
 
     if os.environ.get("RANK", "0") != "0":
         return train(config, resume)
@@ -118,8 +118,8 @@ def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None,
 
 def train(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
     """What each process of a run does, the first one with ``push_to_hub``; returns the exit status."""
-    from training.stopping import Stopped
-    from training.trainer import Trainer
+    from training.loop.signals import Stopped
+    from training.loop.trainer import Trainer
 
     trainer = Trainer(config)
     main = trainer.accelerator.is_main_process

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pdmd_core.experts import PhasedExperts
-    from training.comparison import Setting
-    from training.evaluation import Evaluation, Method
-    from training.measures import Space
-    from training.report import Report, Row
+    from training.evaluation.comparison import Setting
+    from training.evaluation.evaluation import Evaluation, Method
+    from training.evaluation.measures import Space
+    from training.evaluation.report import Report, Row
 
 DEFAULT_PROMPTS = Path(__file__).resolve().parent / "prompts" / "embedded_eval.txt"
 SPACES = ("emoji", "efflite0", "dinov3")
@@ -42,7 +42,7 @@ SPACES = ("emoji", "efflite0", "dinov3")
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; the epilog lists the metrics."""
-    from training.comparison import METRICS
+    from training.evaluation.comparison import METRICS
 
     metrics = "\n".join(f"  {name:14}{metric.text}" for name, metric in METRICS.items())
     parser = argparse.ArgumentParser(
@@ -118,17 +118,17 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run; returns the exit status."""
     options = make_parser().parse_args(arguments)
-    from training.command_line import exit_status
+    from training.config.command_line import exit_status
 
     return exit_status("evaluate.py", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
     """Sample all methods, measure, write the report."""
-    from training.comparison import METRICS, MOVING
-    from training.evaluation import REFERENCE_SEED, Method, compare
-    from training.measures import Measure, MotionMeasure, Preview
-    from training.report import Row, write_pictures
+    from training.evaluation.comparison import METRICS, MOVING
+    from training.evaluation.evaluation import REFERENCE_SEED, Method, compare
+    from training.evaluation.measures import Measure, MotionMeasure, Preview
+    from training.evaluation.report import Row, write_pictures
 
     experts = named_experts(options.experts)
     evaluation = make_evaluation(options, experts)
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
 def named_experts(items: Sequence[str]) -> dict[str, PhasedExperts]:
     """Name of the method to experts, from FOLDER or NAME=FOLDER. Raises UserError, ExpertsError."""
     from pdmd_core.experts import PhasedExperts
-    from training.command_line import UserError
+    from training.config.command_line import UserError
 
     found: dict[str, PhasedExperts] = {}
     for item in items:
@@ -185,10 +185,11 @@ def make_evaluation(options: argparse.Namespace, experts: dict[str, PhasedExpert
     """Teacher, size, prompts and seeds: what the options say, otherwise what the first experts were distilled with."""
     import torch
 
-    from training.command_line import UserError
-    from training.evaluation import Evaluation, Machine, Teacher
-    from training.prompts import SampleSize, read_examples
-    from training.teacher import TeacherSource
+    from training.config.command_line import UserError
+    from training.data.buckets import SampleSize
+    from training.data.examples import read_examples
+    from training.data.teacher import TeacherSource
+    from training.evaluation.evaluation import Evaluation, Machine, Teacher
 
     for name, least in (("batch_size", 1), ("shown_prompts", 1), ("guidance_scale", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
@@ -224,8 +225,8 @@ def make_methods(
 ) -> list[Method]:
     """The rows of the report."""
     from pdmd_core.phases import PhasePlan
-    from training.command_line import UserError
-    from training.evaluation import Method
+    from training.config.command_line import UserError
+    from training.evaluation.evaluation import Method
 
     guided = " with guidance" if evaluation.teacher.guided else ""
     few = options.few_steps
@@ -253,10 +254,17 @@ def make_setting(options: argparse.Namespace, evaluation: Evaluation) -> tuple[S
     """
     import torch
 
-    from training.command_line import UserError
-    from training.comparison import METRICS, MOVING, Setting, inapplicable, shortage
-    from training.measures import EMOJI_SIDE, EmojiSpace, load_lpips, load_space, speaks_of_emoji, wanted_classes
-    from training.sampler import default_device
+    from training.config.command_line import UserError
+    from training.evaluation.comparison import METRICS, MOVING, Setting, inapplicable, shortage
+    from training.evaluation.measures import (
+        EMOJI_SIDE,
+        EmojiSpace,
+        load_lpips,
+        load_space,
+        speaks_of_emoji,
+        wanted_classes,
+    )
+    from training.evaluation.sampler import default_device
 
     unknown = [name for name in options.metrics or [] if name not in METRICS]
     if unknown:
@@ -307,7 +315,7 @@ def make_report(
     left_out: dict[str, str],
 ) -> Report:
     """What was measured, with the settings that a reader has to know."""
-    from training.report import Report
+    from training.evaluation.report import Report
 
     teacher, size = evaluation.teacher, evaluation.size
     settings = {

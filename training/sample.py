@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
-    from training.prompts import Example
+    from training.data.examples import Example
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run; returns the exit status."""
     options = make_parser().parse_args(arguments)
-    from training.command_line import exit_status
+    from training.config.command_line import exit_status
 
     return exit_status("sample.py", lambda: run(options))
 
@@ -80,9 +80,9 @@ def run(options: argparse.Namespace) -> int:
 
     from pdmd_core.experts import PhasedExperts
     from pdmd_core.phases import PhasePlan
-    from training.pictures import save_samples
-    from training.prompts import PromptError, read_examples
-    from training.sampler import Sampler, SampleSize
+    from training.data.examples import PromptError, read_examples
+    from training.evaluation.pictures import save_samples
+    from training.evaluation.sampler import Sampler, SampleSize
 
     experts = PhasedExperts.open(options.experts) if options.experts else None
     examples = given_examples(options.prompt, options.image)
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
 
 def given_examples(prompts: list[str], images: list[Path]) -> list[Example]:
     """Prompts with their images. Raises PromptError when it is not clear which belongs to which."""
-    from training.prompts import Example, PromptError
+    from training.data.examples import Example, PromptError
 
     if len(images) not in (0, 1, len(prompts)) or (images and not prompts):
         raise PromptError(

@@ -1,9 +1,9 @@
 """Expert files: the manifest, the weights, the model card."""
 
 from .errors import ExpertsError
-from .files import PhasedExperts, write_experts
-from .lora_keys import lora_from_file, lora_to_file
-from .manifest import MANIFEST_NAME, BaseModel, Expert, Manifest, read_manifest
+from .folder import PhasedExperts, write_experts
+from .format.lora_keys import lora_from_file, lora_to_file
+from .format.manifest import MANIFEST_NAME, BaseModel, Expert, Manifest, read_manifest
 
 __all__ = [
     "MANIFEST_NAME",

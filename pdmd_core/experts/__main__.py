@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..phases import PhasePlanError
-from .manifest import ExpertsError
+from .format.manifest import ExpertsError
 
 _EXAMPLES = """examples:
   phased-dmd inspect experts                      what these experts are; also any single .safetensors file
@@ -146,8 +146,8 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
         parser.error("--to lora needs --rank" if options.to == "lora" else "--rank is for --to lora")
     import torch
 
-    from .convert import Conversion
-    from .files import PhasedExperts
+    from .convert.conversions import Conversion
+    from .folder import PhasedExperts
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     conversion = Conversion(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..families import ModelFamily, family
-from .fingerprint import Sampler, sampler_of_files
-from .lora_keys import matching
-from .manifest import BaseModel, ExpertsError
-from .untrusted import read_json, shown
-from .weights import Weights, open_weights
+from .format.fingerprint import Sampler, sampler_of_files
+from .format.lora_keys import matching
+from .format.manifest import BaseModel, ExpertsError
+from .format.untrusted import read_json, shown
+from .format.weights import Weights, open_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_LAYERS = 1000

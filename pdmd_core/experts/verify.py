@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..hashing import sha256_of
 from .base_files import BaseFiles
-from .files import PhasedExperts, read_expert_metadata, sha256_of
-from .fingerprint import base_warning, compare
-from .header import read_header
-from .lora_keys import lora_from_file
-from .manifest import BaseModel, Expert, ExpertsError, Manifest
-from .weights import Weights, is_finite, open_weights, progress
+from .folder import PhasedExperts
+from .format.files import read_expert_metadata
+from .format.fingerprint import base_warning, compare
+from .format.header import read_header
+from .format.lora_keys import lora_from_file
+from .format.manifest import BaseModel, Expert, ExpertsError, Manifest
+from .format.weights import Weights, is_finite, open_weights, progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -6,13 +6,14 @@ An extractor is ``name`` (what distances in its features are called after), ``di
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..hashing import sha256_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFLITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -69,7 +70,7 @@ class EffLite0(nn.Module):
         Raises ValueError when it is not that file.
         """
         path = path or _packaged_weights()
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = sha256_of(path)
         if found != EFFLITE0_SHA256:
             raise ValueError(
                 f"{path} is not the published EfficientNet-Lite0: sha256 {found[:12]}..., expected "

@@ -12,8 +12,8 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..experts import MANIFEST_NAME, BaseModel, ExpertsError, Manifest, PhasedExperts
-from ..experts.fingerprint import base_warning, network_weights, sampler_of
-from ..experts.untrusted import shown
+from ..experts.format.fingerprint import base_warning, network_weights, sampler_of
+from ..experts.format.untrusted import shown
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import load_adapters, remove_adapters

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..experts import ExpertsError, PhasedExperts
-from ..experts.untrusted import shown
+from ..experts.format.untrusted import shown
 
 COMPONENT = "transformer"
 """The component of a pipeline that denoises; full experts are this one, ``transformer_2``, ... N."""

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from benchmarks import paper_claims
-from benchmarks.claims import mixture_study
-from benchmarks.claims.evidence import Row
-from benchmarks.claims.methods import METHODS, Run
-from benchmarks.claims.mixture_report import MixtureReport
-from benchmarks.claims.mixture_study import MixtureStudy
-from benchmarks.claims.mixture_training import Settings, distil
+from benchmarks.claims.common.evidence import Row
+from benchmarks.claims.common.methods import METHODS, Run
+from benchmarks.claims.mixture import study as mixture_study
+from benchmarks.claims.mixture.report import MixtureReport
+from benchmarks.claims.mixture.study import MixtureStudy
+from benchmarks.claims.mixture.training import Settings, distil
 from pdmd_core.distillation import Objective, evaluations_per_update
 
 SHORT = Settings(batch_size=128, width=64, initial_updates=400, ema_decay=0.9)

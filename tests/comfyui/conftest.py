@@ -22,7 +22,7 @@ collect_ignore_glob = [] if IN_COMFYUI else ["test_*.py"]
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's base directory, with this repository as its only node pack."""
-    from tests.comfyui.server import make_base
+    from tests.helpers.comfyui.server import make_base
 
     return make_base(tmp_path_factory.mktemp("base"))
 
@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pack(base: Path):
     """The node pack, loaded by ComfyUI's own loader in this process."""
-    from tests.comfyui.in_process import load_pack
+    from tests.helpers.comfyui.in_process import load_pack
 
     return load_pack(install.tree(VERSION), base)
 
@@ -38,7 +38,7 @@ def pack(base: Path):
 @pytest.fixture(scope="session")
 def models(pack, tmp_path_factory: pytest.TempPathFactory):
     """Tiny models in ComfyUI's hands."""
-    from tests.comfyui.tiny_models import TinyModels
+    from tests.helpers.comfyui.tiny_models import TinyModels
 
     return TinyModels(tmp_path_factory.mktemp("models"))
 
@@ -59,7 +59,7 @@ def build(pack, composite, models):
         else:
             import comfy.sd
 
-            from tests.comfyui.tiny_models import lora
+            from tests.helpers.comfyui.tiny_models import lora
 
             base = models.load(family)
             files = [lora(family, seed + 1) for seed in range(len(plan))]
@@ -106,8 +106,8 @@ EXPERTS = "embedded/models/experts"
 def server(tmp_path_factory: pytest.TempPathFactory):
     """The real server with this pack, the embedded teacher and its experts."""
     from pdmd_core.phases import PhasePlan
-    from tests.comfyui.server import REPOSITORY, make_base, make_named_files, running
-    from tests.comfyui.tiny_models import teacher_experts
+    from tests.helpers.comfyui.server import REPOSITORY, make_base, make_named_files, running
+    from tests.helpers.comfyui.tiny_models import teacher_experts
 
     folder = make_base(tmp_path_factory.mktemp("server"))
     make_named_files(folder)

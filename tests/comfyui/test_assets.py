@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.comfyui.example_workflows import WORKFLOWS
-from tests.comfyui.server import REPOSITORY, Server
-from tests.comfyui.write_assets import english_text, workflow_text
+from tests.helpers.comfyui.example_workflows import WORKFLOWS
+from tests.helpers.comfyui.server import REPOSITORY, Server
+from tests.helpers.comfyui.write_assets import english_text, workflow_text
 
 FOLDER = REPOSITORY / "workflows"
 LOADERS = ("UNETLoader", "CLIPLoader", "VAELoader", "LoraLoaderModelOnly")

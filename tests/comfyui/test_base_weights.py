@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
-from pdmd_core.experts.fingerprint import fingerprint_of, sampler_of, take_fingerprint
+from pdmd_core.experts.format.fingerprint import fingerprint_of, sampler_of, take_fingerprint
 from pdmd_core.families import family
 from pdmd_core.roles import Roles, RoleSpec
-from tests.comfyui.phased_models import LOAD, TWO, sample, sigmas_of
 from tests.comfyui.test_quantised import fp8_file, packed
 from tests.comfyui.test_z_image import NAMES, adapters, diffusers_names, lora_manifest
-from tests.comfyui.tiny_models import lora, qwen_state, z_image_state
-from tests.tiny import randomise, transformer
+from tests.helpers.comfyui.phased_models import LOAD, TWO, sample, sigmas_of
+from tests.helpers.comfyui.tiny_models import lora, qwen_state, z_image_state
+from tests.helpers.tiny import randomise, transformer
 
 PHASES = [phase.name for phase in TWO.phases]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.comfyui.browser import FrontEnd, fresh_page, front_end, workflow
-from tests.comfyui.example_workflows import WORKFLOWS
-from tests.comfyui.server import Server
+from tests.helpers.comfyui.browser import FrontEnd, fresh_page, front_end, workflow
+from tests.helpers.comfyui.example_workflows import WORKFLOWS
+from tests.helpers.comfyui.server import Server
 
 
 @pytest.fixture(scope="module")

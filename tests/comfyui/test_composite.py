@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pdmd_core.phases import PhasePlan
-from tests.comfyui.phased_models import PLANS, SEED, TWO, noise_of, sample, sigmas_of
+from tests.helpers.comfyui.phased_models import PLANS, SEED, TWO, noise_of, sample, sigmas_of
 
 FAMILIES = ["wan", "qwen"]
 

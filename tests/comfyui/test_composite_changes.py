@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comfyui.phased_models import TWO, sample, sigmas_of, state
-from tests.comfyui.tiny_models import lora
+from tests.helpers.comfyui.phased_models import TWO, sample, sigmas_of, state
+from tests.helpers.comfyui.tiny_models import lora
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

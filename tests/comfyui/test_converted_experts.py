@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pdmd_core.experts import BaseModel, Expert, Manifest, PhasedExperts, write_experts
-from pdmd_core.experts.convert import Conversion
+from pdmd_core.experts.convert.conversions import Conversion
 from pdmd_core.phases import PhasePlan
-from tests.comfyui.phased_models import LOAD, sample, sigmas_of
-from tests.tiny import TEXT_FEATURES, lora_roles, randn, save_wan_pipeline, transformer, write_lora_experts
+from tests.helpers.comfyui.phased_models import LOAD, sample, sigmas_of
+from tests.helpers.tiny import TEXT_FEATURES, lora_roles, randn, save_wan_pipeline, transformer, write_lora_experts
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 

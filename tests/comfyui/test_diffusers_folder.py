@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.comfyui.server import REPOSITORY
+from tests.helpers.comfyui.server import REPOSITORY
 
 TEACHER = REPOSITORY / "training/embedded/models/teacher"
 PROMPT = "a panda on a blue background"

@@ -7,19 +7,19 @@ from collections.abc import Callable
 import pytest
 
 from pdmd_core.phases import PhasePlan
-from tests import tiny
 from tests.comfyui import install
 from tests.comfyui.conftest import VERSION
-from tests.comfyui.server import make_base
-from tests.hub import Hub
-from tests.hub_client import Client, Outcome
+from tests.helpers import tiny
+from tests.helpers.comfyui.server import make_base
+from tests.helpers.hub import Hub
+from tests.helpers.hub_client import Client, Outcome
 
 PREPARE = """
 import sys
 from pathlib import Path
 import torch
-from tests.comfyui.in_process import load_pack
-from tests.comfyui.tiny_models import TinyModels
+from tests.helpers.comfyui.in_process import load_pack
+from tests.helpers.comfyui.tiny_models import TinyModels
 pack = load_pack(Path({tree!r}), Path({base!r}))
 models = TinyModels(Path({base!r}))
 sys.hub_test = (pack, models, models.wan())

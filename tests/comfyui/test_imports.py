@@ -12,7 +12,7 @@ import pytest
 
 from tests.comfyui import install
 from tests.comfyui.conftest import VERSION
-from tests.comfyui.server import REPOSITORY
+from tests.helpers.comfyui.server import REPOSITORY
 
 ABSENT = ("diffusers", "peft", "accelerate", "matplotlib")
 LOAD = """

@@ -18,9 +18,9 @@ import pytest
 from pdmd_core.phases import PhasePlan
 from tests.comfyui import install
 from tests.comfyui.conftest import VERSION
-from tests.comfyui.server import Server, make_base, running
 from tests.comfyui.test_server import workflow
-from tests.comfyui.tiny_models import teacher_experts
+from tests.helpers.comfyui.server import Server, make_base, running
+from tests.helpers.comfyui.tiny_models import teacher_experts
 
 KINDS = ["experts", "other experts", "loras", "models", "undistilled", "plain"]
 SLACK = 0.10
@@ -65,7 +65,8 @@ def base(tmp_path: Path) -> Path:
     folder = make_base(tmp_path / "base")
     faults = folder / "custom_nodes/faults"
     faults.mkdir()
-    (faults / "__init__.py").write_text((Path(__file__).parent / "fault_nodes.py").read_text())
+    nodes = Path(__file__).parents[1] / "helpers" / "comfyui" / "fault_nodes.py"
+    (faults / "__init__.py").write_text(nodes.read_text())
     other = teacher_experts(folder / "models/phased_experts/other", PhasePlan.from_steps([2, 2], shift=5.0))
     for name in ("high_noise", "low_noise"):
         (folder / f"models/loras/{name}.safetensors").symlink_to(other / f"{name}.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pdmd_core.families.wan_autoencoder import autoencoder_to_native
-from tests.tiny import TEXT_FEATURES, autoencoder, randn, transformer
+from tests.helpers.tiny import TEXT_FEATURES, autoencoder, randn, transformer
 
 
 def test_the_wan_transformer(pack, models) -> None:

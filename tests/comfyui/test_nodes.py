@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.comfyui.phased_models import TWO, plan_of, sample, sigmas_of
+from tests.helpers.comfyui.phased_models import TWO, plan_of, sample, sigmas_of
 
 
 def test_every_node_and_socket_says_what_it_is(our_nodes) -> None:

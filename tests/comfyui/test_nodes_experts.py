@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from pdmd_core.experts import BaseModel, Expert, Manifest, write_experts
 from pdmd_core.phases import PhasePlan
-from tests import tiny
-from tests.comfyui.phased_models import LOAD, TWO, plan_of, sample, sigmas_of
-from tests.comfyui.tiny_models import lora, qwen_state, save_lora
+from tests.helpers import tiny
+from tests.helpers.comfyui.phased_models import LOAD, TWO, plan_of, sample, sigmas_of
+from tests.helpers.comfyui.tiny_models import lora, qwen_state, save_lora
 
 NO_LORAS = {f"lora_{k}": "none" for k in range(1, 5)} | {f"strength_{k}": 1.0 for k in range(1, 5)}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.comfyui.phased_models import TWO, sample, sigmas_of
-from tests.comfyui.tiny_models import lora
+from tests.helpers.comfyui.phased_models import TWO, sample, sigmas_of
+from tests.helpers.comfyui.tiny_models import lora
 
 
 def fp8_file(state: dict[str, Tensor]) -> dict[str, Tensor]:

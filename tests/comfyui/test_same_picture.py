@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.comfyui.server import Server
 from tests.comfyui.test_server import pixels, workflow
+from tests.helpers.comfyui.server import Server
 
 TOLERANCE = 2
 """Of 255. Two programs, two orders of rounding: weights stored in float16 are read into float32 by both."""
@@ -17,8 +17,8 @@ def test_the_same_picture_in_diffusers(server: Server) -> None:
 
     from pdmd_core.scheduler import PhasedDMDScheduler
     from tests.comfyui.conftest import EXPERTS
-    from tests.comfyui.server import REPOSITORY
     from tests.comfyui.test_diffusers_folder import PROMPT, TEACHER
+    from tests.helpers.comfyui.server import REPOSITORY
 
     found = pixels(server, server.run(workflow(11, "same")))
 

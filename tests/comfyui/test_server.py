@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.comfyui.conftest import EXPERTS
-from tests.comfyui.server import Server
+from tests.helpers.comfyui.server import Server
 
 
 def workflow(seed: int = 1, prefix: str = "phased", sampler: str = "PhasedDMDSampler") -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
-from tests.comfyui.phased_models import LOAD, noise_of, sigmas_of
-from tests.comfyui.tiny_models import Z_IMAGE_TEXT, Z_IMAGE_WIDTH, z_image_state
-from tests.tiny import randn
+from tests.helpers.comfyui.phased_models import LOAD, noise_of, sigmas_of
+from tests.helpers.comfyui.tiny_models import Z_IMAGE_TEXT, Z_IMAGE_WIDTH, z_image_state
+from tests.helpers.tiny import randn
 
 PLAN = PhasePlan.from_steps([2, 2], shift=3.0)
 NAMES = [phase.name for phase in PLAN.phases]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import save_wan_pipeline
-from tests.tiny_experts import save_experts
-from training.comparison import METRICS
+from tests.helpers.tiny import save_wan_pipeline
+from tests.helpers.tiny_experts import save_experts
 from training.evaluate import SPACES
+from training.evaluation.comparison import METRICS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.claims.evidence import Row, read_evidence
-from benchmarks.claims.methods import METHODS
-from benchmarks.claims.summary import summary
-from benchmarks.claims.verdict import markdown, verdict
+from benchmarks.claims.common.evidence import Row, read_evidence
+from benchmarks.claims.common.methods import METHODS
+from benchmarks.claims.common.summary import summary
+from benchmarks.claims.common.verdict import markdown, verdict
 from benchmarks.paper_claims import TEACHERS, parse
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"

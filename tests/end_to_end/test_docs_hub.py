@@ -13,9 +13,9 @@ import pytest
 
 from pdmd_core.phases import PhasePlan
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.hub import Hub
-from tests.hub_client import Client
-from tests.tiny import lora_roles, save_wan_pipeline, write_lora_experts
+from tests.helpers.hub import Hub
+from tests.helpers.hub_client import Client
+from tests.helpers.tiny import lora_roles, save_wan_pipeline, write_lora_experts
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")

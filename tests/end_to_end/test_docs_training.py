@@ -11,12 +11,12 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from benchmarks.recipe_costs import MODELS, row
-from tests.tiny import save_wan_pipeline
-from training import config as config_module
+from benchmarks.cost.recipe_costs import MODELS, row
+from tests.helpers.tiny import save_wan_pipeline
 from training import distill, evaluate, sample
-from training.config import parse_config
-from training.watching import page
+from training.config import schema as config_module
+from training.config.schema import parse_config
+from training.monitoring import page
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def test_every_command_does_what_the_text_says(
             command = ["python", options.training_script, *options.training_script_args]
         assert command[0] == "python"
         if command[1] == "-m":
-            assert command[2] == "training.watching.page" and page.main(command[3:]) == 0
+            assert command[2] == "training.monitoring.page" and page.main(command[3:]) == 0
             continue
         program, arguments = command[1], command[2:]
         if "--push_to_hub" in arguments:  # what it does: docs/hub.md and its test
@@ -120,7 +120,7 @@ def test_the_keys_and_signs_of_the_tables_exist() -> None:
         assert key in known or key.startswith("words"), key
     for key in re.findall(r"`([a-z_]+): \w+`", tables):
         assert key in known, key
-    source = (ROOT / "training/watching/signs.py").read_text(encoding="utf-8")
+    source = (ROOT / "training/monitoring/alerts.py").read_text(encoding="utf-8")
     kinds = set(re.findall(r'"(fake_lags|lost_steps|small_steps|diversity|saturation|contrast)"', source))
     kinds |= {"generator_gradient", "fake_gradient"}
     section = TEXT.partition("## When it goes wrong")[2]

@@ -13,7 +13,7 @@ from transformers import UMT5EncoderModel
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.scheduler import PhasedDMDScheduler
 from training.embedded.features import load_features, see
-from training.sampler import Sampler, SampleSize
+from training.evaluation.sampler import Sampler, SampleSize
 
 PROMPTS = ["a panda on a blue background", "a fox on a green background", "a rocket on a black background"]
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.hub import Hub
-from tests.hub_client import Client, client_environment
+from tests.helpers.hub import Hub
+from tests.helpers.hub_client import Client, client_environment
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "training" / "embedded" / "models"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.distillations import SETTINGS, Distillation
-from tests.faults.programs import Warm
-from tests.tiny import save_wan_pipeline
+from tests.helpers.faults.distillations import SETTINGS, Distillation
+from tests.helpers.faults.programs import Warm
+from tests.helpers.tiny import save_wan_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -28,15 +28,15 @@ from pdmd_core.experts import (
     read_manifest,
     write_experts,
 )
-from pdmd_core.experts.fingerprint import base_warning, sampler_of, take_fingerprint
-from pdmd_core.experts.header import read_header
+from pdmd_core.experts.convert.released import experts_from_lora_files
+from pdmd_core.experts.format.fingerprint import base_warning, sampler_of, take_fingerprint
+from pdmd_core.experts.format.header import read_header
+from pdmd_core.experts.format.weights import open_weights
 from pdmd_core.experts.inspect import inspect, report_text
-from pdmd_core.experts.released import experts_from_lora_files
-from pdmd_core.experts.weights import open_weights
 from pdmd_core.families import FAMILIES, family
 from pdmd_core.phases import PhasePlan
-from tests.faults.mutations import damaged, documents
-from tests.faults.watch import only_reads
+from tests.helpers.faults.mutations import damaged, documents
+from tests.helpers.faults.watch import only_reads
 
 WAN = family("wan")
 PLAN = PhasePlan.from_steps([1, 1], shift=5.0)

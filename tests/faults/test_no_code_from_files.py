@@ -14,8 +14,8 @@ import pytest
 from pdmd_core.experts import ExpertsError
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import load_phased_pipeline
-from tests.faults.watch import only_reads
-from tests.tiny import lora_roles, save_wan_pipeline, write_lora_experts
+from tests.helpers.faults.watch import only_reads
+from tests.helpers.tiny import lora_roles, save_wan_pipeline, write_lora_experts
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("pdmd_core", "comfy_nodes", "training", "benchmarks", "__init__.py")
@@ -23,7 +23,7 @@ PICKLES = {"_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jso
 RUN = {"eval", "exec", "compile", "__import__"}
 TENSORS_ONLY = {"pdmd_core/metrics/extractors.py", "pdmd_core/metrics/perceptual.py"}
 """Where ``torch.load(..., weights_only=True)`` is allowed: feature networks as their authors publish them."""
-CHOOSY = {"training/checkpoints.py"}
+CHOOSY = {"training/loop/checkpoints.py"}
 """Where a run reads its own checkpoints with an unpickler that refuses every class but a named few."""
 
 

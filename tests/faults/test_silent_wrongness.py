@@ -14,10 +14,10 @@ from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.tiny import transformer
-from training.command_line import UserError
-from training.optimizers import make_optimizer
-from training.sections import RoleSection
+from tests.helpers.tiny import transformer
+from training.config.command_line import UserError
+from training.config.sections import RoleSection
+from training.loop.optimizers import make_optimizer
 
 
 @st.composite

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Uninterrupted
-from tests.faults.distillations import Distillation
+from tests.helpers.faults.distillations import Distillation
 
 CHANGED_PROMPTS = {
     b"a panda\na fox\na pear\n": "changed since the checkpoint",

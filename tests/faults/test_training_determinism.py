@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.conftest import Uninterrupted
-from tests.faults.distillations import Distillation
-from tests.faults.programs import ENVIRONMENT, PATIENCE
+from tests.helpers.faults.distillations import Distillation
+from tests.helpers.faults.programs import ENVIRONMENT, PATIENCE
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = """

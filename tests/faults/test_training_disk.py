@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.faults.conftest import Uninterrupted
-from tests.faults.distillations import Distillation
-from training.checkpoints import CheckpointError, newest_whole, save_checkpoint
-from training.output_folder import OutputFolderError, claimed
+from tests.helpers.faults.distillations import Distillation
+from training.loop.checkpoints import CheckpointError, newest_whole, save_checkpoint
+from training.loop.run_lock import OutputFolderError, claimed
 
 PARTS = (".metadata", "run.json", "sha256.json", "__0_0.distcp")
 

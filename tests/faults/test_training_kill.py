@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.conftest import Uninterrupted
-from tests.faults.distillations import Distillation
+from tests.helpers.faults.distillations import Distillation
 
 KILLS = {
     "prompts are encoded": ("replace cache/", 1),

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pdmd_core.roles import FAKE, TEACHER
-from training.config import parse_config
-from training.run_state import tensors_of_run
-from training.trainer import Trainer
+from training.config.schema import parse_config
+from training.loop.state import tensors_of_run
+from training.loop.trainer import Trainer
 
 
 def state(trainer: Trainer, role: str) -> dict[str, Tensor]:

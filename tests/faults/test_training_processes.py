@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tests.faults.conftest import Uninterrupted
-from tests.faults.distillations import EXPERTS, Distillation
-from tests.faults.programs import Ended
+from tests.helpers.faults.distillations import EXPERTS, Distillation
+from tests.helpers.faults.programs import Ended
 
 
 def test_a_folder_is_of_one_process_until_that_ends(distillation: Callable[..., Distillation]) -> None:

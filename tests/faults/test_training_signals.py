@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Uninterrupted
-from tests.faults.distillations import Distillation
-from tests.faults.programs import ENVIRONMENT, PATIENCE
-from training.checkpoints import list_checkpoints, load_values
+from tests.helpers.faults.distillations import Distillation
+from tests.helpers.faults.programs import ENVIRONMENT, PATIENCE
+from training.loop.checkpoints import list_checkpoints, load_values
 
 ROOT = Path(__file__).parents[2]
 

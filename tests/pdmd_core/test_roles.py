@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pdmd_core.families import family
 from pdmd_core.roles import FAKE, TEACHER, Roles, RoleSpec
-from tests.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, randomise, transformer
+from tests.helpers.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, randomise, transformer
 
 LORA, FULL = RoleSpec("lora", rank=4, alpha=6.0), RoleSpec("full")
 MIXES = {

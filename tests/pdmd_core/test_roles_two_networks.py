@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pdmd_core.families import TeacherRouting, family
 from pdmd_core.roles import FAKE, TEACHER, Roles, RoleSpec
-from tests.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, randomise, transformer
+from tests.helpers.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, randomise, transformer
 
 WAN = family("wan")
 FIRST, SECOND = "transformer", "transformer_2"

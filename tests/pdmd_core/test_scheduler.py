@@ -14,7 +14,7 @@ from torch import Tensor
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan, PhasePlanError
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.tiny import CALL, LATENT_SHAPE, randn, wan_pipeline
+from tests.helpers.tiny import CALL, LATENT_SHAPE, randn, wan_pipeline
 
 PLANS = {
     "one phase": PhasePlan.from_steps([3], shift=3.0),

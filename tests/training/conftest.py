@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import save_wan_pipeline
-from training.config import DistillConfig, parse_config
+from tests.helpers.tiny import save_wan_pipeline
+from training.config.schema import DistillConfig, parse_config
 
 
 @pytest.fixture(scope="session")

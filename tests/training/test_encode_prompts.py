@@ -11,10 +11,10 @@ import pytest
 import yaml
 from diffusers import WanTransformer3DModel
 
-from tests import tiny_families
+from tests.helpers import tiny_families
 from training import distill
-from training.config import load_config
-from training.trainer import Trainer
+from training.config.schema import load_config
+from training.loop.trainer import Trainer
 
 
 def loaded_where_it_is_not_needed(*arguments: object) -> None:

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from pdmd_core.experts import read_manifest
-from pdmd_core.experts.card import write_card
-from tests.tiny import randn
-from tests.tiny_experts import save_experts
-from tests.tiny_families import picture
+from pdmd_core.experts.hub.card import write_card
+from tests.helpers.tiny import randn
+from tests.helpers.tiny_experts import save_experts
+from tests.helpers.tiny_families import picture
 from training import evaluate
-from training.comparison import METRICS
+from training.evaluation.comparison import METRICS
 
 ROOT = Path(__file__).parents[2]
 MARGIN = 2
@@ -117,9 +117,9 @@ def test_a_stopped_run_goes_on_to_the_same_report_and_a_damaged_file_changes_not
 ) -> None:
     own, quick = tmp_path / "cache", ["--metrics", "diversity", "agreement", "--no_noise_floor", "--batch_size", "2"]
     command = [str(ROOT / "training/evaluate.py"), *arguments(*quick, cache=own)]
-    killed = "import os, sys, runpy, training.store as s; add = s.Store.add; count = [0]\n"
+    killed = "import os, sys, runpy, training.evaluation.cache as s; add = s.TensorCache.add; count = [0]\n"
     killed += "def dies(self, *rest):\n    add(self, *rest); count[0] += 1; count[0] == 5 and os._exit(9)\n"
-    killed += f"s.Store.add = dies; sys.argv = {command!r}; runpy.run_path({command[0]!r}, run_name='__main__')"
+    killed += f"s.TensorCache.add = dies; sys.argv = {command!r}; runpy.run_path({command[0]!r}, run_name='__main__')"
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True).returncode == 9
     assert not (tmp_path / "report" / "report.json").exists()
     left = list(own.rglob("latents/*.safetensors"))

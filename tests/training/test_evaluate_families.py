@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import tiny_families
-from tests.tiny_experts import save_experts
+from tests.helpers import tiny_families
+from tests.helpers.tiny_experts import save_experts
 from training import evaluate
 
 

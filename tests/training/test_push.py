@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hub import WRITER, Hub
-from tests.hub_client import Client, Outcome
+from tests.helpers.hub import WRITER, Hub
+from tests.helpers.hub_client import Client, Outcome
 
 REPO = "user/experts"
 

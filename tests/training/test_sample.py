@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests import tiny_families
-from tests.tiny_experts import save_experts
+from tests.helpers import tiny_families
+from tests.helpers.tiny_experts import save_experts
 from training import sample
-from training.prompts import Example, PromptError, SampleSize
-from training.sampler import Decoder, Sampler, default_device
-from training.teacher import TeacherSource
+from training.data.buckets import SampleSize
+from training.data.examples import Example, PromptError
+from training.data.teacher import TeacherSource
+from training.evaluation.sampler import Decoder, Sampler, default_device
 
 
 @pytest.fixture(scope="module")

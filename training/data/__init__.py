@@ -1,0 +1,1 @@
+"""What a run reads: the teacher, prompts and images, their encoded conditioning, the order of examples."""

@@ -23,6 +23,16 @@ class Bucket:
         return f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames > 1 else "")
 
 
+@dataclass(frozen=True)
+class SampleSize:
+    """Pixels, frames and the length to which prompts are padded."""
+
+    height: int
+    width: int
+    frames: int
+    max_sequence_length: int
+
+
 ANY = -1
 """The bucket of an example that suits all of them: a prompt without an image and without a size."""
 

@@ -14,7 +14,7 @@ from pdmd_core.families import ModelFamily
 from training.data.buckets import Bucket
 from training.data.examples import Example, PromptError
 from training.data.images import open_image
-from training.teacher import TeacherSource, load_text_side, move
+from training.data.teacher import TeacherSource, load_text_side, move
 
 Item = TypeVar("Item")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, AnyStr
 
-from training.command_line import UserError
+from training.config.command_line import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -10,13 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pdmd_core.families import ModelFamily
-from training.config import ConfigError, DistillConfig
-from training.data.bank import PromptBank, prompt_bank
+from training.config.schema import ConfigError, DistillConfig
 from training.data.buckets import Bucket, buckets_in
 from training.data.encoder import Encoder
 from training.data.examples import Example, PromptError
 from training.data.order import ExampleOrder
-from training.teacher import TeacherSource
+from training.data.prompt_cache import PromptCache, open_prompt_cache
+from training.data.teacher import TeacherSource
 
 VALIDATED = 4
 """Examples of a validation when the configuration names none."""
@@ -26,12 +26,12 @@ VALIDATED = 4
 class TrainingData:
     """Conditioning of the examples, the sizes of samples, and the order in which batches come."""
 
-    bank: PromptBank
+    prompts: PromptCache
     buckets: list[Bucket]
     shapes: list[tuple[int, ...]]
     """Of a latent in each bucket."""
     order: ExampleOrder
-    validation: PromptBank
+    validation: PromptCache
     """Conditioning of what validations sample, in the size of the configuration's section model."""
     validation_shape: tuple[int, ...]
 
@@ -76,8 +76,8 @@ def training_data(
         raise PromptError("sample_prompts: the teacher takes images; leave it out to see the first training prompts")
     shown = [Example(prompt) for prompt in config.sample_prompts or []] or list(itertools.islice(examples, VALIDATED))
     cache, dtype = config.cache_dir or config.output_dir / "cache", getattr(torch, model.dtype)
-    bank = prompt_bank(examples, config.negative_prompt, encoder, buckets, cache, dtype)
-    validation = prompt_bank(shown, config.negative_prompt, encoder, [whole], cache, dtype)
+    bank = open_prompt_cache(examples, config.negative_prompt, encoder, buckets, cache, dtype)
+    validation = open_prompt_cache(shown, config.negative_prompt, encoder, [whole], cache, dtype)
     members = [bank.members(i) for i in range(len(buckets))]
     for bucket, suitable in zip(buckets, members, strict=True):
         if bucket.share and not len(suitable):

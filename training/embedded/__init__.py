@@ -1,0 +1,1 @@
+"""The embedded teacher: its data and how it was trained."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdmd_core.metrics import frechet_distance, frechet_estimate, kernel_distance, manifold, polynomial_discrepancy
-from tests.tiny import randn
+from tests.helpers.tiny import randn
 
 
 def normal(count: int, dimensions: int, seed: int) -> Tensor:

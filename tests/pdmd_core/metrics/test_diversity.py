@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdmd_core.metrics import cosine_distance, euclidean_distance, pairwise_distance, prompt_agreement, seed_diversity
-from tests.tiny import randn
+from tests.helpers.tiny import randn
 
 
 def prompts(count: int, seeds: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from pdmd_core.metrics import clip_features, flow_statistics, frechet_distance, kernel_estimate, over_time
 from pdmd_core.metrics.kernel import polynomial_discrepancy
-from tests.tiny import randn
+from tests.helpers.tiny import randn
 
 
 def test_the_value_is_the_discrepancy_and_lies_in_its_interval() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pdmd_core.metrics import frechet_distance, pairwise_distance
-from tests.tiny import randn
+from tests.helpers.tiny import randn
 
 
 def gaussian(count: int, mean: Tensor, root: Tensor, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdmd_core.metrics import AlexLpips, DinoV3, EffLite0, extract, perceptual_distance, seed_diversity
-from tests.tiny import randn
+from tests.helpers.tiny import randn
 
 PLACES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
 """AlexNet's convolutions in torchvision's state dict: outputs, inputs, kernel."""

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
-from tests.pipeline_state import assert_same, state_of
-from tests.tiny_families import qwen_image_to_image
-from tests.tiny_pipelines import (
+from tests.helpers.pipeline_state import assert_same, state_of
+from tests.helpers.tiny_families import qwen_image_to_image
+from tests.helpers.tiny_pipelines import (
     CASES,
     GIVEN,
     KINDS,
@@ -96,7 +96,7 @@ def edited(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
 
 def rewritten(folder: Path, name: str, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> Path:
     """Other tensors in an expert's file, with a manifest that vouches for them."""
-    from pdmd_core.experts.files import sha256_of
+    from pdmd_core.hashing import sha256_of
 
     path = folder / f"{name}.safetensors"
     save_file({k: v.contiguous() for k, v in (change(*entry) for entry in load_file(path).items())}, path)

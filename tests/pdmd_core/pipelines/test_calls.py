@@ -15,8 +15,8 @@ from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.tiny_families import flux
-from tests.tiny_pipelines import (
+from tests.helpers.tiny_families import flux
+from tests.helpers.tiny_pipelines import (
     CASES,
     KINDS,
     PLAN,

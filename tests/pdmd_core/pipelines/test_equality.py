@@ -17,9 +17,9 @@ from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.tiny import randn
-from tests.tiny_families import qwen_image_to_image
-from tests.tiny_pipelines import (
+from tests.helpers.tiny import randn
+from tests.helpers.tiny_families import qwen_image_to_image
+from tests.helpers.tiny_pipelines import (
     CASES,
     GIVEN,
     PLAN,

@@ -9,7 +9,7 @@ from torch import Tensor
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines.routing import PhaseGuard, Route
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.tiny import transformer
+from tests.helpers.tiny import transformer
 
 SIGMA = 5 / 6
 

@@ -14,9 +14,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from tests import hub as hub_module
-from tests.hub import Hub
-from tests.hub_client import Client
+from tests.helpers import hub as hub_module
+from tests.helpers.hub import Hub
+from tests.helpers.hub_client import Client
 from training.data.examples import Example, ExampleSource, PromptError, read_examples, read_prompts
 
 ROWS = [{"prompt": "a fox", "id": 1}, {"prompt": 'a "red"\npanda, asleep', "id": 2}, {"prompt": "鮭 on ice", "id": 3}]

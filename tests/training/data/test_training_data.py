@@ -9,10 +9,10 @@ from unittest import mock
 
 import pytest
 
-from training.config import ConfigError, DistillConfig, parse_config
+from training.config.schema import ConfigError, DistillConfig, parse_config
 from training.data.examples import PromptError
-from training.dry_run import describe
-from training.trainer import Trainer
+from training.loop.dry_run import describe
+from training.loop.trainer import Trainer
 
 BUCKETS = [{"width": 32, "height": 16}, {"width": 16, "height": 32}]
 
@@ -95,4 +95,4 @@ def test_columns_can_be_the_buckets(bucketed: DistillConfig) -> None:
     columns = changed(bucketed, data={"prompt_column": "caption", "buckets": "columns"})
     data = Trainer(columns).data
     assert [str(bucket) for bucket in data.buckets] == ["32x16", "16x16"]
-    assert [data.bank.members(i).tolist() for i in (0, 1)] == [[0], [1]]
+    assert [data.prompts.members(i).tolist() for i in (0, 1)] == [[0], [1]]

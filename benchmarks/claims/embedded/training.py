@@ -1,0 +1,156 @@
+"""Distilling the embedded teachers: pictures and clips, all roles LoRA adapters on one frozen base."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.claims.common import distilling
+from benchmarks.claims.common.distilling import Draw, Recipe
+from benchmarks.claims.common.methods import Method, Run
+from pdmd_core.distillation import Objective
+from pdmd_core.families.base import Conditioning
+from pdmd_core.flow import Sigma
+from pdmd_core.hashing import sha256_of, sha256_of_bytes
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import FAKE, Roles, RoleSpec
+from training.evaluation.sampler import Sampler
+
+MODELS = Path(__file__).resolve().parents[3] / "training" / "embedded" / "models"
+TEACHER_PARTS = ("transformer", "text_encoder", "tokenizer", "scheduler")
+"""Of the pipeline; training never decodes, so the autoencoder is not one of them."""
+
+
+def digest_of(files: list[Path]) -> str:
+    """Of names and contents: it does not matter where the files lie."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + bytes.fromhex(sha256_of(file)))
+    return digest.hexdigest()[:16]
+
+
+def digest_of_teacher(parts: tuple[str, ...] = TEACHER_PARTS) -> str:
+    """Of the weights and configurations that training depends on."""
+    return digest_of([file for part in parts for file in sorted((MODELS / "teacher" / part).glob("*"))])
+
+
+@dataclass(frozen=True)
+class EmbeddedSettings:
+    """What all methods share on one kind of samples."""
+
+    frames: int
+    prompts: tuple[str, ...]
+    """Of training; the captions of the closed vocabulary."""
+    recipe: Recipe
+    guidance_scale: float
+    shift: float = 5.0
+    rank: int = 16
+    """Of every role's adapter; alpha is equal."""
+    teacher: str = field(default_factory=digest_of_teacher)
+
+    def plan(self, method: Method) -> PhasePlan:
+        """The phase plan of a method."""
+        return PhasePlan.from_steps(method.steps, self.shift)
+
+    def objective(self, method: Method) -> Objective:
+        """Its objective."""
+        return replace(Objective(guidance_scale=self.guidance_scale), **method.objective)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For identity and reports; the prompts by number and digest."""
+        data = asdict(self)
+        text = "\n".join(self.prompts)
+        return {**data, "prompts": len(self.prompts), "prompts_digest": sha256_of_bytes(text.encode())[:16]}
+
+
+def fake_of(expert: str) -> str:
+    """Every phase has a fake of its own."""
+    return f"fake_of_{expert}"
+
+
+def make_roles(sampler: Sampler, plan: PhasePlan, rank: int) -> Roles:
+    """Experts and a fake for each, on a copy of the teacher's network; weights depend on torch's global seed."""
+    spec = RoleSpec("lora", rank, float(rank))
+    names = [phase.name for phase in plan.phases]
+    base = copy.deepcopy(sampler.pipeline.transformer)
+    return Roles(base, sampler.family, dict.fromkeys([*names, *map(fake_of, names)], spec))
+
+
+class PhaseView:
+    """The roles as one phase sees them: FAKE is its own. Counts evaluations by role, in batches of ``batch``."""
+
+    def __init__(self, roles: Roles, expert: str, batch: int, evaluations: Counter[str]) -> None:
+        self.roles, self.fake, self.batch, self.evaluations = roles, fake_of(expert), batch, evaluations
+
+    def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
+        self.evaluations[role] += len(x) // self.batch
+        return self.roles.velocity(self._own(role), x, sigma, conditioning)
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return self.roles.guide(positive, negative, scale)
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        return self.roles.parameters(self._own(role))
+
+    def _own(self, role: str) -> str:
+        return self.fake if role == FAKE else role
+
+
+class EmbeddedProblem:
+    """The adapters of one run; ``sampler`` holds the teacher and the conditioning of the training prompts."""
+
+    def __init__(self, run: Run, sampler: Sampler, settings: EmbeddedSettings) -> None:
+        self.plan, self.objective = settings.plan(run.method), settings.objective(run.method)
+        self.sampler, self.batch = sampler, settings.recipe.batch_size
+        self.prompts = len(settings.prompts)
+        torch.manual_seed(run.seed)
+        self.roles = make_roles(sampler, self.plan, settings.rank)
+        self.joint = run.method.joint
+        self.evaluations: Counter[str] = Counter()
+
+    def networks(self, phase: int) -> PhaseView:
+        """Its expert and fake become trainable; those of other phases too in a joint training, else they are frozen."""
+        experts = [phase.name for phase in self.plan.phases]
+        trained = experts if self.joint else [experts[phase]]
+        self.roles.set_trainable([*trained, *map(fake_of, trained)])
+        return PhaseView(self.roles, experts[phase], self.batch, self.evaluations)
+
+    def draw(self, count: int, generator: torch.Generator) -> Draw:
+        """Prompts and noise."""
+        indices = torch.randint(self.prompts, (count,), generator=generator)
+        noise = torch.randn(count, *self.sampler.shape, generator=generator)
+        bank, device = self.sampler.prompts, noise.device
+        return Draw(noise, bank.conditioning(indices, device), bank.negative_conditioning(indices, device))
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run leaves."""
+
+    experts: dict[str, dict[str, Tensor]]
+    """Weights of each expert's adapter."""
+    evaluations: dict[str, int]
+    """Network evaluations of the whole training by role: a batch is one, with guidance two."""
+    skipped: int
+    """Updates with NaN or Inf in the gradient, which were not made."""
+
+
+def distil(
+    run: Run, sampler: Sampler, settings: EmbeddedSettings, progress: Callable[[], object] = lambda: None
+) -> Distilled:
+    """Train all experts of a run; see ``distilling.distil``."""
+    problem = EmbeddedProblem(run, sampler, settings)
+    skipped = 0
+    for count in distilling.distil(problem, run, settings.recipe):
+        skipped = count
+        progress()
+    experts = {phase.name: problem.roles.state_dict(phase.name) for phase in problem.plan.phases}
+    return Distilled(experts, dict(problem.evaluations), skipped)

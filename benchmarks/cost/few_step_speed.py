@@ -1,0 +1,110 @@
+"""Four steps of phase experts against forty of the base with guidance: ``python benchmarks/cost/few_step_speed.py``.
+
+One pipeline class, one random Wan network of 100 million parameters and experts of its size; the base walks 40 steps
+with guidance (two forwards a step, 80 in all), the experts 4 without (4 forwards). Each repetition times in turn a call
+of the base, of full experts and of LoRA experts (not fused, so their low-rank products are extra work). A call is given
+text features and noise and returns latents: it is the denoising loop, without text encoding and decoding, which do not
+depend on the number of steps. Writes docs/benchmarks/few_step_speed.json and .md: medians and quartiles of times, and
+of the speed-up in the same repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from benchmarks.cost.random_wan import PLAN, finished, inputs, machine, pipeline, spread, write_random_experts
+from pdmd_core.pipelines import attach_experts
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE, FULL = "base, 40 steps with guidance", "full experts, 4 steps"
+EXPERTS = {
+    FULL: ("full", 0),
+    "LoRA experts of rank 16, 4 steps": ("lora", 16),
+    "LoRA experts of rank 64, 4 steps": ("lora", 64),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--side", type=int, default=16, help="of the latent; 16 is a picture of 128 pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/few_step_speed")
+    arguments = parser.parse_args()
+    device, side = arguments.device, arguments.side
+    pipes: dict[str, tuple[Any, dict[str, Any]]] = {
+        BASE: (pipeline(arguments.layers, device), {"num_inference_steps": 40, "guidance_scale": 5.0})
+    }
+    for name, (kind, rank) in EXPERTS.items():
+        pipe = pipeline(arguments.layers, device)
+        with tempfile.TemporaryDirectory() as folder:
+            attach_experts(pipe, write_random_experts(Path(folder), pipe.transformer, kind, rank))
+        pipes[name] = (pipe, {})  # steps and guidance of the experts are the default
+    forwards, seconds = dict.fromkeys(pipes, 0), {name: list[float]() for name in pipes}
+    for name, (pipe, _) in pipes.items():
+        for network in pipe.phased.networks if name == FULL else [pipe.transformer]:
+
+            def count(*_: Any, name: str = name) -> None:
+                forwards[name] += 1
+
+            network.register_forward_hook(count)
+    call = {"height": 8 * side, "width": 8 * side, "num_frames": 1, "output_type": "latent"}
+    for repetition in range(arguments.repetitions + 1):
+        for name, (pipe, how) in pipes.items():
+            more = {"num_inference_steps": 2} if name == BASE and not repetition else {}
+            finished(device)
+            start = time.perf_counter()
+            pipe(**inputs(side, device, repetition), **call, **{**how, **more})
+            finished(device)
+            if repetition:  # the first one warms up
+                seconds[name].append(time.perf_counter() - start)
+                print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
+            else:
+                forwards[name] = 0
+    rows = [
+        {
+            "what": name,
+            "forwards": forwards[name] // arguments.repetitions,
+            "seconds": spread(seconds[name]),
+            "times_faster": spread([base / own for base, own in zip(seconds[BASE], seconds[name], strict=True)]),
+        }
+        for name in pipes
+    ]
+    parameters = sum(p.numel() for p in pipes[BASE][0].transformer.parameters())
+    lines = [
+        f"{parameters / 1e6:.0f} million parameters, latents of {side} x {side}, {arguments.repetitions} repetitions, "
+        f"{len(PLAN)} experts; {machine(device)}. The denoising loop, without text encoding and decoding. Medians, "
+        "quartiles in brackets. Written by `python benchmarks/cost/few_step_speed.py`.",
+        "",
+        "| | forwards | seconds | times faster |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [
+            f"{v['median']:.2f} ({v['quartile_1']:.2f} to {v['quartile_3']:.2f})"
+            for v in (row["seconds"], row["times_faster"])
+        ]
+        lines.append(f"| {row['what']} | {row['forwards']} | {' | '.join(cells)} |")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    result = {"parameters": parameters, "machine": machine(device), "side": side, "rows": rows}
+    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = "\n".join(["# Few steps", "", *lines]) + "\n"
+    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A few updates of released models at their own size: ``python benchmarks/cost/full_size.py --device cuda``.
+
+The recipes for one GPU (``training/configs/*_phased_single_gpu.yaml``): networks of the released architecture in the
+recipe's dtype, every role an adapter on them, samples of the recipe's size; random weights, which are made on the
+device, and random prompts, so nothing is downloaded. For the first and the last phase: seconds of an update (after one
+to warm up) and the peak of the device's memory. A model that does not fit is reported as such.
+
+``--rehearse`` does the same with one block of each network and small samples, on any machine, to show that it runs.
+Writes docs/benchmarks/full_size.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from accelerate import Accelerator
+
+from benchmarks.cost.random_training import RandomTraining, released_teacher
+from benchmarks.cost.random_wan import finished, machine
+from benchmarks.cost.training_memory import Peak, held_bytes
+from training.config.schema import DistillConfig, load_config
+from training.loop.dry_run import describe
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("qwen_image", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "wan2_1_t2v_14b", "wan2_1_t2v_1_3b")
+REHEARSAL = ["model.height=64", "model.width=64", "model.max_sequence_length=16", "fake_updates=1"]
+OUT_OF_MEMORY = "out of memory"
+
+
+def measure(config: DistillConfig, layers: int | None, phase: int, updates: int, device: str) -> dict[str, Any]:
+    """Seconds of each update and bytes, of one phase; with ``failed`` where the device has too little memory."""
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+    row: dict[str, Any] = {"phase": config.plan.build().phases[phase].name}
+    peak = Peak(device)
+    try:
+        teacher = released_teacher(config, layers, device)
+        row |= {"parameters": teacher.parameters, "latents": list(teacher.shape)}
+        training = RandomTraining(config, teacher, accelerator, phase)
+        training.update()
+        row["held"] = held_bytes(device)
+        seconds = []
+        for _ in range(updates):
+            start = time.perf_counter()
+            training.update()
+            finished(device)
+            seconds.append(time.perf_counter() - start)
+        row |= {"seconds": seconds, "peak": peak.bytes(0)}
+    except torch.OutOfMemoryError as error:
+        row["failed"] = f"{OUT_OF_MEMORY}: {' '.join(str(error).split())[:200]}"
+    return row
+
+
+def recipe_of(model: str, overrides: Sequence[str]) -> DistillConfig:
+    """The recipe for one GPU."""
+    return load_config(ROOT / f"training/configs/{model}_phased_single_gpu.yaml", overrides)
+
+
+def needed(config: DistillConfig) -> str:
+    """What the dry run says that weights, gradients and optimizer take."""
+    (line,) = [line for line in describe(config).splitlines() if line.strip().startswith("all ")]
+    return " ".join(line.split()[1:3]).rstrip(":")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each phase of each model."""
+    columns = ["model", "phase", "parameters", "latents", "seconds an update", "held, GiB", "peak, GiB"]
+    lines = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        count = f"{row['parameters'] / 1e9:.3g} G" if "parameters" in row else ""
+        latents = "x".join(map(str, row.get("latents", [])))
+        if "failed" in row:
+            cells = [OUT_OF_MEMORY, "", ""]
+        else:
+            low, high = min(row["seconds"]), max(row["seconds"])
+            cells = [f"{statistics.median(row['seconds']):.3g} ({low:.3g} to {high:.3g})"]
+            cells += [f"{row[key] / 2**30:.2f}" for key in ("held", "peak")]
+        lines.append(f"| {row['model']} | {row['phase']} | {count} | {latents} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(
+    rows: Sequence[Mapping[str, Any]], needs: Mapping[str, str], rehearsed: bool, device: str, updates: int
+) -> str:
+    """The table and what it stands for."""
+    if rehearsed:
+        about = (
+            "**There is no table of a GPU here: none was at hand.** What follows is a rehearsal on "
+            f"{machine(device)} with one block of each network and small samples: it shows that the script runs, and "
+            "its times and bytes say nothing of the real models. On a GPU, `python benchmarks/cost/full_size.py "
+            "--device cuda` replaces this page."
+        )
+    else:
+        about = (
+            f"{machine(device)}; {updates} updates after one to warm up, medians, lowest and highest in brackets. "
+            "Random weights, one sample. Written by `python benchmarks/cost/full_size.py`."
+        )
+    static = [
+        "| model | weights, gradients, optimizer |",
+        "| --- | ---: |",
+        *(f"| {m} | {n} |" for m, n in needs.items()),
+    ]
+    return "\n\n".join(
+        [
+            "# Full size",
+            about,
+            table(rows),
+            "What the real models hold before activations, by the dry run of the recipes for one GPU:",
+            "\n".join(static) + "\n",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS[:2]))
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rehearse", action="store_true", help="one block of each network, small samples")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/full_size")
+    arguments, overrides = parser.parse_known_args()
+    os.chdir(ROOT)
+    device, rehearse = arguments.device, arguments.rehearse
+    if device == "cpu" and not rehearse:
+        parser.error("full size is for a GPU (--device cuda); --rehearse shows on a CPU that it runs")
+    rows: list[dict[str, Any]] = []
+    needs: dict[str, str] = {}
+    for model in arguments.models:
+        needs[model] = needed(recipe_of(model, overrides))
+        small = [*REHEARSAL, *(["model.frames=5"] if model.startswith("wan") else [])] if rehearse else []
+        config = recipe_of(model, [*small, *overrides])
+        for phase in sorted({0, len(config.plan.build()) - 1}):
+            row = measure(config, 1 if rehearse else None, phase, arguments.updates, device)
+            rows.append({"model": model, **row})
+            print(table(rows[-1:]).splitlines()[-1], row.get("failed", ""), flush=True)
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine(device), "rehearsal": rehearse, "overrides": overrides, "needs": needs, "rows": rows}
+    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = page(rows, needs, rehearse, device, arguments.updates)
+    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A phase in training on random weights: what time and memory depend on, without what pictures need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator, init_empty_weights
+from torch import Tensor, nn
+
+from pdmd_core.families import ModelFamily, TeacherRouting, family
+from pdmd_core.roles import Roles
+from training.config.schema import DistillConfig, parse_config
+from training.data.order import ExampleOrder
+from training.data.teacher import TeacherSource, family_of_pipeline
+from training.loop.dry_run import pipeline_on_meta
+from training.loop.phase import Batches, PhaseTraining, Update
+from training.loop.rng import RunRNG
+from training.loop.trainer import enable_gradient_checkpointing
+from training.memory.offload import keep_one_network
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "wan": {
+        "tiny": {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "text_dim": 32},
+        "100M": {"num_attention_heads": 12, "attention_head_dim": 64, "ffn_dim": 3072, "num_layers": 10}
+        | {"text_dim": 512},
+    },
+    "qwen_image": {
+        "tiny": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "joint_attention_dim": 32}
+        | {"axes_dims_rope": (8, 4, 4)},
+        "100M": {"num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 5, "joint_attention_dim": 512}
+        | {"axes_dims_rope": (16, 24, 24)},
+    },
+    "z_image": {
+        "tiny": {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32}
+        | {"axes_dims": [8, 4, 4]},
+        "100M": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 512}
+        | {"axes_dims": [16, 24, 24]},
+    },
+}
+"""Settings of networks by family and size."""
+A14B = TeacherRouting(("transformer", "transformer_2"), 0.875)
+TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class RandomTeacher:
+    """Networks with random weights, and what they are asked with."""
+
+    family: ModelFamily
+    networks: dict[str, nn.Module]
+    routing: TeacherRouting
+    shape: tuple[int, ...]
+    """Of a latent."""
+    conditioning: dict[str, tuple[int, ...]]
+    """Shapes of the conditioning of one example."""
+
+    @property
+    def parameters(self) -> int:
+        """Of all networks."""
+        return sum(p.numel() for network in self.networks.values() for p in network.parameters())
+
+
+def small_teacher(name: str, size: str, side: int, device: str = "cpu") -> RandomTeacher:
+    """Latents have this side.
+
+    name: wan, wan_two_networks, wan_image, qwen_image or z_image. size: tiny or 100M, of each network.
+    """
+    kind = "wan" if name.startswith("wan") else name
+    settings: dict[str, Any]
+    shape: tuple[int, ...]
+    if kind == "wan":
+        image = name == "wan_image"
+        settings = {"freq_dim": 256, "qk_norm": "rms_norm_across_heads", "cross_attn_norm": True}
+        settings |= {"in_channels": 36 if image else 16, "out_channels": 16, **SIZES[kind][size]}
+        architecture, shape = "WanTransformer3DModel", (16, 1, side, side)
+    elif kind == "qwen_image":
+        settings = {"in_channels": 64, "out_channels": 16, **SIZES[kind][size]}
+        architecture, shape = "QwenImageTransformer2DModel", (16, 1, side, side)
+    else:
+        settings = {"in_channels": 16, "n_refiner_layers": 1, "axes_lens": [512, 64, 64], **SIZES[kind][size]}
+        architecture, shape = "ZImageTransformer2DModel", (16, side, side)
+    routing = A14B if name == "wan_two_networks" else TeacherRouting()
+    networks = {
+        component: random_network(architecture, settings, torch.float32, device, seed)
+        for seed, component in enumerate(routing.components)
+    }
+    found = family(kind)
+    first: Any = networks["transformer"]
+    config = dict(first.config)
+    return RandomTeacher(found, networks, routing, shape, conditioning_shapes(found.name, config, TEXT_TOKENS, shape))
+
+
+def released_teacher(config: DistillConfig, layers: int | None, device: str) -> RandomTeacher:
+    """The teacher that a recipe names, in its architecture and dtype; ``layers`` of its blocks where given."""
+    model = config.model
+    pipeline = pipeline_on_meta(TeacherSource(str(model.architecture), None, model.pipeline))
+    found = family_of_pipeline(pipeline)
+    routing = found.teacher_routing(pipeline.config)
+    shape = found.latent_shape(pipeline, model.height, model.width, model.frames)
+    networks, dtype = {}, getattr(torch, model.dtype)
+    for seed, component in enumerate(routing.components):
+        settings = dict(getattr(pipeline, component).config)
+        settings |= {"num_layers": layers} if layers else {}
+        networks[component] = random_network(found.architecture, settings, dtype, device, seed)
+        if config.offload_idle_network:  # both at once may be too much for the device
+            networks[component].cpu()
+    settings = dict(pipeline.transformer.config)
+    conditioning = conditioning_shapes(found.name, settings, model.max_sequence_length, shape)
+    return RandomTeacher(found, networks, routing, shape, conditioning)
+
+
+def random_network(
+    architecture: str, settings: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int
+) -> nn.Module:
+    """A diffusers network whose weights come into being on the device, in float32 where diffusers keeps them so."""
+    kind = getattr(diffusers, architecture)
+    with init_empty_weights(include_buffers=False):
+        network = kind.from_config(dict(settings))
+    kept = network._keep_in_fp32_modules or []
+    generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
+    for path, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            in_float32 = any(part in kept for part in [*path.split("."), name])
+            values = torch.ones(parameter.shape, device=device)
+            if parameter.ndim > 1:
+                values.normal_(0, 0.02, generator=generator)
+            elif name != "weight":
+                values.zero_()
+            values = values.to(torch.float32 if in_float32 else dtype)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+    return network.to(device).eval()
+
+
+def conditioning_shapes(
+    name: str, settings: Mapping[str, Any], tokens: int, shape: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Of one example, by tensor, for a network of this family and config."""
+    if name == "qwen_image":
+        return {"prompt_embeds": (tokens, settings["joint_attention_dim"]), "prompt_mask": (tokens,)}
+    if name == "z_image":
+        return {"prompt_embeds": (tokens, settings["cap_feat_dim"]), "prompt_mask": (tokens,)}
+    found: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, settings["text_dim"])}
+    if settings["in_channels"] > settings["out_channels"]:
+        found["image_latents"] = shape
+    if settings.get("image_dim"):
+        found["image_embeds"] = (257, settings["image_dim"])
+    return found
+
+
+class RandomBank:
+    """Two examples in the place of a ``PromptCache``."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            size = (3, *shape)
+            values = torch.ones(size) if name == "prompt_mask" else torch.randn(size, generator=generator)
+            self.rows[name] = values.to(device)
+
+    def conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        return {name: rows[indices.to(device)] for name, rows in self.rows.items()}
+
+    def negative_conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """Another prompt, the same image."""
+        return {
+            name: rows[torch.full_like(indices, 2).to(device) if name == "prompt_embeds" else indices.to(device)]
+            for name, rows in self.rows.items()
+        }
+
+
+class RandomTraining:
+    """One phase of ``config`` in training on a random teacher."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: RandomTeacher,
+        accelerator: Accelerator,
+        phase: int = 0,
+        kind: type[Roles] = Roles,
+    ) -> None:
+        self.accelerator = accelerator
+        one_at_a_time = config.offload_idle_network and len(teacher.networks) > 1
+        if one_at_a_time:
+            for network in teacher.networks.values():
+                network.cpu()
+        self.roles = kind(teacher.networks, teacher.family, config.role_specs(teacher.routing), teacher.routing)
+        if one_at_a_time:
+            keep_one_network(self.roles, accelerator.device)
+        if config.gradient_checkpointing:
+            for role in self.roles.specs:
+                for component in self.roles.components(role):
+                    enable_gradient_checkpointing(self.roles.network(role, component))
+        self.training = PhaseTraining(config, config.plan.build(), phase, self.roles, accelerator)
+        order = ExampleOrder([torch.arange(2)], [1.0], config.seed)
+        self.draws = RunRNG(config.seed, config.batch_size, order, accelerator.process_index, accelerator.num_processes)
+        bank: Any = RandomBank(teacher.conditioning, accelerator.device)
+        self.batches = Batches(bank, [teacher.shape])
+
+    def update(self) -> Update:
+        """One update. Raises RuntimeError when something in it was not finite."""
+        update = self.training.update(self.draws, self.batches, 1.0)
+        if not update.good or not all(math.isfinite(value) for value in update.values.values()):
+            raise RuntimeError(f"an update on random weights was not finite: {update.values}")
+        return update
+
+
+def small_config(**changes: Any) -> DistillConfig:
+    """Two phases of two steps, every role LoRA, the paper's ratio of updates; ``changes`` are keys of the config."""
+    role = {"kind": "lora", "rank": 16, "alpha": 16, "lr": 1e-5}
+    settings = {
+        "model": {"path": "random"},
+        "prompts": "random",
+        "plan": {"steps": [2, 2], "shift": 5.0},
+        "generator": role,
+        "fake": role,
+        "batch_size": 1,
+        "tracker": None,
+    }
+    return parse_config({**settings, **changes}, "benchmark")

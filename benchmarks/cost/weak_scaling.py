@@ -1,0 +1,163 @@
+"""Two processes against one: ``python benchmarks/cost/weak_scaling.py``.
+
+Each process has its own samples, gradients are averaged. In one run of two processes (torchrun) three ways to train
+are timed in turn, many times: the first process alone while the other one waits; both at once, each for itself; both
+together. The second is what the machine takes for running two at once (caches, memory, other work on it), so the cost
+of training together is the time of the third over that of the second. Wall seconds of an update on the slower process.
+Writes docs/benchmarks/weak_scaling.json and .md: medians and quartiles over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
+from benchmarks.cost.random_wan import finished, machine, spread
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE, APART, TOGETHER = "alone", "apart", "together"
+WAYS = (ALONE, APART, TOGETHER)
+RESULT = "result "
+
+
+class OneProcess:
+    """What training asks of an Accelerator, for a process that trains for itself."""
+
+    num_processes, process_index = 1, 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def reduce(self, value: Tensor, _: str) -> Tensor:
+        return value
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One of the two processes; the first prints the seconds of every round."""
+    together = Accelerator(cpu=arguments.device == "cpu")
+    apart: Any = OneProcess(together.device)
+    trainings: dict[str, RandomTraining] = {}
+    for accelerator, ways in ((apart, (ALONE, APART)), (together, (TOGETHER,))):
+        torch.manual_seed(0)
+        teacher = small_teacher(arguments.model, arguments.size, arguments.side, str(together.device))
+        batch = arguments.batch * accelerator.num_processes
+        training = RandomTraining(
+            small_config(batch_size=batch, fake_updates=arguments.fake_updates), teacher, accelerator
+        )
+        training.update()
+        trainings |= dict.fromkeys(ways, training)
+    for _ in range(arguments.rounds):
+        seconds = {}
+        for way in WAYS:
+            together.wait_for_everyone()
+            start = time.perf_counter()
+            if way != ALONE or together.is_main_process:
+                trainings[way].update()
+                finished(together.device.type)
+            seconds[way] = time.perf_counter() - start
+        own = torch.tensor([[seconds[way] for way in WAYS]], dtype=torch.float64, device=together.device)
+        slowest = together.gather(own).amax(dim=0).tolist()
+        if together.is_main_process:
+            print(f"\n{RESULT}{json.dumps(dict(zip(WAYS, slowest, strict=True)))}", flush=True)
+
+
+def results_of(output: str) -> list[dict[str, float]]:
+    """The rounds that a worker printed."""
+    return [json.loads(line.removeprefix(RESULT)) for line in output.splitlines() if line.startswith(RESULT)]
+
+
+def run(options: Sequence[str], rounds: int) -> list[dict[str, float]]:
+    """Seconds of an update each way, by round. Raises RuntimeError with the end of what failed workers printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(ROOT / "benchmarks/cost/weak_scaling.py"), "--worker", f"--rounds={rounds}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment)
+    found = results_of(done.stdout)
+    if done.returncode or len(found) != rounds:
+        raise RuntimeError(f"{len(found)} of {rounds} rounds; {done.stderr[-3000:]}")
+    return found
+
+
+def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Spreads over rounds of the seconds of an update, and of ratios within a round."""
+    return {
+        **{way: spread([one[way] for one in rounds]) for way in WAYS},
+        "together / alone": spread([one[TOGETHER] / one[ALONE] for one in rounds]),
+        "together / apart": spread([one[TOGETHER] / one[APART] for one in rounds]),
+        "rounds": len(rounds),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The three ways and their ratios, a line each."""
+    names = {
+        ALONE: "one process, s",
+        APART: "two at once, each for itself, s",
+        TOGETHER: "two together, s",
+        "together / alone": "together / one process",
+        "together / apart": "together / each for itself",
+    }
+    lines = ["| | median | quartiles |", "| --- | ---: | ---: |"]
+    for key, name in names.items():
+        v = result[key]
+        lines.append(f"| {name} | {v['median']:.3g} | {v['quartile_1']:.3g} to {v['quartile_3']:.3g} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--model", default="wan")
+    parser.add_argument("--size", default="100M")
+    parser.add_argument("--side", type=int, default=16, help="of the latent; 16 are 64 tokens")
+    parser.add_argument("--batch", type=int, default=1, help="samples of each process (default: 1)")
+    parser.add_argument("--fake_updates", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/weak_scaling")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments)
+        return
+    names = ("model", "size", "side", "batch", "fake_updates", "device")
+    settings = {name: getattr(arguments, name) for name in names}
+    before = os.getloadavg()[0]
+    rounds = run([f"--{name}={value}" for name, value in settings.items()], arguments.rounds)
+    load = (before + os.getloadavg()[0]) / 2
+    result = summary(rounds)
+    about = (
+        f"An update of {settings['model']} ({settings['size']}) with {settings['fake_updates']} fake updates, "
+        f"{settings['batch']} sample(s) of {settings['side'] ** 2 // 4} tokens on each process, one thread each; "
+        f"{machine(settings['device'])}, {os.cpu_count()} processors, {arguments.rounds} rounds, {load:.0f} processes "
+        "wanted to run on average. Written by `python benchmarks/cost/weak_scaling.py`, whose head says "
+        "what is compared."
+    )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    data = {"machine": machine(settings["device"]), "settings": settings, "summary": result, "rounds": rounds}
+    arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    text = f"# Weak scaling\n\n{about}\n\n{table(result)}\n"
+    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Experts in other forms, and files of other projects as experts."""

@@ -1,0 +1,243 @@
+"""An experts folder in the other forms that tools read: full experts, LoRA experts, a stock pipeline, ComfyUI files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base_files import WEIGHTS_NAME, BaseFiles, family_of_base
+from ..folder import PhasedExperts, expert_metadata, write_experts
+from ..format.fingerprint import base_warning, take_fingerprint
+from ..format.lora_keys import lora_to_file
+from ..format.manifest import MANIFEST_NAME, BaseModel, Expert, ExpertsError, Manifest
+from ..format.weights import Weights, dtype_name, open_weights, write_weights
+from ..hub.card import card_text
+from .low_rank import extract, merged
+from .output import check_output, new_folder
+
+MAX_SHARD_BYTES = 10 * 10**9
+"""Larger networks of a pipeline are written in shards, as diffusers does."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert and where to. Every target writes a complete folder or nothing.
+
+    base: folder or Hub id in place of the one that the manifest names. dtype: how floating weights are stored; as in
+    the files they come from when None. warn: is told of a base with other weights than the experts' own.
+    """
+
+    experts: PhasedExperts
+    output: Path
+    base: str | None = None
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+    warn: Callable[[str], None] = warnings.warn
+
+    def to_full(self) -> Manifest:
+        """An experts folder of full experts; LoRA experts are merged into the base in float32."""
+        base, weights = self._all_weights()
+        manifest = self._full_manifest(base, weights)
+        with new_folder(self.output) as folder:
+            written = []
+            for expert in manifest.experts:
+                metadata = expert_metadata(manifest, expert)
+                digest = write_weights(folder / expert.file, weights[expert.name], metadata)
+                written.append(replace(expert, sha256=digest))
+            manifest = replace(manifest, experts=tuple(written))
+            (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            self._finish_experts(folder, manifest)
+        return manifest
+
+    def to_lora(self, rank: int) -> Manifest:
+        """An experts folder of LoRA experts of this rank, the closest to the difference to the base (SVD)."""
+        base, weights = self._all_weights(networks=True, written=False)
+        dtype, targets = self.dtype or torch.float32, base.family.lora_targets
+        entries, tensors, errors = [], {}, {}
+        for expert in self.experts.manifest.experts:
+            own = base.weights(expert.component)
+            found = extract(own, weights[expert.name], targets, rank, dtype, f"SVD of {expert.name}")
+            tensors[expert.name] = lora_to_file(found.lora, float(rank), base.family)
+            errors[expert.name] = found.summary()
+            kind = replace(expert, kind="lora", rank=rank, alpha=float(rank), targets=tuple(targets), sha256="")
+            entries.append(replace(kind, file=f"{expert.name}.safetensors"))
+        note = {"to": "lora", "rank": rank, "dtype": dtype_name(dtype), "experts": errors}
+        origin = self._origin(base, {entry.component for entry in entries})
+        manifest = self._noted(replace(self.experts.manifest, base=origin, experts=tuple(entries)), note)
+        with new_folder(self.output) as folder:
+            manifest = write_experts(folder, manifest, tensors)
+            self._finish_experts(folder, manifest)
+        return manifest
+
+    def to_comfyui(self) -> Manifest:
+        """One ComfyUI-native file for each expert, for its ``models/diffusion_models`` folder.
+
+        Returns the manifest that the files carry.
+        """
+        base, weights = self._all_weights()
+        manifest = self._full_manifest(base, weights)
+        with new_folder(self.output) as folder:
+            for expert in manifest.experts:
+                metadata = expert_metadata(manifest, expert) | {"format": "pt"}
+                config = base.family.comfyui_config(base.config(expert.component))
+                if config:
+                    metadata["config"] = json.dumps({"transformer": config})
+                try:
+                    native = weights[expert.name].renamed(base.family.native_weight_name)
+                except ValueError as error:
+                    raise ExpertsError(f"{expert.file}: {error}") from None
+                write_weights(folder / expert.file, native, metadata)
+        return manifest
+
+    def to_diffusers(self) -> Manifest:
+        """A stock pipeline folder: the base's, with the experts as ``transformer``, ``transformer_2``, ...
+
+        Returns the manifest of these experts; the folder has none.
+        """
+        plan = self.experts.manifest.plan
+        components = ["transformer", *(f"transformer_{n}" for n in range(2, len(plan) + 1))]
+        try:
+            routing = family_of_base(self.experts.manifest.base).stock_routing(plan, components)
+        except ValueError as error:
+            raise ExpertsError(str(error)) from None
+        base, weights = self._all_weights(others=True)
+        index = base.index()
+        with new_folder(self.output) as folder:
+            for name, entry in list(index.items()):
+                if name.startswith("transformer"):
+                    index[name] = [None, None]
+                elif isinstance(entry, list) and entry[0] and name != "scheduler":
+                    if not (base.folder / name).is_dir():
+                        raise ExpertsError(f"base {base.folder}: {name} is missing: download the base again")
+                    shutil.copytree(base.folder / name, folder / name)
+            for licence in base.folder.glob("LICENSE*"):
+                shutil.copy(licence, folder)
+            for component, expert in zip(components, self.experts.manifest.experts, strict=True):
+                config = base.config(expert.component)
+                write_network(folder / component, weights[expert.name], config)
+                index[component] = ["diffusers", base.family.architecture]
+            # A stock class, so that from_pretrained loads the folder without this package.
+            index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], **routing}
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _save_scheduler(folder, self.experts.manifest)
+            text = _STOCK_CARD.format(output=json.dumps(self.output.as_posix()), table=plan.describe())
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        return self._full_manifest(base, weights)
+
+    def _all_weights(
+        self, networks: bool = False, others: bool = False, written: bool = True
+    ) -> tuple[BaseFiles, dict[str, Weights]]:
+        """The base, and every expert as full weights, after all that can be checked beforehand."""
+        networks = networks or any(expert.kind == "lora" for expert in self.experts.manifest.experts)
+        base = BaseFiles.find(self.experts.manifest.base, self.base, networks, others)
+        sources = [self.experts.folder, base.folder]
+        check_output(self.output, self.overwrite, sources)
+        weights = {expert.name: self._full_weights(base, expert) for expert in self.experts.manifest.experts}
+        size = sum(each.nbytes for each in weights.values()) if written else 0
+        check_output(self.output, self.overwrite, sources, size)
+        return base, weights
+
+    def _full_weights(self, base: BaseFiles, expert: Expert) -> Weights:
+        if expert.kind == "full":
+            full = open_weights(self.experts.verify(expert.name))
+            base.check_full(expert.file, expert.component, full.shapes)
+        else:
+            lora = self.experts.lora_state(expert.name)
+            shapes = {name: tuple(value.shape) for name, value in lora.items()}
+            base.check_lora(expert.file, expert.component, shapes, expert.targets or ())
+            own = base.weights(expert.component)
+            base.check_full(WEIGHTS_NAME, expert.component, own.shapes)
+            full = merged(own, lora, (expert.alpha or 0.0) / (expert.rank or 1))
+        return full if self.dtype is None else full.stored_as(self.dtype, base.float32_modules)
+
+    def _origin(self, base: BaseFiles, components: Set[str]) -> BaseModel:
+        """The manifest's base, with fingerprints of the networks that this conversion reads; warns of other weights."""
+        origin = self.experts.manifest.base
+        prints = dict(origin.fingerprints or {})
+        for component in sorted(components):
+            names, sampler = base.sampler(component)
+            if text := base_warning(origin, component, sampler, str(base.folder / component)):
+                self.warn(text)
+            if found := take_fingerprint(names, sampler):
+                prints[component] = found
+        return replace(origin, fingerprints=prints or None)
+
+    def _full_manifest(self, base: BaseFiles, weights: Mapping[str, Weights]) -> Manifest:
+        """The manifest with every expert full, without hashes."""
+        experts, stored = [], {}
+        for expert in self.experts.manifest.experts:
+            dtypes = {spec.dtype for spec in weights[expert.name].specs.values()}
+            stored[expert.name] = sorted(map(dtype_name, dtypes))
+            entry = replace(expert, kind="full", rank=None, alpha=None, targets=None, sha256="0" * 64)
+            experts.append(replace(entry, file=f"{expert.name}.safetensors"))
+        note = {"to": "full", "arithmetic": "float32", "stored_as": stored}
+        read = {expert.component for expert in self.experts.manifest.experts if expert.kind == "lora"}
+        manifest = replace(self.experts.manifest, base=self._origin(base, read), experts=tuple(experts))
+        return self._noted(manifest, note)
+
+    def _noted(self, manifest: Manifest, note: Mapping[str, Any]) -> Manifest:
+        """The training summary says how these files were made from those of the distillation."""
+        earlier = manifest.training.get("conversions")
+        notes = [*(earlier if isinstance(earlier, list) else []), dict(note)]
+        return replace(manifest, training={**manifest.training, "conversions": notes})
+
+    def _finish_experts(self, folder: Path, manifest: Manifest) -> None:
+        _save_scheduler(folder, manifest)
+        (folder / "README.md").write_text(card_text(manifest, self.output.as_posix()), encoding="utf-8")
+
+
+def write_network(folder: Path, weights: Weights, config: Mapping[str, Any], max_bytes: int | None = None) -> None:
+    """A component as diffusers' ``save_pretrained`` leaves it: config.json and safetensors, sharded when large."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+    shards: list[list[str]] = [[]]
+    size, limit = 0, max_bytes or MAX_SHARD_BYTES
+    for name, spec in weights.specs.items():
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    files = [WEIGHTS_NAME]
+    if len(shards) > 1:
+        stem = WEIGHTS_NAME.removesuffix(".safetensors")
+        files = [f"{stem}-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+        placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": weights.nbytes}, "weight_map": placed}
+        (folder / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, names in zip(files, shards, strict=True):
+        part = Weights({name: weights.specs[name] for name in names}, weights.read)
+        write_weights(folder / file, part, {"format": "pt"})
+
+
+def _save_scheduler(folder: Path, manifest: Manifest) -> None:
+    from ...scheduler import PhasedDMDScheduler
+
+    PhasedDMDScheduler.from_plan(manifest.plan).save_pretrained(folder / "scheduler")
+
+
+_STOCK_CARD = """# A stock pipeline of phased experts
+
+```text
+{table}
+```
+
+```python
+from diffusers import DiffusionPipeline
+from pdmd_core.scheduler import PhasedDMDScheduler
+
+folder = {output}
+scheduler = PhasedDMDScheduler.from_pretrained(folder, subfolder="scheduler")
+pipe = DiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
+```
+
+Pass the scheduler as above: the stock scheduler that loads without it walks other sigmas than the experts were trained
+on. Sample without guidance (`guidance_scale=1.0`).
+"""

@@ -1,0 +1,101 @@
+"""Between LoRA experts and full ones: adding a low-rank product to weights, and finding it again by SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..format.manifest import ExpertsError
+from ..format.weights import Weights, progress
+
+EXACT_SIZE = 1024
+"""Matrices with a side of at most this get a full SVD, larger ones the randomised one: minutes for hours."""
+
+
+def merged(base: Weights, lora: Mapping[str, Tensor], scale: float) -> Weights:
+    """The base with ``scale * lora_B @ lora_A`` added to each adapted weight, in float32; stored as the base is.
+
+    lora: ``<module>.lora_A`` of shape (rank, in) and ``<module>.lora_B`` of shape (out, rank).
+    """
+
+    def read(name: str) -> Tensor:
+        weight = base.read(name)
+        module = name.removesuffix(".weight")
+        if name == module or f"{module}.lora_A" not in lora:
+            return weight
+        return weight.float() + scale * (lora[f"{module}.lora_B"].float() @ lora[f"{module}.lora_A"].float())
+
+    return Weights(base.specs, read)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The LoRA closest to the difference of two networks, and what it misses."""
+
+    lora: dict[str, Tensor]
+    """``<module>.lora_A`` and ``<module>.lora_B``; their plain product is the difference (alpha = rank)."""
+    errors: dict[str, float]
+    """Module to relative Frobenius error ``|difference - product| / |difference|``, 0 where nothing differs."""
+    left_out: dict[str, float]
+    """Weights that a LoRA does not hold, and how much they differ: ``|difference| / |base|``."""
+
+    def summary(self) -> dict[str, object]:
+        """For people and for the manifest."""
+        worst = max(self.errors, key=lambda module: self.errors[module])
+        return {
+            "relative_error_mean": sum(self.errors.values()) / len(self.errors),
+            "relative_error_worst": self.errors[worst],
+            "worst_module": worst,
+            "changed_weights_left_out": len(self.left_out),
+            "largest_change_left_out": max(self.left_out.values(), default=0.0),
+        }
+
+
+def extract(
+    base: Weights, expert: Weights, targets: Iterable[str], rank: int, dtype: torch.dtype, title: str
+) -> Extracted:
+    """The best LoRA of this rank for ``expert - base`` in every module that ends in one of ``targets``.
+
+    The errors are of the weights as stored in ``dtype``. Raises ExpertsError for a rank that a module cannot have.
+    """
+    endings = tuple(f".{target}.weight" for target in targets)
+    modules = [name for name in base.specs if name.endswith(endings)]
+    for name in modules:
+        if rank > min(base.specs[name].shape):
+            shape = "x".join(map(str, base.specs[name].shape))
+            raise ExpertsError(
+                f"--rank {rank} is more than {name} of {shape} has: at most {min(base.specs[name].shape)}"
+            )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = Extracted({}, {}, {})
+    for name in progress(list(base.specs), title):
+        before = base.read(name).to(device).float()
+        difference = expert.read(name).to(device).float() - before
+        size = difference.norm()
+        if name in modules:
+            down, up = (half.to(dtype) for half in factorise(difference, rank))
+            module = name.removesuffix(".weight")
+            found.lora[f"{module}.lora_A"], found.lora[f"{module}.lora_B"] = down.cpu(), up.cpu()
+            rest = difference - up.float() @ down.float()
+            found.errors[module] = float(rest.norm() / size) if size else 0.0
+        elif size:
+            found.left_out[name] = float(size / before.norm()) if before.any() else float("inf")
+    if not found.errors:
+        raise ExpertsError(f"no module of the base ends in one of {', '.join(targets)}: nothing to extract")
+    return found
+
+
+def factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(down, up) of shapes (rank, in) and (out, rank): ``up @ down`` is the closest matrix of this rank, in float32."""
+    if min(matrix.shape) <= EXACT_SIZE:
+        u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix.float(), q=min(rank + 32, *matrix.shape), niter=4)
+        vh = v.mT
+    root = s[:rank].sqrt()
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()

@@ -1,0 +1,1 @@
+"""What expert files are: the manifest, headers, weights, LoRA keys, fingerprints."""

@@ -1,0 +1,198 @@
+"""Fingerprints of a base's weights, by which experts notice a base of the right architecture with other weights.
+
+A fingerprint is a few values of one weight of each kind that the network's blocks have, spread over its depth, in
+bfloat16. They are compared within what rounding does, so that the same weights agree in whatever dtype they are stored:
+in one of 16 bits or more the relative error of a weight (root mean square) is at most 1.2 %, in float8 7 % (e4m3) or
+13.3 % (e5m2). Packed weights (int8, 4 bits, GGUF) are passed over; the norms, biases and tables beside them are not.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExpertsError
+from .header import read_header
+from .manifest import MAX_SAMPLED_VALUES, MAX_SAMPLED_WEIGHTS, BaseModel
+from .untrusted import shown
+
+Sampler = Callable[[str], Tensor | None]
+"""Name of a weight, as diffusers has it, to what ``sample_of`` gives of it; None where it cannot be read."""
+
+SMALLEST = 1e-4
+"""Weights whose root mean square is below are left out: in float16 they may vanish."""
+_NUMBER = re.compile(r"\.(\d+)\.")
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of a base's weights with a fingerprint."""
+
+    compared: int
+    """How many weights could be compared."""
+    different: Mapping[str, float]
+    """Names of those that differ by more than rounding does, with the relative difference."""
+
+
+def take_fingerprint(names: Iterable[str], sampler: Sampler) -> dict[str, str]:
+    """Weight name to values, as manifests hold them; empty where no weight is stored in 16 bits or more."""
+    found = {}
+    for name in _one_of_each_kind(names):
+        values = sampler(name)
+        if values is None or not values.is_floating_point() or values.dtype.itemsize < 2 or not values.numel():
+            continue
+        rounded = values.to(torch.bfloat16).contiguous()
+        if SMALLEST <= _size(rounded.float()) < math.inf:
+            found[name] = base64.b64encode(rounded.view(torch.uint8).numpy().tobytes()).decode()
+    return found
+
+
+def fingerprint_of(network: nn.Module) -> dict[str, str]:
+    """Of a network in memory."""
+    weights = network_weights(network)
+    return take_fingerprint(weights, sampler_of(weights))
+
+
+def compare(fingerprint: Mapping[str, str], sampler: Sampler) -> Comparison:
+    """How a base's weights differ from those that the fingerprint was taken of."""
+    different, compared = {}, 0
+    for name, text in fingerprint.items():
+        expected = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).float()
+        values = sampler(name)
+        difference = None if values is None else _difference(expected, values)
+        compared += difference is not None
+        if difference:
+            different[name] = difference
+    return Comparison(compared, different)
+
+
+def base_warning(base: BaseModel, component: str, sampler: Sampler, found: str) -> str | None:
+    """One line for a base whose network is not the one that experts were distilled from; None where it is, or may be.
+
+    found: what the weights of ``sampler`` are, in words.
+    """
+    prints = base.fingerprints or {}
+    result = compare(prints.get(component, {}), sampler)
+    if not result.different:
+        return None
+    worst = max(result.different, key=result.different.__getitem__)
+    origin = f"{base.model}{f' at {base.revision}' if base.revision else ''}"
+    text = (
+        f"{found} has other weights than the {component} of {origin}, from which these experts were distilled: "
+        f"{len(result.different)} of {result.compared} samples differ, {shown(worst)} by {result.different[worst]:.1%}"
+    )
+    for other, samples in prints.items():
+        again = compare(samples, sampler)
+        if other != component and again.compared and not again.different:
+            return f"{text}; it is the {other} of that base: exchange the two networks"
+    return (
+        f"{text}; a fine-tune, or what was unpacked from a quantised file, may sample worse with them: compare with "
+        "the base itself"
+    )
+
+
+# --- where weights are ------------------------------------------------------
+
+
+def sample_of(weight: Tensor, start: int = 0, rows: int | None = None) -> Tensor | None:
+    """The first values of a weight's middle row, on the CPU; None when they are not there or packed.
+
+    start, rows: where several weights are joined, the part to look at.
+    """
+    if weight.is_meta or type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None  # offloaded elsewhere; a tensor that consists of others
+    weight = weight.detach().as_subclass(Tensor)
+    row = weight[start + (rows or len(weight)) // 2] if weight.ndim > 1 and len(weight) else weight
+    return row.flatten()[:MAX_SAMPLED_VALUES].cpu()
+
+
+def network_weights(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights under the names that they have without adapters and compiled parts."""
+    return {
+        name.replace(".base_layer.", ".").replace("_orig_mod.", ""): value for name, value in network.named_parameters()
+    }
+
+
+def sampler_of(weights: Mapping[str, Tensor]) -> Sampler:
+    """Of tensors in memory."""
+    return lambda name: sample_of(weights[name]) if name in weights else None
+
+
+def sampler_of_files(files: Sequence[Path]) -> tuple[list[str], Sampler]:
+    """Names and samples of the weights in safetensors files; headers and some bytes are read. Raises ExpertsError."""
+    headers = {path: read_header(path) for path in files}
+    places = {name: path for path, header in headers.items() for name in header.specs}
+
+    def sample(name: str) -> Tensor | None:
+        if name not in places:
+            return None
+        path = places[name]
+        spec, start = headers[path].specs[name], headers[path].starts[name]
+        row = math.prod(spec.shape[1:]) if len(spec.shape) > 1 else spec.numel
+        first = spec.shape[0] // 2 * row if len(spec.shape) > 1 else 0
+        count = min(row, spec.numel, MAX_SAMPLED_VALUES)
+        try:
+            with path.open("rb") as file:
+                file.seek(start + first * spec.dtype.itemsize)
+                data = file.read(count * spec.dtype.itemsize)
+        except OSError as error:
+            raise ExpertsError(f"{path}: cannot be read ({error})") from None
+        if len(data) < count * spec.dtype.itemsize:
+            raise ExpertsError(f"{path}: became shorter while it was read")
+        return torch.frombuffer(bytearray(data), dtype=spec.dtype) if data else None
+
+    return list(places), sample
+
+
+# --- the comparison ---------------------------------------------------------
+
+
+def _one_of_each_kind(names: Iterable[str]) -> list[str]:
+    """Of the weights that repeat from block to block one of each kind: the first kind of the first block, the last kind
+    of the last block, those between in between."""
+    kinds: dict[str, dict[int, str]] = {}
+    for name in names:
+        if match := _NUMBER.search(name):
+            kind = f"{name[: match.start()]}.#.{name[match.end() :]}"
+            kinds.setdefault(kind, {})[int(match[1])] = name
+    repeated = sorted(kind for kind, found in kinds.items() if len(found) > 1) or sorted(kinds)
+    chosen = []
+    for k, kind in enumerate(repeated[:MAX_SAMPLED_WEIGHTS]):
+        blocks = sorted(kinds[kind])
+        chosen.append(kinds[kind][blocks[k * (len(blocks) - 1) // max(1, len(repeated) - 1)]])
+    return chosen
+
+
+def _difference(expected: Tensor, found: Tensor) -> float | None:
+    """The relative difference where it is more than rounding to the dtype of ``found``, else 0; None without values.
+
+    Values in float8 count up to a factor, which lies beside them in a file, and those that were in float8 once as such.
+    """
+    if found.shape != expected.shape or not found.is_floating_point():
+        return None
+    dtype, values, factor = found.dtype, found.float(), 1.0
+    if dtype.itemsize < 2:
+        if dtype not in _FLOAT8:
+            return None
+        factor = float((values @ expected) / values.square().sum().clamp(min=1e-30))
+        values = values * factor
+    else:
+        dtype = next((kind for kind in _FLOAT8 if torch.equal(values.to(kind).float(), values)), dtype)
+    step = torch.finfo(torch.bfloat16).eps  # the expected values were rounded, what is found perhaps twice
+    limits = torch.finfo(dtype)
+    allowed = (step + limits.eps / 2) * _size(expected) + abs(factor) * limits.smallest_normal * limits.eps / 2
+    difference = _size(values - expected)
+    return 0.0 if difference <= allowed else difference / _size(expected)
+
+
+def _size(values: Tensor) -> float:
+    """Root mean square."""
+    return float(values.square().mean().sqrt())

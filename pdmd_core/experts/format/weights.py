@@ -1,0 +1,155 @@
+"""Network weights that are read and written one tensor at a time, so that no whole model has to fit into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ExpertsError
+from .header import DTYPES, TensorSpec, read_header
+
+T = TypeVar("T")
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors that are read when they are asked for.
+
+    specs: how each is stored. read: name to tensor, of that shape, perhaps in a wider dtype.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[str], Tensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape."""
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a file."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def renamed(self, rename: Callable[[str], str]) -> Weights:
+        """The same tensors under other names. Raises ValueError when two would get the same."""
+        old = {rename(name): name for name in self.specs}
+        if len(old) != len(self.specs):
+            raise ValueError("two weights would get one name")
+        return Weights({new: self.specs[name] for new, name in old.items()}, lambda name: self.read(old[name]))
+
+    def stored_as(self, dtype: torch.dtype, keep: Sequence[str] = ()) -> Weights:
+        """Floating weights stored in ``dtype``; in float32 where one of ``keep`` is a dotted part of the name."""
+
+        def stored(name: str, spec: TensorSpec) -> TensorSpec:
+            if not spec.dtype.is_floating_point:
+                return spec
+            return replace(spec, dtype=torch.float32 if set(keep) & set(name.split(".")) else dtype)
+
+        return Weights({name: stored(name, spec) for name, spec in self.specs.items()}, self.read)
+
+
+def open_weights(*files: Path) -> Weights:
+    """The tensors of safetensors files; only headers are read. Raises ExpertsError."""
+    specs: dict[str, TensorSpec] = {}
+    places: dict[str, tuple[Path, int]] = {}
+    for path in files:
+        header = read_header(path)
+        if twice := sorted(specs.keys() & header.specs.keys()):
+            raise ExpertsError(f"{path}: {twice[0]} is in another of these files as well: download them again")
+        specs |= header.specs
+        places |= {name: (path, start) for name, start in header.starts.items()}
+
+    def read(name: str) -> Tensor:
+        (path, start), spec = places[name], specs[name]
+        try:
+            data = torch.empty(spec.nbytes, dtype=torch.uint8)
+        except RuntimeError:  # of the allocator
+            raise ExpertsError(f"{path}: {name} takes {spec.nbytes} bytes, more than there is memory for") from None
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                count = file.readinto(data.numpy().data)
+        except OSError as error:
+            raise ExpertsError(f"{path}: cannot be read ({error})") from None
+        if count != spec.nbytes:
+            raise ExpertsError(f"{path}: became shorter while it was read")
+        return data.view(spec.dtype).reshape(spec.shape)
+
+    return Weights(specs, read)
+
+
+def weights_of(tensors: Mapping[str, Tensor]) -> Weights:
+    """Tensors that are there already."""
+    specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    return Weights(specs, lambda name: tensors[name])
+
+
+def write_weights(path: Path, weights: Weights, metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file, tensor by tensor; equal weights make equal files. Returns its SHA-256.
+
+    Raises ExpertsError for a value that is not finite in the dtype in which it is to be stored.
+    """
+    # widest first, as the library writes them: every tensor starts at a multiple of its own size
+    order = sorted(weights.specs, key=lambda name: (-weights.specs[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name in order:
+        spec = weights.specs[name]
+        header[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, start + spec.nbytes],
+        }
+        start += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            digest.update(chunk)
+            file.write(chunk)
+        for name in progress(order, path.name.strip(".")):
+            data = _bytes(name, weights.read(name), weights.specs[name])
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def _bytes(name: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
+    stored = tensor.to("cpu", spec.dtype).contiguous()
+    if tuple(stored.shape) != spec.shape:
+        raise ValueError(f"{name} has shape {tuple(stored.shape)}, its header says {spec.shape}")
+    if not is_finite(stored):
+        raise ExpertsError(f"{name} has values that are not finite in {dtype_name(spec.dtype)}: choose another dtype")
+    return stored.reshape(-1).view(torch.uint8).numpy().data
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+def progress(items: Sequence[T], title: str) -> Iterable[T]:
+    """The items, with a progress bar on a terminal where tqdm is installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=title, leave=False, disable=None)

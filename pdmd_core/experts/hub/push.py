@@ -1,0 +1,170 @@
+"""Push an experts folder to the Hugging Face Hub as one commit.
+
+Transfers and tokens are those of ``huggingface_hub``. Here are the checks around them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..folder import SCHEDULER_CONFIG, PhasedExperts
+from ..format.manifest import MANIFEST_NAME, ExpertsError, Manifest
+from .card import card_text, is_generated
+from .retries import explain, is_passing, one_line, patience, persistently
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_SHOWN = ("samples/*.png", "samples/*.gif", "samples/*.mp4", "samples/*.txt", "report.json", "LICENSE*", "NOTICE*")
+
+logger = logging.getLogger(__name__)
+
+
+def push_experts(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Phased experts",
+    timeout: float = 120.0,
+) -> str:
+    """Check an experts folder and put it on the Hub as one commit; returns the URL. Raises ExpertsError.
+
+    Manifest, expert files, scheduler, samples/, report.json and licence files are pushed with a model card that loads
+    the experts from there (a README.md of your own is kept). Files that the Hub already has are not sent again, so a
+    push that failed goes on where it was.
+
+    repo_id: ``user/name``; created when it does not exist.
+    private: the repository is made private; refused for one that exists and is public.
+    token: with write access; the one of ``hf auth login`` or HF_TOKEN when None.
+    revision: branch for the commit, created when it does not exist.
+    timeout: seconds without any answer after which an attempt is given up.
+    """
+    from huggingface_hub import HfApi
+
+    experts = PhasedExperts.open(folder)
+    for expert in experts.manifest.experts:
+        experts.verify(expert.name)
+    _check_scheduler(experts)
+    _check_access(repo_id, token)
+    card_text(experts.manifest, repo_id, experts.folder)  # a report that is none is found before anything is sent
+    files = _files(experts)
+    api = HfApi(token=token)
+    with one_line(f"cannot push {experts.folder} to {repo_id!r}", revision):
+        repo = persistently("creating the repository", timeout, lambda: _create(api, repo_id, private))
+        if revision:
+            persistently(
+                "creating the branch", timeout, lambda: api.create_branch(repo, branch=revision, exist_ok=True)
+            )
+        card = _card(experts, repo, api)
+        # new operations for each attempt: they ask the Hub what it has, also after an answer that was lost
+        persistently(
+            "uploading",
+            timeout,
+            lambda: api.create_commit(
+                repo, _operations(experts.folder, files, card), commit_message=commit_message, revision=revision
+            ),
+        )
+        return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+
+
+def check_push(repo_id: str, token: str | None = None) -> None:
+    """What can be known before there is anything to push: a valid id and a token that the Hub takes.
+
+    Raises ExpertsError. A Hub that does not answer now is only logged.
+    """
+    from huggingface_hub import HfApi
+
+    _check_access(repo_id, token)
+    with one_line(f"cannot push to {repo_id!r}", None), patience(10.0):
+        try:
+            HfApi(token=token).whoami()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            logger.warning("%s; the push will be tried all the same", explain(error, None))
+
+
+def _check_access(repo_id: str, token: str | None) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ExpertsError(
+            f"a Hub repository is named user/name (letters, digits, '-', '_', '.'), found {repo_id!r}"
+        ) from None
+    if not (token or get_token()):
+        raise ExpertsError(
+            f"no token to push to {repo_id!r}: run `hf auth login`, set HF_TOKEN or give token=, with write access"
+        )
+
+
+def _check_scheduler(experts: PhasedExperts) -> None:
+    try:
+        experts.check_scheduler()
+    except ExpertsError as error:
+        target = str((experts.folder / SCHEDULER_CONFIG).parent)
+        raise ExpertsError(
+            f"{error}: write it with PhasedDMDScheduler.from_plan(manifest.plan).save_pretrained({target!r})"
+        ) from None
+
+
+def _create(api: HfApi, repo_id: str, private: bool) -> str:
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo).private:
+        raise ExpertsError(f"{repo!r} exists and is public: make it private in its settings, or choose another id")
+    return repo
+
+
+def _card(experts: PhasedExperts, repo: str, api: HfApi) -> bytes:
+    path = experts.folder / "README.md"
+    if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
+        return path.read_bytes()
+    text = card_text(experts.manifest, repo, experts.folder, licence=_licence_of_base(experts.manifest, api))
+    return text.encode()
+
+
+def _licence_of_base(manifest: Manifest, api: HfApi) -> dict[str, str]:
+    """Licence fields of the base's own card, in its folder or on the Hub; empty where there is none to read."""
+    from huggingface_hub import ModelCard
+
+    base, own = manifest.base, Path(manifest.base.model) / "README.md"
+    try:
+        with one_line("base", base.revision), patience(10.0):
+            card: Any = (
+                ModelCard.load(own).data
+                if own.is_file()
+                else api.model_info(base.model, revision=base.revision).card_data
+            )
+    except ExpertsError:
+        return {}
+    fields = {key: getattr(card, key, None) for key in ("license", "license_name", "license_link")}
+    found = {key: value for key, value in fields.items() if isinstance(value, str)}
+    link = found.get("license_link", "")
+    if link and "://" not in link:
+        found["license_link"] = f"{api.endpoint}/{base.model}/blob/{base.revision or 'main'}/{link}"
+    return found
+
+
+def _files(experts: PhasedExperts) -> list[Path]:
+    folder = experts.folder
+    named = [MANIFEST_NAME, SCHEDULER_CONFIG, *(expert.file for expert in experts.manifest.experts)]
+    files = [folder / name for name in named]
+    files += [path for pattern in _SHOWN for path in sorted(folder.glob(pattern)) if path.is_file()]
+    present = (path for path in folder.rglob("[!.]*") if path.is_file() and path != folder / "README.md")
+    if others := sorted(path.relative_to(folder).as_posix() for path in set(present) - set(files)):
+        logger.warning("not pushed: %s", ", ".join(others[:10]) + (" ..." if len(others) > 10 else ""))
+    return files
+
+
+def _operations(folder: Path, files: list[Path], card: bytes) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    return [*operations, CommitOperationAdd("README.md", card)]

@@ -1,0 +1,113 @@
+"""Failures of Hub and network: what may pass is tried again, the rest is one line (ExpertsError) with what to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ..format.manifest import ExpertsError
+
+ATTEMPTS = 4
+"""How often a step is tried while server or network fail, with pauses of 1, 2, 4 s."""
+
+_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def persistently(what: str, timeout: float, call: Callable[[], T]) -> T:
+    """Call, again after a failure of server or network, at most ATTEMPTS times."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            with patience(timeout):
+                return call()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            wait = 2 ** (attempt - 1)
+            logger.warning(
+                "%s: %s; attempt %d of %d follows in %d s", what, explain(error, None), attempt + 1, ATTEMPTS, wait
+            )
+            time.sleep(wait)
+    with patience(timeout):
+        return call()
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """The client waits for ever on most requests; within this block, so long for each answer or packet."""
+    from huggingface_hub.utils import get_session
+
+    session: Any = get_session()
+    before, session.timeout = getattr(session, "timeout", None), seconds
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def is_passing(error: BaseException) -> bool:
+    """A failure of server or network that another attempt may not meet."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _PASSING_STATUS
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # JSONDecodeError: the error page of a gateway; the client's size check is an OSError without a number
+    cut_off = isinstance(error, OSError) and "Consistency check failed" in str(error)
+    return isinstance(error, HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError) or cut_off
+
+
+@contextmanager
+def one_line(doing: str, revision: str | None) -> Iterator[None]:
+    """What the client raises, in words. Bugs of this package are not hidden: other types pass."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except ExpertsError:
+        raise
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet
+        raise ExpertsError(f"{doing}: {explain(error, revision)}") from None
+
+
+def explain(error: BaseException, revision: str | None) -> str:
+    """What was found and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    login = "run `hf auth login`, set HF_TOKEN or give token="
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on: unset HF_HUB_OFFLINE"
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: accept its conditions on its page, then {login} of that account"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"no such repository, or it is private and your token may not see it: check the id, or {login}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision!r}: give a branch, a tag or a commit hash of it"
+    if isinstance(error, HfHubHTTPError):
+        status, said = error.response.status_code, error.server_message or text
+        if status == 401:
+            return f"the Hub refuses the token (401): make a new one in your settings there and {login}"
+        if status == 403:
+            return f"the token may not do this (403, {said}): {login} with write access"
+        later = "; try again later" if status in _PASSING_STATUS else ""
+        return f"the Hub answers {status}: {said}{later}"
+    if isinstance(error, LocalEntryNotFoundError) or is_passing(error):
+        cause = error.__cause__ or error
+        return f"no usable answer from {constants.ENDPOINT} ({type(cause).__name__}): check the connection, try again"
+    return text or type(error).__name__

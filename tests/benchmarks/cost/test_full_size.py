@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from benchmarks.cost import full_size
+from benchmarks.cost.full_size import REHEARSAL, measure, needed, page, recipe_of, table
+from benchmarks.cost.random_training import released_teacher
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And without the accelerator of other tests, whose precision is another one."""
+    monkeypatch.chdir(ROOT)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_smallest_released_model_is_rehearsed() -> None:
+    config = recipe_of("wan2_1_t2v_1_3b", [*REHEARSAL, "model.frames=5"])
+    row = measure(config, 1, 1, 1, "cpu")
+    assert row["phase"] == "low_noise" and row["latents"] == [16, 2, 8, 8]
+    assert len(row["seconds"]) == 1 and row["seconds"][0] > 0
+    assert row["peak"] > 0 and row["held"] > 2 * row["parameters"]
+
+
+def test_a_model_that_does_not_fit_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate\n 60 GiB")
+
+    monkeypatch.setattr(full_size, "released_teacher", full)
+    row = measure(recipe_of("wan2_1_t2v_1_3b", []), 1, 0, 1, "cpu")
+    assert row == {"phase": "high_noise", "failed": "out of memory: tried to allocate 60 GiB"}
+    assert table([{"model": "m", **row}]).splitlines()[-1] == "| m | high_noise |  |  | out of memory |  |  |"
+
+
+def test_samples_are_those_of_the_recipe() -> None:
+    teacher = released_teacher(recipe_of("wan2_2_t2v_a14b", ["offload_idle_network=false"]), 1, "meta")
+    assert list(teacher.networks) == ["transformer", "transformer_2"]
+    assert teacher.shape == (16, 21, 60, 104) and teacher.conditioning == {"prompt_embeds": (512, 4096)}
+    assert released_teacher(recipe_of("qwen_image", []), 1, "meta").shape == (16, 1, 166, 166)
+    images = released_teacher(recipe_of("wan2_2_i2v_a14b", ["offload_idle_network=false"]), 1, "meta")
+    assert images.conditioning == {"prompt_embeds": (512, 4096), "image_latents": (16, 21, 60, 104)}
+
+
+def test_a_page_says_what_it_is() -> None:
+    row = {"model": "m", "phase": "p", "parameters": 2e10, "latents": [16, 1], "seconds": [3.0, 1.0, 2.0]}
+    row |= {"held": 2**30, "peak": 3 * 2**30}
+    assert table([row]).splitlines()[-1] == "| m | p | 20 G | 16x1 | 2 (1 to 3) | 1.00 | 3.00 |"
+    rehearsed, real = (page([row], {"m": "5 GiB"}, flag, "cpu", 3) for flag in (True, False))
+    assert "no table of a GPU" in rehearsed and "no table of a GPU" not in real
+    assert "3 updates after one to warm up" in real
+    assert "| m | 5 GiB |" in rehearsed and "| m | 5 GiB |" in real
+
+
+def test_what_a_model_needs_is_the_dry_run_s() -> None:
+    assert needed(recipe_of("wan2_1_t2v_1_3b", [])).endswith("GiB")
+    assert float(needed(recipe_of("wan2_1_t2v_1_3b", [])).split()[0]) > 2.64, "the teacher alone"

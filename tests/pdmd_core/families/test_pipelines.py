@@ -1,0 +1,227 @@
+"""Every family, in every kind of pipeline it has: our loop is the stock pipeline's own call, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from torch import Tensor
+from torch.nn import functional
+
+from pdmd_core.distillation import guided_velocity
+from pdmd_core.families import family_of
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import TEACHER, Roles
+from pdmd_core.rollout import sample
+from pdmd_core.scheduler import PhasedDMDScheduler
+from tests.helpers import tiny_families
+from tests.helpers.tiny import randn, wan_pipeline
+
+PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
+PROMPT, NEGATIVE = "a panda", "blurry and dull"
+GUIDANCE = 3.0
+QWEN_TOKENS = 400
+"""Enough for the template around a prompt, one token for each byte."""
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], Any]
+    size: tuple[int, int, int] = (32, 16, 5)
+    """Height, width, frames."""
+    guidance: str = "guidance_scale"
+    tokens: int = 16
+    unguided: float = 1.0
+    """What the pipeline calls no guidance; its scale then counts from there."""
+
+
+CASES = {
+    "wan 2.1": Case(wan_pipeline),
+    "wan 2.2 a14b": Case(tiny_families.wan_two_networks),
+    "wan 2.1 image": Case(tiny_families.wan_image_clip),
+    "wan 2.2 a14b image": Case(tiny_families.wan_image_two_networks),
+    "wan 2.2 5b": Case(tiny_families.wan_5b, (32, 64, 5)),
+    "wan 2.2 5b image": Case(lambda: tiny_families.wan_5b(WanImageToVideoPipeline), (32, 64, 5)),
+    "qwen image": Case(tiny_families.qwen_image, (32, 48, 1), "true_cfg_scale", tokens=QWEN_TOKENS),
+    "qwen image edit": Case(tiny_families.qwen_image_edit, (128, 64, 1), "true_cfg_scale", tokens=QWEN_TOKENS),
+    "qwen image edit plus": Case(
+        tiny_families.qwen_image_edit_plus, (128, 64, 1), "true_cfg_scale", tokens=QWEN_TOKENS
+    ),
+    "z image": Case(tiny_families.z_image, (32, 48, 1), unguided=0.0),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@dataclass
+class Taught:
+    """A pipeline, its networks as roles without experts, and the conditioning of PROMPT and NEGATIVE."""
+
+    case: Case
+    pipeline: Any
+    roles: Roles
+    conditioning: dict[str, Tensor]
+    negative: dict[str, Tensor]
+    output_type: str = "latent"
+
+    @property
+    def noise(self) -> Tensor:
+        return randn(1, *self.roles.family.latent_shape(self.pipeline, *self.case.size))
+
+    def stock(self, guidance: float) -> Tensor:
+        """The latents of the pipeline's own call with our noise and sigmas, as latents of our shape."""
+        height, width, frames = self.case.size
+        call: dict[str, Any] = {
+            "prompt": PROMPT,
+            "height": height,
+            "width": width,
+            "max_sequence_length": self.case.tokens,
+        }
+        if self.roles.family.takes_image(self.pipeline):
+            call["image"] = tiny_families.picture()
+        if frames > 1:
+            call["num_frames"] = frames
+        if guidance != 1:
+            call["negative_prompt"] = NEGATIVE
+        call[self.case.guidance] = guidance - 1 + self.case.unguided
+        self.pipeline.scheduler = PhasedDMDScheduler.from_plan(PLAN)
+        generator = torch.Generator().manual_seed(0)
+        steps = len(PLAN.sigmas)
+        latents = self.pipeline(**call, num_inference_steps=steps, generator=generator, output_type=self.output_type)[0]
+        if self.output_type == "latent" and latents.ndim == 3:  # packed
+            return self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
+        return latents
+
+    def own(self, guidance: float) -> Tensor:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return guided_velocity(self.roles, x, sigma, self.conditioning, self.negative, guidance)
+
+        return sample(velocity, PLAN.sigmas, self.noise)
+
+
+@torch.no_grad()
+def taught(name: str) -> Taught:
+    case = CASES[name]
+    pipeline = case.build()
+    for part, strength in (("transformer", 0.2), ("transformer_2", 0.2), ("text_encoder", 0.5), ("image_encoder", 0.5)):
+        spread(getattr(pipeline, part, None), strength)
+    found = family_of(type(pipeline.transformer).__name__)
+    images = [tiny_families.picture()] if found.takes_image(pipeline) else None
+    seen = images if found.prompts_see_images(pipeline) else None
+    conditioning, negative = (
+        _padded(found.encode_prompts(pipeline, [text], case.tokens, seen)) for text in (PROMPT, NEGATIVE)
+    )
+    if images is not None:
+        beside = found.encode_images(pipeline, images, *case.size)
+        conditioning, negative = conditioning | beside, negative | beside
+    routing = found.teacher_routing(pipeline.config)
+    networks = {component: getattr(pipeline, component) for component in routing.components}
+    return Taught(case, pipeline, Roles(networks, found, {}, routing), conditioning, negative)
+
+
+def spread(network: torch.nn.Module | None, strength: float) -> None:
+    """Weights larger than at the start of training, so that every input matters."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters() if network is not None else ():
+        parameter.add_(strength * torch.randn(parameter.shape, generator=generator))
+
+
+def _padded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """To a common length where there is a mask, as for training."""
+    if "prompt_mask" not in tensors:
+        return tensors
+    return {
+        name: functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, 400 - tensor.shape[1]))
+        for name, tensor in tensors.items()
+    }
+
+
+@every_case
+@pytest.mark.parametrize("guidance", [1.0, GUIDANCE])
+@torch.no_grad()
+def test_our_loop_samples_what_the_stock_pipeline_samples(name: str, guidance: float) -> None:
+    teacher = taught(name)
+    own, stock = teacher.own(guidance), teacher.stock(guidance)
+    assert own.shape == stock.shape
+    torch.testing.assert_close(own, stock, rtol=1e-5, atol=1e-4)
+
+
+@every_case
+@torch.no_grad()
+def test_every_part_of_the_conditioning_matters(name: str) -> None:
+    teacher = taught(name)
+    expected = teacher.own(1.0)
+    changed = {
+        key: teacher.negative[key] if "prompt" in key else randn(*value.shape, seed=1)
+        for key, value in teacher.conditioning.items()
+    }
+    for key in teacher.conditioning.keys() - {"prompt_mask"}:
+        other = replace(teacher, conditioning=teacher.conditioning | {key: changed[key]})
+        assert (other.own(1.0) - expected).abs().max() > 1e-2, key
+    assert (teacher.own(GUIDANCE) - expected).abs().max() > 1e-2
+
+
+@every_case
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_depend_on_each_other(name: str) -> None:
+    """Own sigma, prompt, negative prompt and image for each; both networks of two are asked."""
+    teacher = taught(name)
+    x = torch.cat([teacher.noise, teacher.noise.flip(-1), 0.5 * teacher.noise])
+    sigmas = torch.tensor([0.95, 0.3, 0.9])
+    rows = [teacher.conditioning, teacher.negative, teacher.conditioning]
+    conditioning = {key: torch.cat([row[key] for row in rows]) for key in teacher.conditioning}
+    together = teacher.roles.velocity(TEACHER, x, sigmas, conditioning)
+    for i, row in enumerate(rows):
+        alone = teacher.roles.velocity(TEACHER, x[i : i + 1], float(sigmas[i]), row)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+        others = teacher.roles.velocity(TEACHER, x[i : i + 1], float(sigmas[i - 1]), row)
+        assert (together[i] - others).abs().max() > 1e-2
+
+
+@every_case
+@torch.no_grad()
+def test_decoding_is_the_pipeline_s_own(name: str) -> None:
+    teacher = taught(name)
+    decoder = teacher.pipeline.vae.decoder
+    decoder.conv_out.weight.mul_(20)  # so that the pixels use the whole range
+    latents = teacher.stock(1.0)
+    with mock.patch.object(teacher, "output_type", "pt"):
+        expected = teacher.stock(1.0)
+    found = teacher.roles.family.decode(teacher.pipeline, latents)
+    assert found.shape == (1, teacher.case.size[2], 3, *teacher.case.size[:2])
+    assert found.min() < 0.1 and found.max() > 0.9
+    torch.testing.assert_close(found, expected.reshape(found.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("wan 2.2 5b", (48, 64, 5), "multiples of 32, found 64x48"),
+        ("wan 2.1 image", (32, 24, 5), "multiples of 16, found 24x32"),
+        ("qwen image", (20, 32, 1), "multiples of 8, found 32x20"),
+        ("qwen image", (32, 0, 1), "multiples of 8, found 0x32"),
+        ("qwen image", (32, 32, 5), "1 frame, found 5"),
+        ("z image", (34, 32, 1), "multiples of 4, found 32x34"),
+        ("z image", (32, 32, 5), "1 frame, found 5"),
+    ],
+)
+def test_a_size_that_the_model_does_not_have_is_one_line(name: str, size: tuple[int, int, int], words: str) -> None:
+    pipeline = CASES[name].build()
+    with pytest.raises(ValueError, match=words) as caught:
+        family_of(type(pipeline.transformer).__name__).latent_shape(pipeline, *size)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_only_pipelines_of_images_take_one() -> None:
+    taking = {name for name, case in CASES.items() if taught(name).roles.family.takes_image(case.build())}
+    assert taking == {
+        "wan 2.1 image",
+        "wan 2.2 a14b image",
+        "wan 2.2 5b image",
+        "qwen image edit",
+        "qwen image edit plus",
+    }

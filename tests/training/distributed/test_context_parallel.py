@@ -1,0 +1,139 @@
+"""Context parallelism: what it refuses, who shares a sample. Its numbers are those that test_processes.py compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers.models.attention_dispatch import attention_backend
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pdmd_core.families import family
+from tests.helpers.tiny import transformer
+from tests.helpers.tiny_families import qwen_image, z_image
+from training.config.schema import ConfigError, load_config, parse_config
+from training.distributed.context_parallel import divide_samples
+from training.loop.dry_run import describe
+
+ROOT = Path(__file__).parents[3]
+QWEN, WAN = (ROOT / "training" / "configs" / f"{name}_phased.yaml" for name in ("qwen_image", "wan2_1_t2v_14b"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def refused(words: str, path: Path, *overrides: str, gpus: int) -> None:
+    with pytest.raises(ConfigError) as error:
+        describe(load_config(path, overrides), gpus=gpus)
+    assert str(error.value) == words
+
+
+def test_sizes_and_heads_that_cannot_be_divided_are_one_line() -> None:
+    refused(
+        "context_parallel: 2 processes cannot divide the 6889 tokens of 1328x1328; they can with a width of 1344",
+        *(QWEN, "context_parallel=2"),
+        gpus=8,
+    )
+    refused(
+        "context_parallel: 5 processes cannot divide the 24 attention heads of QwenImageTransformer2DModel",
+        *(QWEN, "context_parallel=5"),
+        gpus=5,
+    )
+    refused(
+        "context_parallel: 4 processes cannot divide the 3402 tokens of 432x336, 21 frames; they can with a width of "
+        "448",
+        *(WAN, "context_parallel=4", "data.buckets=[{width: 432, height: 336, frames: 21}]"),
+        gpus=8,
+    )
+
+
+def test_a_kind_of_attention_that_would_see_half_of_the_tokens_is_one_line() -> None:
+    with attention_backend("_native_math"):
+        refused(
+            "context_parallel: diffusers cannot divide attention with its backend _native_math: leave "
+            "DIFFUSERS_ATTN_BACKEND unset",
+            *(WAN, "context_parallel=2"),
+            gpus=8,
+        )
+
+
+def test_a_family_that_diffusers_has_no_plan_for_is_one_line(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
+    z_image().save_pretrained(tmp_path / "z")
+    settings_of_run["model"] |= {"path": str(tmp_path / "z")}
+    with pytest.raises(ConfigError) as error:
+        describe(parse_config(settings_of_run | {"context_parallel": 2}, "test"), gpus=2)
+    assert str(error.value) == (
+        "context_parallel: diffusers cannot divide the tokens of ZImageTransformer2DModel: leave it out"
+    )
+
+
+def test_compiled_blocks_are_refused(settings_of_run: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="compile is for samples that are whole: set context_parallel to 1"):
+        parse_config(settings_of_run | {"context_parallel": 2, "compile": "regional"}, "test")
+
+
+def test_a_dry_run_divides_samples_among_groups_and_weights_as_before() -> None:
+    alone, together = (
+        describe(load_config(QWEN, ["model.width=1344", f"context_parallel={degree}"]), gpus=8).splitlines()
+        for degree in (1, 2)
+    )
+    changed = [(a, b) for a, b in zip(alone, together, strict=True) if a != b]
+    assert changed == [
+        (
+            "an update has 64 samples, 8 for each GPU, 1 at once",
+            "an update has 64 samples, 16 for each group of 2 GPUs, which share its tokens, 1 at once",
+        )
+    ]
+
+
+@pytest.fixture
+def last_of_four() -> Iterator[None]:
+    """The last of four processes, the others of which are not there."""
+    dist.init_process_group("fake", rank=3, world_size=4, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_neighbours_share_a_sample(last_of_four: None) -> None:
+    network = transformer()
+    divide_samples([network], 2, torch.device("cpu"))
+    found = network.blocks[1].attn1.processor._parallel_config.context_parallel_config
+    for mesh in (found._flattened_mesh, found._ulysses_mesh):
+        assert dist.get_process_group_ranks(mesh.get_group()) == [2, 3]
+
+
+def test_half_precision_runs_backwards_where_norms_compute_in_float32(last_of_four: None) -> None:
+    """As with Wan on a GPU. Nobody answers here: there are dtypes, no numbers."""
+    network = qwen_image().transformer
+    divide_samples([network], 2, torch.device("cpu"))
+    kinds = set()
+    attention = network.transformer_blocks[0].attn
+    for name in ("to_v", "norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        attention.get_submodule(name).register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    conditioning = {"prompt_embeds": torch.zeros(1, 4, 16), "prompt_mask": torch.ones(1, 4)}
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = family("qwen_image").velocity(network, torch.ones(1, 4, 1, 4, 4), 0.5, conditioning)
+    velocity.float().sum().backward()
+    assert kinds == {torch.bfloat16}
+    assert attention.to_q.weight.grad is not None
+
+
+def test_a_given_image_that_makes_tokens_uneven_is_one_line(last_of_four: None) -> None:
+    network = qwen_image().transformer
+    divide_samples([network], 2, torch.device("cpu"))
+    conditioning = {
+        "prompt_embeds": torch.zeros(1, 4, 16),
+        "prompt_mask": torch.ones(1, 4),
+        "image_latents": torch.zeros(1, 4, 1, 2, 6),
+    }
+    with pytest.raises(ConfigError) as error:
+        family("qwen_image").velocity(network, torch.zeros(1, 4, 1, 4, 4), 0.5, conditioning)
+    assert str(error.value) == "context_parallel: 2 processes cannot divide the 7 tokens of sample and image"

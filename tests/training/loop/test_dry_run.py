@@ -1,0 +1,257 @@
+"""Every recipe is described from configs alone: nothing is downloaded, nothing is allocated."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from pdmd_core.families import TeacherRouting, family
+from pdmd_core.roles import FAKE, Roles
+from tests.helpers.tiny_families import wan_two_networks
+from training.config.command_line import UserError
+from training.config.schema import ConfigError, load_config, parse_config
+from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, networks_of
+from training.loop.dry_run import describe, pipeline_on_meta
+from training.loop.trainer import Trainer
+from training.memory.offload import OneOnDevice
+from training.memory.static import static_memory
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = ROOT / "training" / "configs"
+MODELS = {
+    "wan2_1_t2v_14b": ("14.29 G parameters", "16x21x60x104"),
+    "wan2_1_t2v_1_3b": ("1.42 G parameters", "16x21x60x104"),
+    "wan2_2_t2v_a14b": ("28.58 G parameters", "16x21x60x104"),
+    "wan2_2_i2v_a14b": ("28.58 G parameters", "16x21x60x104"),
+    "qwen_image": ("20.43 G parameters", "16x1x166x166"),
+}
+"""Parameters of the teacher and latents of a sample."""
+RECIPES = ("phased", "phased_single_gpu", "dmd_sgts")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def check_that_little_is_held_beside_the_teacher(text: str, two_networks: bool) -> None:
+    """At most 1.15 times what it takes; the parts add up to the whole, and the whole has that ratio."""
+    (found,) = re.findall(
+        r"^  ratio +([\d.]+): .* teacher on the GPU(?:, ([\d.]+) of both its networks)?", text, re.MULTILINE
+    )
+    ratio = float(found[0])
+    assert 1 < ratio <= 1.15
+    assert bool(found[1]) == two_networks
+    if two_networks:
+        assert float(found[1]) == pytest.approx(ratio / 2, abs=0.001)
+    sizes = re.findall(r"^  (\w+) +([\d.]+) ([GM])iB:", text, re.MULTILINE)
+    parts = {role: float(size) / (1 if unit == "G" else 1024) for role, size, unit in sizes}
+    total = parts.pop("all")
+    assert sum(parts.values()) == pytest.approx(total, abs=0.03)
+    assert total / parts["teacher"] == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_recipe_says_what_it_takes(model: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library of 8-bit moments, which a dry run does not need."""
+    for name in ("torchao", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    config = load_config(CONFIGS / f"{model}_{recipe}.yaml")
+    single = recipe == "phased_single_gpu"
+    gpus = 1 if single else 16 if "a14b" in model else 8
+    text = describe(config, memory_per_gpu=80, gpus=gpus)
+    parameters, latents = MODELS[model]
+    assert parameters in text and f"latents {latents}" in text
+    ((host, when),) = re.findall(r"^  host memory +([\d.]+) GiB: the teacher, in each process, (.*)$", text, re.M)
+    assert float(host) * 2**30 == pytest.approx(2e9 * float(parameters.split()[0]), rel=0.01), "whole, in bfloat16"
+    assert (when == "all the time") == (single and "a14b" in model)
+    assert ("transformer_2 below" in text) == ("a14b" in model)
+    assert ("one network at a time" in text) == (single and "a14b" in model)
+    phases = text.count("network evaluations of each sample")
+    assert phases == len(config.plan.build()) == (1 if recipe == "dmd_sgts" else 2)
+    assert (config.sharding == "fsdp") == (not single)
+    if single:
+        check_that_little_is_held_beside_the_teacher(text, "a14b" in model)
+    if not single and model != "wan2_1_t2v_1_3b":
+        with pytest.raises(UserError, match=r"does not fit: .* GiB .*80 GiB given; the largest is fake") as caught:
+            describe(config, memory_per_gpu=80)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def role_bytes(text: str) -> dict[str, float]:
+    """MiB by role."""
+    return {name: float(size) for name, size in re.findall(r"^  (\w+) +([\d.]+) MiB:", text, re.MULTILINE)}
+
+
+def test_shards_divide_the_base_and_full_copies_and_nothing_else(
+    settings_of_run: dict[str, Any], tmp_path: Path
+) -> None:
+    wan_two_networks().save_pretrained(tmp_path / "two")
+    settings_of_run["model"] |= {"path": str(tmp_path / "two")}
+    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "fake": {"kind": "full"}, "batch_size": 8}
+
+    def on(gpus: int, **changes: Any) -> dict[str, float]:
+        return role_bytes(describe(parse_config(settings_of_run | changes, "test"), gpus=gpus))
+
+    alone = on(1)
+    assert on(8) == alone, "without sharding every GPU holds everything"
+    for gpus, shards, changes in (
+        (8, 8, {"sharding": "fsdp"}),
+        (8, 4, {"sharding": "hsdp", "shard_size": 4}),
+        (4, 4, {"sharding": "fsdp"}),
+    ):
+        found = on(gpus, **changes)
+        for role in ("teacher", FAKE):
+            assert found[role] == pytest.approx(alone[role] / shards, abs=0.06)
+        for role in ("high_noise", "low_noise"):
+            assert found[role] == alone[role]
+        assert found["gathered"] > 0 and "gathered" not in alone
+        assert found["all"] == pytest.approx(sum(v for role, v in found.items() if role != "all"), abs=0.2)
+    with pytest.raises(ConfigError, match="8 samples cannot be divided among 3"):
+        on(3)
+
+
+def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
+    wan_two_networks().save_pretrained(tmp_path / "two")
+    settings_of_run["model"] |= {"path": str(tmp_path / "two")}
+    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "gradient_checkpointing": True}
+    both, one = (
+        role_bytes(describe(parse_config(settings_of_run | {"offload_idle_network": idle}, "test")))
+        for idle in (False, True)
+    )
+    assert one["teacher"] == pytest.approx(both["teacher"] / 2, abs=0.06)
+    assert {role: one[role] for role in ("high_noise", FAKE)} == {role: both[role] for role in ("high_noise", FAKE)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recipes_have_the_paper_s_settings(model: str) -> None:
+    for recipe in ("phased", "dmd_sgts"):
+        config = load_config(CONFIGS / f"{model}_{recipe}.yaml")
+        generator, fake = config.generator, config.fake
+        assert (generator.kind, generator.rank, generator.alpha, generator.lr) == ("lora", 64, 8, 5e-5)
+        assert (fake.kind, fake.lr, config.fake_updates) == ("full", 4e-7, 5)
+        assert generator.betas == fake.betas == (0, 0.999) and generator.weight_decay == fake.weight_decay == 0.01
+        assert generator.max_grad_norm == fake.max_grad_norm == 1
+        sigmas = [1, 0.9, 0.75, 0.5] if model == "qwen_image" else [1, 0.9375, 5 / 6, 0.625]
+        assert config.plan.build().sigmas == pytest.approx(sigmas)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "kind", "boundary"),
+    [
+        ("wan2_1_t2v_14b", 14_288_491_584, "WanPipeline", None),
+        ("wan2_1_t2v_1_3b", 1_418_996_800, "WanPipeline", None),
+        ("wan2_2_t2v_a14b", 14_288_491_584, "WanPipeline", 0.875),
+        ("wan2_2_i2v_a14b", 14_288_491_584 + 20 * 4 * 5120, "WanImageToVideoPipeline", 0.9),  # mask and image
+        ("qwen_image", 20_430_401_088, "QwenImagePipeline", None),
+    ],
+)
+def test_architectures_are_those_of_the_released_models(
+    model: str, weights: int, kind: str, boundary: float | None
+) -> None:
+    """weights: of each network, exactly, so that no size in its config can be another one."""
+    pipeline = pipeline_on_meta(TeacherSource(f"training/architectures/{model}"))
+    found = family_of_pipeline(pipeline)
+    assert type(pipeline).__name__ == kind
+    assert found.teacher_routing(pipeline.config).boundary == boundary
+    networks = networks_of(pipeline, found)
+    assert list(networks) == ["transformer", "transformer_2"][: 1 if boundary is None else 2]
+    assert {sum(p.numel() for p in network.parameters()) for network in networks.values()} == {weights}
+
+
+def alive(trainer: Trainer) -> tuple[int, set[str]]:
+    """Bytes of the teacher and of what roles hold, but for adapters that are away; the roles that have gradients."""
+    roles, idle = trainer.roles, trainer.roles.before_role
+    networks = [roles.base_state_dict(name).values() for name in roles.bases]
+    tensors = [value for network in networks for value in network]
+    with_gradients = set()
+    for role in roles.specs:
+        parameters = roles.parameters(role)
+        if not (isinstance(idle, OneOnDevice) and role in idle.kept and role != idle.here):
+            tensors += parameters
+        if gradients := [p.grad for p in parameters if p.grad is not None]:
+            tensors += gradients
+            with_gradients.add(role)
+    for optimizer in trainer.training.optimizers.values():
+        tensors += [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    if trainer.training.average is not None:
+        tensors += trainer.training.average.shadow_params
+    return sum(t.numel() * t.element_size() for t in tensors), with_gradients
+
+
+@pytest.mark.parametrize("changes", [{}, {"offload_idle_experts": True}, {"micro_batch_size": 1}, {"ema_decay": 0.9}])
+def test_bytes_are_the_most_that_a_run_holds(
+    settings_of_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Counted on a tiny teacher of two networks at every optimizer step and whenever an idle expert comes."""
+    wan_two_networks().save_pretrained(tmp_path / "two")
+    settings_of_run["model"] |= {"path": str(tmp_path / "two")}
+    role = {"kind": "lora", "rank": 256, "alpha": 4, "lr": 1e-2}  # so that adapters are most of it
+    settings_of_run |= {"plan": {"steps": [1, 1], "shift": 5.0}, "generator": role, "fake": role, "ema_decay": None}
+    settings_of_run |= {"batch_size": 2, "updates": 2, "fake_updates": 1}
+    if changes.get("micro_batch_size"):
+        # gradients of a part are there when an expert comes for the next; together more than those of a small fake
+        changes = {**changes, "offload_idle_experts": True, "fake": {**role, "rank": 64}}
+    config = parse_config(settings_of_run | changes, "test")
+    trainer = Trainer(config)
+    found: list[int] = []
+
+    def at_a_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        size, with_gradients = alive(trainer)
+        (stepping,) = [role for role, own in trainer.training.optimizers.items() if own is optimizer]
+        assert with_gradients == {stepping}, "gradients of the other role are gone"
+        found.append(size)
+
+    bring = OneOnDevice._bring
+
+    def when_one_comes(self: OneOnDevice, role: str) -> None:
+        bring(self, role)
+        self.here = role
+        found.append(alive(trainer)[0])
+
+    monkeypatch.setattr(OneOnDevice, "_bring", when_one_comes)
+    hook = register_optimizer_step_pre_hook(at_a_step)
+    try:
+        trainer.run()
+    finally:
+        hook.remove()
+    (shown,) = re.findall(r"all +([\d.]+) MiB", describe(config))
+    assert float(shown) == pytest.approx(max(found) / 2**20, abs=0.06), "shown with one decimal"
+
+
+def test_weights_that_diffusers_keeps_in_float32_are_counted_so(settings_of_run: dict[str, Any]) -> None:
+    settings_of_run["model"] |= {"dtype": "bfloat16"}
+    config = parse_config(settings_of_run, "test")
+    source = TeacherSource(config.model.path)
+    loaded = list(load_image_side(source, torch.bfloat16).transformer.parameters())
+    sizes = {dtype: sum(p.nbytes for p in loaded if p.dtype == dtype) for dtype in (torch.float32, torch.bfloat16)}
+    networks, routing = networks_of(pipeline_on_meta(source), family("wan")), TeacherRouting()
+    roles = Roles(networks, family("wan"), config.role_specs(routing), routing)
+    assert static_memory(config, config.plan.build(), roles, 1).base == sum(sizes.values())
+    assert all(sizes.values())
+
+
+def test_nothing_is_allocated() -> None:
+    pipeline = pipeline_on_meta(TeacherSource("training/architectures/wan2_2_i2v_a14b"))
+    for part in (pipeline.transformer, pipeline.transformer_2, pipeline.vae):
+        assert {p.device.type for p in part.parameters()} == {"meta"}
+
+
+def test_what_cannot_be_described_is_one_line(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
+    def refused(error: type[Exception], words: str, **model: Any) -> None:
+        config = parse_config(settings_of_run | {"model": settings_of_run["model"] | model}, "test")
+        with pytest.raises(error, match=words) as caught:
+            describe(config)
+        assert len(str(caught.value).splitlines()) == 1
+
+    refused(ConfigError, "frames, found 3", frames=3)
+    refused(TeacherError, "neither a folder", path="nowhere")
+    refused(TeacherError, "'NoPipeline' is not a pipeline class", pipeline="NoPipeline")
+    refused(TeacherError, "cannot load a pipeline", architecture=str(tmp_path))

@@ -1,0 +1,278 @@
+"""Whole distillations of tiny teachers of every kind: trained, resumed, exported, and loaded by the stock pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline
+from PIL import Image
+
+from pdmd_core.experts import ExpertsError, PhasedExperts
+from pdmd_core.pipelines import attach_experts
+from pdmd_core.roles import FAKE
+from pdmd_core.scheduler import PhasedDMDScheduler
+from tests.helpers import tiny_families
+from tests.helpers.interrupted import run_and_stop
+from tests.helpers.prompt_files import write_prompts
+from tests.helpers.tiny import wan_pipeline
+from training.config.schema import ConfigError, DistillConfig, parse_config
+from training.data.buckets import SampleSize
+from training.data.examples import Example, PromptError, read_examples
+from training.evaluation.sampler import Sampler
+from training.loop.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Kind:
+    build: Callable[[], Any]
+    size: tuple[int, int, int]
+    """Height, width, frames."""
+    tokens: int
+    images: bool = False
+    two: bool = False
+    unguided: dict[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
+
+
+UNGUIDED_TRUE = {"true_cfg_scale": 1.0}
+KINDS = {
+    "wan 2.1": Kind(wan_pipeline, (16, 32, 5), 12),
+    "wan 2.2 a14b": Kind(tiny_families.wan_two_networks, (16, 32, 5), 12, two=True),
+    "wan 2.2 a14b image": Kind(tiny_families.wan_image_two_networks, (16, 32, 5), 12, images=True, two=True),
+    "wan 2.1 image": Kind(tiny_families.wan_image_clip, (16, 32, 5), 12, images=True),
+    "wan 2.2 5b image": Kind(lambda: tiny_families.wan_5b(WanImageToVideoPipeline), (32, 64, 5), 12, images=True),
+    "wan 2.2 5b": Kind(tiny_families.wan_5b, (32, 64, 5), 12),
+    "qwen image": Kind(tiny_families.qwen_image, (32, 48, 1), 330, unguided=UNGUIDED_TRUE),
+    "qwen image edit": Kind(tiny_families.qwen_image_edit, (64, 128, 1), 500, images=True, unguided=UNGUIDED_TRUE),
+    "qwen image edit plus": Kind(
+        tiny_families.qwen_image_edit_plus, (64, 128, 1), 500, images=True, unguided=UNGUIDED_TRUE
+    ),
+    "z image": Kind(tiny_families.z_image, (32, 48, 1), 16, unguided={"guidance_scale": 0.0}),
+}
+TWO = [name for name, kind in KINDS.items() if kind.two]
+every_kind = pytest.mark.parametrize("name", KINDS)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    for name, kind in KINDS.items():
+        kind.build().save_pretrained(folder / name)
+    return {name: folder / name for name in KINDS}
+
+
+def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> DistillConfig:
+    kind = KINDS[name]
+    height, width, frames = kind.size
+    role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2}
+    model = {"path": str(teacher), "height": height, "width": width, "frames": frames}
+    settings = {
+        "model": {**model, "max_sequence_length": kind.tokens},
+        "prompts": str(write_prompts(folder, kind.images)),
+        "negative_prompt": "blurry",
+        "plan": {"steps": [2, 2], "shift": 5.0},
+        "objective": {"guidance_scale": 2.0},
+        "generator": role,
+        "fake": role,
+        "updates": 2,
+        "batch_size": 4,
+        "fake_updates": 1,
+        "tracker": None,
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 10,
+        "sample_every": None,
+        "sample_seeds": 1,
+        "output_dir": str(folder / "run"),
+    }
+    return parse_config({**settings, **changes}, "test")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def sampled(
+    name: str, config: DistillConfig, experts: PhasedExperts, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Latents with the experts and with the teacher by our own sampler, and the same call for a stock pipeline."""
+    kind, (height, width, frames) = KINDS[name], KINDS[name].size
+    example = read_examples(config.prompts)[1]
+    size = SampleSize(height, width, frames, kind.tokens)
+    sampler = Sampler(
+        str(config.model.path),
+        size,
+        [Example("another", example.image), example],
+        folder / "cache",
+        experts,
+        device="cpu",
+    )
+    found = sampler.with_experts([(1, 7)], progress=None)
+    steps = len(experts.manifest.plan.sigmas)
+    teachers_own = sampler.with_teacher([(1, 7)], steps, 5.0, 1.0, progress=None)
+    call: dict[str, Any] = {"prompt": example.prompt, "height": height, "width": width, **kind.unguided}
+    call |= {"max_sequence_length": kind.tokens, "num_inference_steps": steps, "output_type": "latent"}
+    if frames > 1:
+        call["num_frames"] = frames
+    if example.image is not None:  # the samples' aspect ratio: (64, 48) is cut to (64, 32)
+        top = (48 - 64 * height // width) // 2
+        image = Image.open(example.image).convert("RGB")
+        call["image"] = image.resize((width, height), Image.Resampling.BICUBIC, box=(0, top, 64, 48 - top))
+    return found, teachers_own, call
+
+
+def unpacked(pipe: Any, latents: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Latents of Qwen-Image as our own sampler gives them."""
+    return pipe._unpack_latents(latents, *kind.size[:2], pipe.vae_scale_factor)
+
+
+@torch.no_grad()
+def stock_sample(teacher: Path, experts: PhasedExperts, call: dict[str, Any]) -> torch.Tensor:
+    """By stock diffusers: its own LoRA loading, its own loop, our scheduler, latents as they come."""
+    pipe = DiffusionPipeline.from_pretrained(teacher, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = PhasedDMDScheduler.from_pretrained(experts.folder, subfolder="scheduler")
+    for expert in experts.manifest.experts:
+        second = {"load_into_transformer_2": True} if expert.component == "transformer_2" else {}
+        pipe.load_lora_weights(experts.folder, weight_name=expert.file, adapter_name=expert.name, **second)
+    names = [expert.name for expert in experts.manifest.experts]
+    two = len({expert.component for expert in experts.manifest.experts}) > 1
+
+    def use_expert_of_next_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if not two:  # a pipeline of two networks switches by itself
+            pipe.transformer.set_adapters(names[pipe.scheduler.phase])
+        return tensors
+
+    if not two:
+        pipe.transformer.set_adapters(names[0])
+    generator = torch.Generator().manual_seed(7)
+    return pipe(**call, generator=generator, callback_on_step_end=use_expert_of_next_step)[0]
+
+
+@every_kind
+def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
+    name: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    kind, teacher = KINDS[name], teachers[name]
+    config = config_of(name, teacher, tmp_path)
+    experts = PhasedExperts.open(Trainer(config).run())
+    components = [expert.component for expert in experts.manifest.experts]
+    assert components == (["transformer", "transformer_2"] if kind.two else ["transformer"] * 2)
+    for expert in experts.manifest.experts:
+        ups = [value for key, value in experts.lora_state(expert.name).items() if key.endswith("lora_B")]
+        assert sum(bool(value.any()) for value in ups) > len(ups) // 2, "trained"
+
+    found, teachers_own, call = sampled(name, config, experts, tmp_path)
+    expected = stock_sample(teacher, experts, call)
+    if expected.ndim == 3:
+        expected = unpacked(DiffusionPipeline.from_pretrained(teacher), expected, kind)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - teachers_own).abs().max() > 0.02, "experts are not the teacher"
+
+
+@pytest.mark.parametrize(("name", "stop_after"), [("wan 2.2 a14b", 3), ("wan 2.2 a14b image", 1), ("qwen image", 3)])
+def test_a_stopped_run_resumes_to_the_same_numbers(
+    name: str, stop_after: int, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "whole"))
+    Trainer(whole).run()
+    broken = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "broken"))
+    run_and_stop(Trainer(broken), stop_after)
+    Trainer(broken).run(resume=True)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_the_fake_of_two_networks_learns_on_both_and_each_expert_on_its_own(
+    name: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    trainer = Trainer(config_of(name, teachers[name], tmp_path, batch_size=6, fake_updates=3))
+    bases = {c: {k: v.clone() for k, v in trainer.roles.base_state_dict(c).items()} for c in trainer.roles.bases}
+    for phase, expert, component in ((0, "high_noise", "transformer"), (1, "low_noise", "transformer_2")):
+        trainer.progress.phase = phase
+        trainer._start_phase()
+        trainer.update()
+        assert trainer.roles.components(expert) == (component,)
+        moved = {k.partition(".")[0] for k, v in trainer.roles.state_dict(FAKE).items() if "lora_B" in k and v.any()}
+        assert moved == {"transformer", "transformer_2"}
+        assert any(v.any() for k, v in trainer.roles.state_dict(expert).items() if "lora_B" in k)
+    for component, before in bases.items():
+        assert all(torch.equal(before[k], v) for k, v in trainer.roles.base_state_dict(component).items())
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
+    name: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = {"steps": [4], "shift": 5.0}
+    with pytest.raises(ConfigError, match=r"phase 'all_noise' runs at sigmas 1 to 0\.625, on both sides") as caught:
+        Trainer(config_of(name, teachers[name], tmp_path, plan=plan))
+    assert "generator.component" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "component": "transformer"}
+    config = config_of(name, teachers[name], tmp_path, plan=plan, generator=role)
+    experts = PhasedExperts.open(Trainer(config).run())
+    assert [expert.component for expert in experts.manifest.experts] == ["transformer"]
+    found, teachers_own, call = sampled(name, config, experts, tmp_path)
+    pipe = attach_experts(DiffusionPipeline.from_pretrained(teachers[name]), experts)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(**call, generator=torch.Generator().manual_seed(7))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - teachers_own).abs().max() > 0.02, "one network with its expert, at all sigmas"
+
+
+def test_a_component_that_the_teacher_does_not_have_is_one_line(teachers: dict[str, Path], tmp_path: Path) -> None:
+    role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "component": "transformer_2"}
+    with pytest.raises(ConfigError, match=r"generator\.component: the teacher has no transformer_2") as caught:
+        Trainer(config_of("qwen image", teachers["qwen image"], tmp_path, generator=role))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_full_copies_of_two_networks_train_and_reset(teachers: dict[str, Path], tmp_path: Path) -> None:
+    role = {"kind": "full", "lr": 1e-4}
+    config = config_of("wan 2.2 a14b", teachers["wan 2.2 a14b"], tmp_path, generator=role, fake=role, updates=1)
+    trainer = Trainer(config)
+    experts = PhasedExperts.open(trainer.run())
+    for expert, component in zip(experts.manifest.experts, ("transformer", "transformer_2"), strict=True):
+        assert (expert.kind, expert.component) == ("full", component)
+        base, trained = trainer.roles.base_state_dict(component), experts.tensors(expert.name)
+        assert set(base) == set(trained)
+        assert any(not torch.equal(base[key], trained[key]) for key in base)
+
+
+def test_experts_of_two_networks_do_not_load_on_one(teachers: dict[str, Path], tmp_path: Path) -> None:
+    config = config_of("wan 2.2 a14b", teachers["wan 2.2 a14b"], tmp_path, updates=1)
+    experts = PhasedExperts.open(Trainer(config).run())
+    wan_pipeline().save_pretrained(tmp_path / "one")
+    with pytest.raises(ExpertsError, match="'low_noise' belongs to transformer_2") as caught:
+        Sampler(str(tmp_path / "one"), SampleSize(16, 32, 5, 12), ["x"], tmp_path / "cache", experts)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_pipeline_class_of_choice_makes_the_5b_teacher_an_image_to_video_one(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    tiny_families.wan_5b().save_pretrained(tmp_path / "5b")
+    config = config_of("wan 2.2 5b image", tmp_path / "5b", tmp_path)
+    with pytest.raises(PromptError, match=r"WanPipeline takes no images, 3 prompts have one; set model\.pipeline"):
+        Trainer(config)
+    model = {**config.model.model_dump(mode="json"), "pipeline": "WanImageToVideoPipeline"}
+    trainer = Trainer(config_of("wan 2.2 5b image", tmp_path / "5b", tmp_path, model=model))
+    conditioning = trainer.data.prompts.conditioning(torch.arange(3), torch.device("cpu"))
+    assert conditioning["first_frame"].shape == (3, 48, 1, 2, 4)
+
+
+def test_prompts_without_images_and_sample_prompts_are_refused_by_image_teachers(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    name = "wan 2.2 a14b image"
+    (tmp_path / "p.txt").write_text("a panda\na fox\n", encoding="utf-8")
+    with pytest.raises(PromptError, match="takes an image with each prompt, 2 of 2 have none") as caught:
+        Trainer(config_of(name, teachers[name], tmp_path, prompts=str(tmp_path / "p.txt")))
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(PromptError, match="sample_prompts: the teacher takes images"):
+        Trainer(config_of(name, teachers[name], tmp_path, sample_prompts=["a fox"]))

@@ -1,0 +1,210 @@
+"""The loop on a tiny real Wan pipeline: phases, resumption, faults, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pdmd_core.experts import PhasedExperts
+from pdmd_core.experts.format.fingerprint import fingerprint_of
+from pdmd_core.roles import FAKE
+from tests.helpers.interrupted import run_and_stop
+from tests.helpers.tiny import transformer
+from training.config.schema import ConfigError, DistillConfig, parse_config
+from training.loop.checkpoints import list_checkpoints
+from training.loop.trainer import Trainer, TrainingStopped
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def changed(config: DistillConfig, **values: Any) -> DistillConfig:
+    return parse_config({**config.model_dump(mode="json"), **values}, "test")
+
+
+def test_a_run_leaves_experts_metrics_samples_and_its_configuration(config: DistillConfig) -> None:
+    folder = Trainer(config).run()
+    experts = PhasedExperts.open(folder)
+    assert [expert.name for expert in experts.manifest.experts] == ["high_noise", "low_noise"]
+    assert experts.manifest.plan == config.plan.build()
+    assert experts.manifest.base.fingerprints == {"transformer": fingerprint_of(transformer())}
+    for name in ("high_noise", "low_noise"):
+        moved = [value.abs().max() for key, value in experts.lora_state(name).items() if key.endswith("lora_B")]
+        assert min(moved) > 0, "every up-projection starts at zero and must have moved"
+    rows = metrics(config.output_dir)
+    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {row["expert"] for row in rows[:3]} == {"high_noise"}
+    assert {row["expert"] for row in rows[3:]} == {"low_noise"}
+    assert (config.output_dir / "samples" / "low_noise-final.png").stat().st_size > 0
+    assert (config.output_dir / "config.yaml").exists()
+    assert (folder / "scheduler" / "scheduler_config.json").exists()
+    assert (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_a_run_stopped_at_any_update_resumes_to_the_same_numbers(
+    config: DistillConfig, tmp_path: Path, stop_after: int
+) -> None:
+    whole = Trainer(changed(config, output_dir=str(tmp_path / "whole"), checkpoint_every=2))
+    whole.run()
+    broken = changed(config, output_dir=str(tmp_path / "broken"), checkpoint_every=2)
+    run_and_stop(Trainer(broken), stop_after)
+    Trainer(broken).run(resume=True)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    for name in ("high_noise", "low_noise"):
+        first, second = (load_file(tmp_path / run / "experts" / f"{name}.safetensors") for run in ("whole", "broken"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_earlier_experts_and_the_base_do_not_move_in_a_later_phase(config: DistillConfig) -> None:
+    trainer = Trainer(config)
+    base = {name: value.clone() for name, value in trainer.roles.base_state_dict().items()}
+    trainer.progress.phase = 1
+    trainer._start_phase()
+    before = {name: value.clone() for name, value in trainer.roles.state_dict("high_noise").items()}
+    trainer.update()
+    assert all(torch.equal(before[name], value) for name, value in trainer.roles.state_dict("high_noise").items())
+    assert all(torch.equal(base[name], value) for name, value in trainer.roles.base_state_dict().items())
+    assert any(
+        value.abs().max() > 0 for name, value in trainer.roles.state_dict("low_noise").items() if "lora_B" in name
+    )
+
+
+def test_the_fake_starts_each_phase_as_the_teacher(config: DistillConfig) -> None:
+    trainer = Trainer(config)
+    trainer._start_phase()
+    trainer.update()
+    assert any(value.abs().max() > 0 for name, value in trainer.roles.state_dict(FAKE).items() if "lora_B" in name)
+    trainer.progress.phase = 1
+    trainer._start_phase()
+    assert all(value.abs().max() == 0 for name, value in trainer.roles.state_dict(FAKE).items() if "lora_B" in name)
+
+
+def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfig, tmp_path: Path) -> None:
+    rows = []
+    for checkpointing in (False, True):
+        run = changed(config, gradient_checkpointing=checkpointing, output_dir=str(tmp_path / str(checkpointing)))
+        Trainer(run).run()
+        rows.append(metrics(run.output_dir))
+    for plain, recomputed in zip(*rows, strict=True):
+        assert plain["generator_loss"] == pytest.approx(recomputed["generator_loss"], rel=1e-4)
+        assert plain["generator_grad_norm"] == pytest.approx(recomputed["generator_grad_norm"], rel=1e-3)
+
+
+def test_samples_are_made_in_the_parts_that_updates_are_made_in(config: DistillConfig) -> None:
+    """As many at once as memory has room for; the same samples."""
+    trainer = Trainer(changed(config, micro_batch_size=4, updates=1))
+    trainer.run()
+    counts, made = [], []
+    decode = trainer.family.decode
+
+    def counted(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        counts.append(len(latents))
+        made.append(decode(pipeline, latents))
+        return made[-1]
+
+    with mock.patch.object(trainer.family, "decode", counted):
+        for size in (None, 4):
+            trainer.config = changed(config, micro_batch_size=size)
+            trainer._validate("again")
+    assert counts == [6, 4, 2], "three prompts, two seeds"
+    torch.testing.assert_close(torch.cat(made[1:]), made[0], atol=1e-4, rtol=0)
+
+
+def test_full_copies_train_too(config: DistillConfig) -> None:
+    role = {"kind": "full", "lr": 1e-4}
+    folder = Trainer(changed(config, generator=role, fake=role, updates=2)).run()
+    experts = PhasedExperts.open(folder)
+    high, low = experts.tensors("high_noise"), experts.tensors("low_noise")
+    assert experts.manifest.experts[0].kind == "full"
+    assert any(not torch.equal(high[name], low[name]) for name in high)
+    _, code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    variables: dict[str, Any] = {}
+    exec(code, variables)  # noqa: S102 - the code that users are told to run
+    assert variables["pipe"].transformer is variables["networks"][1]
+    assert variables["result"].frames.shape == (1, 1, 16, 16, 3)
+
+
+def test_several_draws_use_one_rollout(config: DistillConfig) -> None:
+    calls = {1: 0, 3: 0}
+    for draws in calls:
+        trainer = Trainer(changed(config, draws_per_rollout=draws))
+        trainer._start_phase()
+        original = trainer.roles.velocity
+
+        def counted(role: str, *arguments: Any, draws: int = draws, original: Any = original) -> torch.Tensor:
+            calls[draws] += role == "high_noise"
+            return original(role, *arguments)
+
+        with (
+            mock.patch.object(trainer.roles, "velocity", counted),
+            mock.patch.object(trainer.distiller, "draw_step", return_value=0),
+        ):
+            trainer.update()
+    assert calls[1] == calls[3] == 3, "two fake rollouts and one generator rollout"
+
+
+def test_a_bad_loss_skips_the_update_is_counted_and_stops_the_run(config: DistillConfig) -> None:
+    run = changed(config, max_bad_updates=2, updates=6)
+    trainer = Trainer(run)
+    trainer._start_phase()
+    before = {name: value.clone() for name, value in trainer.roles.state_dict("high_noise").items()}
+    nan = torch.tensor(float("nan"))
+
+    def poisoned(x_s: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        return (x_s * nan).flatten(1).mean(1)
+
+    with (
+        mock.patch("pdmd_core.distillation.distribution_matching_loss", poisoned),
+        pytest.raises(TrainingStopped, match="2 updates in a row") as error,
+    ):
+        trainer.run()
+    assert "\n" not in str(error.value)
+    assert trainer.progress.bad == 2
+    assert all(torch.equal(before[name], value) for name, value in trainer.roles.state_dict("high_noise").items())
+    assert len(list_checkpoints(run.output_dir / "checkpoints")) == 1
+
+
+def test_a_changed_configuration_is_not_resumed(config: DistillConfig) -> None:
+    Trainer(config).run()
+    Trainer(changed(config, log_every=5)).run(resume=True)
+    with pytest.raises(ConfigError, match="batch_size: 4 -> 8") as error:
+        Trainer(changed(config, batch_size=8)).run(resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_size_the_model_does_not_have_is_one_line(config: DistillConfig) -> None:
+    model = {**config.model.model_dump(), "frames": 3}
+    with pytest.raises(ConfigError, match="1 \\+ a multiple of 4 frames, found 3"):
+        Trainer(changed(config, model=model))
+
+
+def test_learning_rates_fall_to_zero_at_the_end_of_each_phase(config: DistillConfig) -> None:
+    trainer = Trainer(changed(config, updates=10, lr_decay_share=0.5))
+    factors = []
+    for update in range(10):
+        trainer.progress.update = update
+        factors.append(trainer._lr_factor())
+    assert factors[:6] == [1.0] * 6
+    assert factors[6:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_the_step_of_every_role_goes_down_its_loss(config: DistillConfig) -> None:
+    trainer = Trainer(config)
+    trainer._start_phase()
+    training, roles = trainer.training, trainer.roles
+    for role in (FAKE, training.expert):
+
+        def loss(part: Any, role: str = role) -> torch.Tensor:
+            return torch.stack([(parameter - 1).square().sum() for parameter in roles.parameters(role)]).sum()
+
+        first, second = (training._train(role, torch.zeros(training.batch), loss)[0] for _ in range(2))
+        assert second < first

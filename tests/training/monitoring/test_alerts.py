@@ -1,0 +1,113 @@
+"""Alerts of trouble: each from a sequence that has it, none from sequences that are well."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from training.config.sections import WatchSection
+from training.monitoring.alerts import Alert, Alerts
+from training.monitoring.sample_statistics import SampleStatistics
+
+DEMO = Path(__file__).parent / "healthy_demo.json"
+"""A run of 60 updates a phase on the embedded teacher: every tenth update, and what every validation showed."""
+WELL = SampleStatistics(diversity=0.12, saturation=0.38, contrast=0.11, clipped=0.01)
+
+
+def told(alerts: Alerts, name: str, values: list[float], expert: str = "high_noise") -> list[Alert]:
+    return [alert for i, value in enumerate(values) for alert in alerts.after_update(i + 1, expert, {name: value})]
+
+
+def noisy(level: float, count: int, seed: int = 0) -> list[float]:
+    """As loud as losses are."""
+    numbers = random.Random(seed)
+    return [level * math.exp(numbers.gauss(0, 0.3)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rise", "remedy"),
+    [
+        ("fake_loss", "fake_lags", 2, "raise fake_updates"),
+        ("generator_grad_norm", "generator_gradient", 20, "lower generator.lr"),
+        ("fake_grad_norm", "fake_gradient", 20, "lower fake.lr"),
+    ],
+)
+def test_a_rise_is_reported_once_with_what_to_do(name: str, kind: str, rise: float, remedy: str) -> None:
+    (alert,) = told(Alerts(WatchSection()), name, noisy(1.0, 60) + noisy(rise, 60, 1))
+    assert alert.kind == kind and alert.expert == "high_noise" and remedy in alert.text
+    assert alert.update == 100, "two blocks after it began"
+    assert not told(Alerts(WatchSection()), name, noisy(1.0, 60) + noisy(1.2, 60, 1)), "as loud as they are"
+
+
+@pytest.mark.parametrize("name", ["fake_loss", "generator_grad_norm"])
+def test_a_single_outlier_and_a_nan_are_no_rise(name: str) -> None:
+    values = noisy(1.0, 200)
+    values[50], values[90], values[130] = 1e6, math.nan, math.inf
+    assert not told(Alerts(WatchSection()), name, values)
+
+
+def test_phases_are_compared_with_themselves_and_report_for_themselves() -> None:
+    alerts = Alerts(WatchSection())
+    assert not told(alerts, "fake_loss", noisy(0.4, 60), "high_noise")
+    assert not told(alerts, "fake_loss", noisy(60.0, 60), "low_noise"), "another phase has another scale"
+    assert len(told(alerts, "fake_loss", noisy(60.0, 60) + noisy(150.0, 60), "third")) == 1
+    assert len(told(alerts, "fake_loss", noisy(60.0, 60) + noisy(150.0, 60), "fourth")) == 1
+
+
+def test_what_was_reported_before_a_resumption_is_not_reported_again() -> None:
+    rising = noisy(1.0, 40) + noisy(3.0, 40)
+    assert told(Alerts(WatchSection()), "fake_loss", rising)
+    assert not told(Alerts(WatchSection(), [("fake_lags", "high_noise")]), "fake_loss", rising)
+
+
+def test_seeds_that_collapse_are_reported() -> None:
+    alerts = Alerts(WatchSection())
+    assert not alerts.validation(20, "high_noise", WELL)
+    assert not alerts.validation(40, "high_noise", replace(WELL, diversity=0.15))
+    assert not alerts.validation(60, "low_noise", replace(WELL, diversity=0.10))
+    (alert,) = alerts.validation(80, "low_noise", replace(WELL, diversity=0.08))
+    assert alert.kind == "diversity" and "0.080" in alert.text and "0.150" in alert.text
+    assert not alerts.validation(100, "low_noise", replace(WELL, diversity=0.01)), "once"
+    assert not Alerts(WatchSection()).validation(20, "high_noise", replace(WELL, diversity=None)), "one seed has none"
+
+
+@pytest.mark.parametrize("name", ["saturation", "contrast"])
+def test_a_rise_of_saturation_or_contrast_is_reported(name: str) -> None:
+    alerts = Alerts(WatchSection())
+    before = getattr(WELL, name)
+    assert not alerts.validation(20, "high_noise", WELL)
+    assert not alerts.validation(40, "high_noise", replace(WELL, **{name: 1.4 * before}))
+    (alert,) = alerts.validation(60, "high_noise", replace(WELL, **{name: 1.6 * before, "clipped": 0.4}))
+    assert alert.kind == name and "40% of the values" in alert.text and "guidance_scale" in alert.text
+    assert not alerts.validation(80, "low_noise", replace(WELL, **{name: 1.6 * before})), "phases differ"
+
+
+def test_weights_that_do_not_move_are_reported() -> None:
+    alerts = Alerts(WatchSection())
+    assert not alerts.motion(20, "high_noise", moved=1e-3, changed=1.0, share=0.2)
+    (small,) = alerts.motion(40, "high_noise", moved=1e-5, changed=1.0, share=0.5)
+    assert small.kind == "small_steps" and "raise generator.lr" in small.text
+    assert not alerts.motion(20, "low_noise", moved=4e-5, changed=1.0, share=0.2), "2e-4 at the end of the phase"
+    (lost,) = alerts.motion(40, "low_noise", moved=1e-3, changed=0.01, share=0.5)
+    assert lost.kind == "lost_steps" and "1% of" in lost.text
+
+
+def test_nothing_is_wrong_with_the_demo() -> None:
+    run, alerts = json.loads(DEMO.read_text(encoding="utf-8")), Alerts(WatchSection(window=3))
+    assert len(run["updates"]) == 13 and len(run["validations"]) == 8
+    for values in run["updates"]:
+        assert not alerts.after_update(values.pop("update"), values.pop("expert"), values)
+    for line in run["validations"]:
+        update, expert = line.pop("update"), line.pop("expert")
+        assert not alerts.validation(update, expert, SampleStatistics(**line))
+
+
+def test_no_false_alarm_in_many_healthy_runs() -> None:
+    """Loud constant losses over 2,000 updates, a hundred times."""
+    for seed in range(100):
+        assert not told(Alerts(WatchSection()), "fake_loss", noisy(1.0, 2000, seed))

@@ -1,0 +1,311 @@
+"""Conditioning tensors of all examples: computed once, kept on disk, read from there batch by batch.
+
+A bank is a folder named after everything that it depends on, with chunks of a fixed number of examples of one bucket.
+Chunks that are complete are not computed again, so that encoding that was stopped goes on, and several processes share
+the work. Tokens of a prompt are kept without the zeros after them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pdmd_core.families import ModelFamily
+from pdmd_core.hashing import sha256_of, sha256_of_bytes
+from training.config.command_line import UserError
+from training.data.buckets import ANY, Bucket, SampleSize, bucket_of
+from training.data.encoder import Encoder
+from training.data.examples import Example
+from training.data.teacher import TeacherSource
+
+CHUNK = 128
+"""Examples in a file: some 100 MB for the prompts of a large model."""
+INDEX, NEGATIVE = "index.json", "negative.safetensors"
+OF_NEGATIVE = "negative."
+LENGTHS = ".lengths"
+
+
+class PromptCache:
+    """Conditioning tensors of examples, read from a folder that ``open_prompt_cache`` has written.
+
+    Examples are named by their place in the data. A batch is of one bucket, because images have its size.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self.identity: str = folder.name
+        self.widths: dict[str, int] = index["widths"]
+        chunks = index["chunks"]
+        self._buckets = torch.tensor([bucket for bucket, rows in chunks for _ in rows], dtype=torch.int16)
+        places = torch.tensor([[chunk, row] for chunk, (_, rows) in enumerate(chunks) for row in range(len(rows))])
+        order = torch.tensor([example for _, rows in chunks for example in rows]).argsort()
+        self._buckets, self._places = self._buckets[order], places[order]
+        self._negative = self._read(folder / NEGATIVE, 0) if (folder / NEGATIVE).exists() else {}
+        self._held: list[dict[str, Tensor]] | None = None
+
+    def in_memory(self) -> PromptCache:
+        """This bank, which needs its folder no more: for few examples."""
+        self._held = self._rows(torch.arange(len(self)))
+        return self
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def members(self, bucket: int) -> Tensor:
+        """Indices of the examples that suit this bucket."""
+        return ((self._buckets == bucket) | (self._buckets == ANY)).nonzero().flatten()
+
+    def sized(self, bucket: int) -> int:
+        """How many examples belong to this bucket and to no other."""
+        return int((self._buckets == bucket).sum())
+
+    def prompts(self, indices: Iterable[int]) -> list[str]:
+        """The prompts of these examples."""
+        found = []
+        for index in indices:
+            chunk, row = self._places[index].tolist()
+            with safe_open(self._chunk(chunk), framework="pt") as file:
+                found.append(json.loads(file.metadata()["prompts"])[row])
+        return found
+
+    def conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """Conditioning of these examples (batch,) on a device."""
+        rows = self._rows(indices)
+        return _stacked([{k: v for k, v in row.items() if not k.startswith(OF_NEGATIVE)} for row in rows], device)
+
+    def negative_conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """Conditioning of these examples (batch,) with the negative prompt in place of theirs."""
+        rows = []
+        for row in self._rows(indices):
+            own = {k.removeprefix(OF_NEGATIVE): v for k, v in row.items() if k.startswith(OF_NEGATIVE)}
+            positive = {k: v for k, v in row.items() if not k.startswith(OF_NEGATIVE)}
+            rows.append(positive | self._negative | own)
+        return _stacked(rows, device)
+
+    def _rows(self, indices: Tensor) -> list[dict[str, Tensor]]:
+        if self._held is not None:
+            return [self._held[index] for index in indices.tolist()]
+        return [self._read(self._chunk(chunk), row) for chunk, row in self._places[indices].tolist()]
+
+    def _chunk(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    def _read(self, path: Path, row: int) -> dict[str, Tensor]:
+        """One row of a file; prompts with the zeros after their tokens again."""
+        file, ends = _opened(str(path))
+        found = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if name.endswith(LENGTHS):
+                continue
+            values = file.get_slice(name)
+            if name not in ends:
+                found[name] = values[row : row + 1][0]
+                continue
+            start, end = ends[name][row], ends[name][row + 1]
+            width = self.widths[name.removeprefix(OF_NEGATIVE)]
+            padded = values[0:0].new_zeros(width, *values.get_shape()[1:])
+            padded[: end - start] = values[start:end]
+            found[name] = padded
+        return found
+
+
+@lru_cache(maxsize=64)
+def _opened(path: str) -> tuple[Any, dict[str, list[int]]]:
+    """A file mapped into memory, and where the rows of its tensors without padding start."""
+    file = safe_open(path, framework="pt")
+    names = [name for name in file.keys() if name.endswith(LENGTHS)]  # noqa: SIM118
+    return file, {name.removesuffix(LENGTHS): [0, *file.get_tensor(name).cumsum(0).tolist()] for name in names}
+
+
+def _stacked(rows: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+
+
+def open_prompt_cache(
+    examples: Iterable[Example],
+    negative_prompt: str,
+    encoder: Encoder,
+    buckets: Sequence[Bucket],
+    cache_dir: Path,
+    dtype: torch.dtype = torch.float32,
+) -> PromptCache:
+    """Conditioning as the teacher's pipeline computes it, or what an earlier run left in ``cache_dir``.
+
+    examples are iterated twice, for what identifies them and to encode them. dtype: of the prompts' tensors; that of
+    the network loses nothing, since it takes them in no other. All processes call this together. Raises PromptError.
+    """
+    folder = cache_dir / _of_first_process(lambda: identity(examples, negative_prompt, encoder, buckets, dtype))
+    if not (folder / INDEX).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, examples, negative_prompt, encoder, buckets, dtype)
+    return PromptCache(folder)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    negative_prompt: str,
+    source: TeacherSource,
+    family: ModelFamily,
+    size: SampleSize,
+    cache_dir: Path,
+    device: torch.device | str = "cpu",
+) -> PromptCache:
+    """Conditioning of a few examples that are all of one size; ``cache_dir`` may go afterwards. Raises PromptError."""
+    encoder = Encoder(source, family, size.max_sequence_length, device)
+    bucket = Bucket(size.width, size.height, size.frames)
+    return open_prompt_cache(examples, negative_prompt, encoder, [bucket], cache_dir).in_memory()
+
+
+def _write(
+    folder: Path,
+    examples: Iterable[Example],
+    negative_prompt: str,
+    encoder: Encoder,
+    buckets: Sequence[Bucket],
+    dtype: torch.dtype,
+) -> None:
+    rank, processes = _process()
+    chunks = []
+    for number, (bucket, rows, part) in enumerate(_chunks(tqdm(examples, "encode", disable=rank > 0), buckets)):
+        chunks.append((bucket, rows))
+        path = folder / f"{number:06d}.safetensors"
+        if number % processes == rank and not path.exists():
+            size = None if bucket == ANY else buckets[bucket]
+            texts = encoder.texts(part, size)
+            texts |= {OF_NEGATIVE + k: v for k, v in encoder.negatives(negative_prompt, part, size).items()}
+            _save(path, _in(dtype, texts), encoder.images(part, size), [example.prompt for example in part])
+    if rank == 0:
+        negative = encoder.negative(negative_prompt)
+        if negative:
+            _save(folder / NEGATIVE, _in(dtype, negative), {}, [negative_prompt])
+        for number in range(len(chunks)):  # those of other processes; torchrun ends all of them when one fails
+            while not (folder / f"{number:06d}.safetensors").exists():
+                time.sleep(0.2)
+        widths: dict[str, int] = {}
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for name, width in json.loads(file.metadata()["widths"]).items():
+                    name = name.removeprefix(OF_NEGATIVE)
+                    widths[name] = max(width, widths.get(name, 0))
+        temporary = folder / f"{INDEX}.{os.getpid()}.part"
+        temporary.write_text(json.dumps({"chunks": chunks, "widths": widths}), encoding="utf-8")
+        temporary.replace(folder / INDEX)
+    while not (folder / INDEX).exists():
+        time.sleep(0.2)
+
+
+def _chunks(examples: Iterable[Example], buckets: Sequence[Bucket]) -> Iterator[tuple[int, list[int], list[Example]]]:
+    """Bucket, places and examples of every chunk; the same whoever asks."""
+    waiting: dict[int, list[tuple[int, Example]]] = {}
+    for place, example in enumerate(examples):
+        bucket = bucket_of(example, buckets)
+        rows = waiting.setdefault(bucket, [])
+        rows.append((place, example))
+        if len(rows) == CHUNK:
+            yield bucket, *map(list, zip(*waiting.pop(bucket), strict=True))  # type: ignore[misc]
+    for bucket, rows in sorted(waiting.items()):
+        yield bucket, *map(list, zip(*rows, strict=True))  # type: ignore[misc]
+
+
+def _save(path: Path, texts: dict[str, Tensor], images: dict[str, Tensor], prompts: list[str]) -> None:
+    tensors = dict(images)
+    for name, value in texts.items():
+        lengths = [_length(row) for row in value]
+        tensors[name] = torch.cat([row[:length] for row, length in zip(value, lengths, strict=True)])
+        tensors[name + LENGTHS] = torch.tensor(lengths)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    widths = {name: value.shape[1] for name, value in texts.items()}
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    save_file(tensors, temporary, {"prompts": json.dumps(prompts), "widths": json.dumps(widths)})
+    temporary.replace(path)
+
+
+def _length(row: Tensor) -> int:
+    """Tokens (tokens, ...) up to the last one that is not zero."""
+    used = row.flatten(1).any(1) if row.ndim > 1 else row.bool()
+    return int(used.nonzero().max()) + 1 if used.any() else 0
+
+
+def _in(dtype: torch.dtype, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def identity(
+    examples: Iterable[Example],
+    negative_prompt: str,
+    encoder: Encoder,
+    buckets: Sequence[Bucket],
+    dtype: torch.dtype,
+) -> str:
+    """Of everything that the conditioning depends on; a local teacher is its weights, not where it lies."""
+    source, digest = encoder.source, hashlib.sha256()
+    total = with_image = 0
+    for example in examples:
+        total, with_image = total + 1, with_image + (example.image is not None)
+        place = bucket_of(example, buckets)
+        digest.update(json.dumps([example.prompt, place, _digest_of_image(example.image)]).encode())
+    encoder.check(total, with_image)
+    parts: list[object] = [negative_prompt, _weights(source, ("text_encoder", "tokenizer")), source.revision]
+    parts += [encoder.max_sequence_length, str(dtype), CHUNK]
+    if encoder.takes_image:
+        parts += [[(b.width, b.height, b.frames) for b in buckets], source.pipeline]
+        parts += [_weights(source, ("processor", "image_encoder", "image_processor", "vae"))]
+    digest.update(json.dumps(parts).encode())
+    return f"prompts-{digest.hexdigest()[:24]}"
+
+
+def _digest_of_image(image: Path | bytes | None) -> str | None:
+    if image is None:
+        return None
+    if isinstance(image, bytes):
+        return sha256_of_bytes(image)
+    return sha256_of(image)
+
+
+def _weights(source: TeacherSource, components: Iterable[str]) -> str:
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return source.path
+    digest = hashlib.sha256()
+    for file in (file for component in components for file in sorted((folder / component).glob("*"))):
+        digest.update(f"{file.name} {sha256_of(file)}".encode())
+    return digest.hexdigest()
+
+
+def _process() -> tuple[int, int]:
+    """Number of this process and of all of them."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _of_first_process(compute: Callable[[], str]) -> str:
+    """What the first process computes, on all of them; what it raises is raised on all of them."""
+    rank, processes = _process()
+    if processes == 1:
+        return compute()
+    found: list[Any] = [None]
+    if rank == 0:
+        try:
+            found = [compute()]
+        except UserError as error:
+            found = [error]
+    torch.distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]

@@ -1,0 +1,102 @@
+"""Loading the parts of a teacher pipeline, only those that are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from pdmd_core.families import ModelFamily, family_of
+from training.config.command_line import UserError
+
+TEXT_PARTS = ("text_encoder", "tokenizer", "processor")
+IMAGE_PARTS = ("image_encoder", "image_processor")
+"""What the names of components start with that encode prompts, and images."""
+
+
+class TeacherError(UserError):
+    """A teacher that cannot be loaded: one line."""
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a teacher is: a pipeline folder or Hub id, and its diffusers class if not the one that it names."""
+
+    path: str
+    revision: str | None = None
+    pipeline: str | None = None
+
+    def index(self) -> dict[str, Any]:
+        """The pipeline's model_index.json. Raises TeacherError."""
+        if ("/" not in self.path or self.path.startswith((".", "/"))) and not Path(self.path).is_dir():
+            raise TeacherError(f"model.path: {self.path!r} is neither a folder with a diffusers pipeline nor a Hub id")
+        try:
+            return DiffusionPipeline.load_config(self.path, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise self.cannot_load(error) from None
+
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        """The class that samples with this teacher. Raises TeacherError."""
+        name = self.pipeline or self.index().get("_class_name")
+        found = getattr(diffusers, str(name), None)
+        if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+            raise TeacherError(f"model.pipeline: {name!r} is not a pipeline class of diffusers {diffusers.__version__}")
+        return found
+
+    def load(self, dtype: torch.dtype, wanted: Callable[[str], bool]) -> DiffusionPipeline:
+        """The pipeline with those of its components whose names are wanted. Raises TeacherError."""
+        parts = [name for name, value in self.index().items() if isinstance(value, list)]
+        absent = {name: None for name in parts if name != "scheduler" and not wanted(name)}
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            pipeline = self.pipeline_class().from_pretrained(self.path, revision=self.revision, dtype=dtype, **absent)
+        except (OSError, ValueError) as error:
+            raise self.cannot_load(error) from None
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def cannot_load(self, error: Exception) -> TeacherError:
+        """What to tell the user."""
+        reason = " ".join(str(error).split())
+        return TeacherError(f"model.path: cannot load a pipeline from {self.path!r}: {reason}")
+
+
+def load_text_side(source: TeacherSource, images: bool = False) -> DiffusionPipeline:
+    """The pipeline with what encodes prompts, and what encodes images when asked, in float32."""
+    parts = (*TEXT_PARTS, *IMAGE_PARTS, "vae") if images else TEXT_PARTS
+    return source.load(torch.float32, lambda name: name.startswith(parts))
+
+
+def load_image_side(source: TeacherSource, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline with networks and autoencoder, without what encodes prompts and images."""
+    return source.load(dtype, lambda name: not name.startswith((*TEXT_PARTS, *IMAGE_PARTS)))
+
+
+def move(pipeline: DiffusionPipeline, device: torch.device | str) -> DiffusionPipeline:
+    """Move every loaded component to a device."""
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.to(device)
+    return pipeline
+
+
+def family_of_pipeline(pipeline: DiffusionPipeline) -> ModelFamily:
+    """The model family of a loaded pipeline. Raises TeacherError."""
+    try:
+        return family_of(type(pipeline.transformer).__name__)
+    except ValueError as error:
+        raise TeacherError(f"model.path: {error}") from None
+
+
+def networks_of(pipeline: DiffusionPipeline, family: ModelFamily) -> dict[str, nn.Module]:
+    """The networks of a teacher by component name, high noise first."""
+    return {name: getattr(pipeline, name) for name in family.teacher_routing(pipeline.config).components}

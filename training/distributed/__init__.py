@@ -1,0 +1,1 @@
+"""Several processes: weights in shards, samples divided among processes."""

@@ -1,0 +1,1 @@
+"""Experts against their teacher: sampling, measures, metrics, the report."""

@@ -1,0 +1,81 @@
+"""What evaluation keeps on disk: rows of tensors by id; nothing is computed twice and nothing damaged is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pdmd_core.hashing import sha256_of, sha256_of_bytes
+
+_NAME = 32
+"""Hexadecimal digits of a file's hash in its name."""
+
+
+class TensorCache:
+    """Rows of tensors under ids, in the safetensors files of a folder; each file holds what was added at once.
+
+    A file is named after its own SHA-256 and takes its place as a whole: a run that is killed leaves all of a batch or
+    none of it, and a file that does not match its name is deleted, with a line on standard error, when the store is
+    opened. Its ids are then missing like those that were never added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where: dict[str, tuple[Path, int]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            if sha256_of(path)[:_NAME] != path.stem:
+                print(f"{path}: damaged, its content is computed again", file=sys.stderr)
+                path.unlink()
+                continue
+            self._index(path)
+
+    def _index(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            ids: list[str] = json.loads(file.metadata()["ids"])
+        self._where |= {name: (path, row) for row, name in enumerate(ids)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of the ids that are not here, in their order, each once."""
+        return [name for name in dict.fromkeys(ids) if name not in self._where]
+
+    def add(self, ids: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        """Write rows (ids, ...) of every tensor."""
+        wrong = {name: tuple(value.shape) for name, value in tensors.items() if len(value) != len(ids)}
+        if wrong:
+            raise ValueError(f"expected {len(ids)} rows of each tensor, found shapes {wrong}")
+        data = save(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"ids": json.dumps(list(ids))}
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{sha256_of_bytes(data)[:_NAME]}.safetensors"
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(data)
+        part.replace(path)
+        self._index(path)
+
+    def rows(self, ids: Sequence[str], tensors: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The tensors of these names (all when None), rows in the order of the ids. Raises KeyError for missing ids."""
+        places: dict[Path, list[tuple[int, int]]] = {}
+        for position, name in enumerate(ids):
+            path, row = self._where[name]
+            places.setdefault(path, []).append((position, row))
+        found: dict[str, list[Tensor]] = {}
+        for path, rows in places.items():
+            with safe_open(path, "pt") as file:
+                for name in tensors or file.keys():
+                    values = file.get_slice(name)
+                    column = found.setdefault(name, [torch.empty(0)] * len(ids))
+                    for position, row in rows:
+                        column[position] = values[row : row + 1]
+        return {name: torch.cat(values) for name, values in found.items()}

@@ -1,0 +1,69 @@
+"""What samples depend on, as short hashes: two runs with equal hashes give equal samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdmd_core.experts import Manifest
+from pdmd_core.hashing import digest_of, sha256_of, sha256_of_bytes
+
+if TYPE_CHECKING:  # they import diffusers, and --help needs this module
+    from training.data.examples import Example
+    from training.data.teacher import TeacherSource
+
+
+class FileHashes:
+    """SHA-256 of files; those that have neither a new size nor a new date are not read again by a later run."""
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+        try:
+            self._known: dict[str, Any] = dict(json.loads(memory.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self._known = {}
+
+    def __call__(self, path: Path) -> str:
+        status, name = path.stat(), str(path.resolve())
+        state = [status.st_size, status.st_mtime_ns]
+        known = self._known.get(name)
+        if not (isinstance(known, list) and known[:2] == state):
+            self._known[name] = known = [*state, sha256_of(path)]
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            self.memory.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
+        return str(known[2])
+
+    def of_folder(self, folder: Path, files: Iterable[Path] | None = None) -> str:
+        """A hash of names and contents of these files of a folder, of all of them when None."""
+        chosen = sorted(path for path in files or folder.rglob("*") if path.is_file())
+        return digest_of([(path.relative_to(folder).as_posix(), self(path)) for path in chosen])
+
+
+def teacher_identity(source: TeacherSource, hashes: FileHashes) -> str:
+    """Of a teacher's weights and configuration: a folder is its content, a Hub id its commit. Raises TeacherError."""
+    index, folder = source.index(), Path(source.path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source.path, "model_index.json", revision=source.revision)
+        commit = Path(cached).parent.name if isinstance(cached, str) else source.revision
+        return digest_of(source.path, commit, source.pipeline)
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != "scheduler"]
+    files = [folder / "model_index.json", *(file for part in parts for file in (folder / part).rglob("*"))]
+    return digest_of(hashes.of_folder(folder, files), source.pipeline)
+
+
+def experts_identity(manifest: Manifest) -> str:
+    """Of the experts' weights and plan."""
+    return digest_of([asdict(expert) for expert in manifest.experts], manifest.plan.to_dict())
+
+
+def example_identity(example: Example, hashes: FileHashes) -> str:
+    """Of a prompt and its image's content."""
+    image = example.image
+    if isinstance(image, bytes):
+        return digest_of(example.prompt, sha256_of_bytes(image))
+    return digest_of(example.prompt, hashes(image) if image else None)

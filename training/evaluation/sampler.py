@@ -1,0 +1,191 @@
+"""Sampling a teacher and its phase experts from the same prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pdmd_core.distillation import expert_velocities, guided_velocity
+from pdmd_core.experts import PhasedExperts
+from pdmd_core.families import ModelFamily, family_of
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles
+from pdmd_core.rollout import Velocity, route, sample
+from training.config.command_line import UserError
+from training.data.buckets import SampleSize
+from training.data.examples import Example
+from training.data.prompt_cache import PromptCache, encode_examples
+from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, move, networks_of
+from training.loop.export import roles_from_experts
+
+_LATENTS_AT_ONCE = 2**18
+"""Numbers in the latents of a batch: 64 pictures of 64x64 pixels, one clip of 480p."""
+_PIXELS_AT_ONCE = 2**22
+"""Numbers in the pixels that are decoded at once."""
+
+
+def default_device(device: str | None = None) -> torch.device:
+    """The device of this name; a GPU where there is one when None. Raises UserError."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--device: expected one that torch can use here, found {device!r}: {reason}") from None
+    return found
+
+
+class Sampler:
+    """A teacher, with experts on it when an experts folder is given. The seed alone decides a sample's noise.
+
+    prompts: with an image each (``Example``) for teachers that take one. pipeline: diffusers class, if not the one that
+    the teacher's folder names. batch: samples at once; as many as are moderate for their size when None. dtype: of the
+    networks; the autoencoder and everything between network calls stay in float32.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        size: SampleSize,
+        prompts: Sequence[str | Example],
+        cache_dir: Path,
+        experts: PhasedExperts | None = None,
+        batch: int | None = None,
+        device: str | None = None,
+        pipeline: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        negative_prompt: str = "",
+        revision: str | None = None,
+    ) -> None:
+        self.device = default_device(device)
+        source = TeacherSource(teacher, revision, pipeline)
+        precision: Any = {"default": dtype, "vae": torch.float32}  # by component, as diffusers takes it
+        self.pipeline = load_image_side(source, precision)
+        self.family = family_of_pipeline(self.pipeline)
+        self.size = size
+        try:
+            self.shape = self.family.latent_shape(self.pipeline, size.height, size.width, size.frames)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        numbers = torch.Size(self.shape).numel()
+        self.batch = batch or max(1, min(64, _LATENTS_AT_ONCE // numbers))
+        examples = [prompt if isinstance(prompt, Example) else Example(prompt) for prompt in prompts]
+        # before the networks: the encoders are gone from the device when these come
+        self.prompts: PromptCache = encode_examples(
+            examples, negative_prompt, source, self.family, size, cache_dir, self.device
+        )
+        move(self.pipeline, self.device)
+        self.plan = experts.manifest.plan if experts else None
+        networks = networks_of(self.pipeline, self.family)
+        routing = self.family.teacher_routing(self.pipeline.config)
+        if experts:
+            self.roles = roles_from_experts(experts, networks, self.family, routing)
+        else:
+            self.roles = Roles(networks, self.family, {}, routing)
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Starting noise (seeds, ...): the same as a diffusers pipeline draws from a CPU generator with that seed."""
+        drawn = [torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.cat(drawn).to(self.device)
+
+    def with_experts(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        progress: str | None = "experts",
+        on_step: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Latents of (prompt index, seed) pairs through the experts, as their plan says, without guidance.
+
+        progress: label of a bar, None for no bar. on_step: called after each step of each batch.
+        """
+        plan = self.plan
+        if plan is None:
+            raise ValueError("this sampler was made without experts")
+
+        def velocity(indices: Tensor, conditioning: dict[str, Tensor]) -> Velocity:
+            return route(expert_velocities(self.roles, plan, conditioning), plan)
+
+        return self._sample(pairs, plan.sigmas, velocity, progress, on_step)
+
+    def with_teacher(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        steps: int,
+        shift: float,
+        guidance_scale: float,
+        progress: str | None = "teacher",
+        on_step: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Latents of (prompt index, seed) pairs through the teacher: Euler, uniform in raw time under the shift.
+
+        progress and on_step as in ``with_experts``.
+        """
+        sigmas = PhasePlan.from_steps([steps], shift).sigmas
+
+        def velocity(indices: Tensor, conditioning: dict[str, Tensor]) -> Velocity:
+            negative = self.prompts.negative_conditioning(indices, self.device)
+            return lambda x, sigma: guided_velocity(self.roles, x, sigma, conditioning, negative, guidance_scale)
+
+        return self._sample(pairs, sigmas, velocity, progress, on_step)
+
+    def _sample(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        sigmas: Sequence[float],
+        velocity: Callable[[Tensor, dict[str, Tensor]], Velocity],
+        progress: str | None,
+        on_step: Callable[[], object] | None,
+    ) -> Tensor:
+        parts = [pairs[i : i + self.batch] for i in range(0, len(pairs), self.batch)]
+        latents = []
+        with tqdm(total=len(parts) * len(sigmas), desc=progress, disable=progress is None, leave=False) as bar:
+
+            def stepped(step: int, of: int) -> None:
+                bar.update()
+                if on_step is not None:
+                    on_step()
+
+            for part in parts:
+                indices = torch.tensor([prompt for prompt, _ in part])
+                conditioning = self.prompts.conditioning(indices, self.device)
+                noise = self.noise([seed for _, seed in part])
+                latents.append(sample(velocity(indices, conditioning), sigmas, noise, stepped))
+        return torch.cat(latents)
+
+    def decode(self, latents: Tensor, progress: str | None = "decode") -> Tensor:
+        """Latents to pixels in [0, 1] on the CPU, shape (count, frames, 3, height, width)."""
+        return _decode(self.family, self.pipeline, latents, decoded_at_once(self.size), progress)
+
+
+class Decoder:
+    """The autoencoder of a teacher, without its networks, in float32."""
+
+    def __init__(self, source: TeacherSource, size: SampleSize, device: str | None = None) -> None:
+        try:
+            self.family = family_of(str((source.index().get("transformer") or [None, None])[1]))
+        except ValueError as error:
+            raise TeacherError(f"model.path: {error}") from None
+        self.pipeline = move(source.load(torch.float32, lambda name: name == "vae"), default_device(device))
+        self.batch = decoded_at_once(size)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Latents to pixels in [0, 1] on the CPU, shape (count, frames, 3, height, width)."""
+        return _decode(self.family, self.pipeline, latents, self.batch, None)
+
+
+def decoded_at_once(size: SampleSize) -> int:
+    """How many samples of this size are decoded at once."""
+    return max(1, min(32, _PIXELS_AT_ONCE // (3 * size.height * size.width * size.frames)))
+
+
+def _decode(
+    family: ModelFamily, pipeline: DiffusionPipeline, latents: Tensor, batch: int, progress: str | None
+) -> Tensor:
+    parts = tqdm(latents.split(batch), desc=progress, disable=progress is None, leave=False)
+    return torch.cat([family.decode(pipeline, part).cpu() for part in parts])

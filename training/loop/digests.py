@@ -1,0 +1,54 @@
+"""SHA-256 of the files in a folder, kept beside them: damage is seen before anything is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pdmd_core.hashing import sha256_of
+
+NAME = "sha256.json"
+
+
+def write_digests(folder: Path) -> None:
+    """Write ``sha256.json``, the last file of a folder. All processes do it together and divide the reading."""
+    found = digests_of(folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with (folder / NAME).open("w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a folder; None when they are what was written. All processes ask together."""
+    found = digests_of(folder)
+    try:
+        expected = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        changed = sorted(name for name in expected if expected[name] != found.get(name))
+    except (OSError, ValueError, TypeError):
+        return f"{NAME} is missing or damaged"
+    if not changed:
+        return None
+    return f"{changed[0]} is {'not what was written' if changed[0] in found else 'missing'}"
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """File name to SHA-256 of all files but ``sha256.json``; nothing for a file that cannot be read."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts: list[dict[str, str]] = [{} for _ in range(processes)]
+    parts[rank] = {path.name: digest for path in files[rank::processes] if (digest := _digest(path))}
+    if processes > 1:
+        dist.all_gather_object(parts, parts[rank])
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return sha256_of(path)
+    except OSError:  # of a disk that fails
+        return None

@@ -1,0 +1,134 @@
+"""What a run would do, without doing it: weights are described on the meta device."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.families import ModelFamily
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles
+from training.config.command_line import UserError
+from training.config.schema import DistillConfig
+from training.data.buckets import ANY, Bucket, bucket_of
+from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
+from training.data.training_data import buckets_of, latent_shapes
+from training.distributed.context_parallel import check_context_parallel
+from training.distributed.sharding import check_processes
+from training.memory.static import in_words, static_memory
+
+
+def pipeline_on_meta(source: TeacherSource) -> DiffusionPipeline:
+    """The pipeline with networks and autoencoder without weights, from its configs alone. Raises TeacherError."""
+    index, kind = source.index(), source.pipeline_class()
+    parts: dict[str, Any] = {}
+    try:
+        for name in inspect.signature(kind.__init__).parameters:
+            if isinstance(index.get(name), list):
+                described = name.startswith(("transformer", "vae")) and index[name][1] is not None
+                parts[name] = _on_meta(index[name][1], source, name) if described else None
+            elif name in index:
+                parts[name] = index[name]
+        return kind(**parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise source.cannot_load(error) from None
+
+
+def _on_meta(architecture: str, source: TeacherSource, name: str) -> nn.Module:
+    kind = getattr(diffusers, architecture)
+    settings = kind.load_config(source.path, subfolder=name, revision=source.revision)
+    with torch.device("meta"):
+        return kind.from_config(settings)
+
+
+def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1) -> str:
+    """Plan, roles, static memory of each of ``gpus`` GPUs, evaluations per update, outputs.
+
+    memory_per_gpu: in GiB. Raises UserError when the static memory is more, ConfigError when the GPUs cannot divide the
+    work.
+    """
+    check_processes(config, gpus)
+    plan, model = config.plan.build(), config.model
+    source = TeacherSource(str(model.architecture or model.path), model.revision, model.pipeline)
+    pipeline = pipeline_on_meta(source)
+    family = family_of_pipeline(pipeline)
+    check_context_parallel(config, family, pipeline)
+    (shape,) = latent_shapes([Bucket(model.width, model.height, model.frames)], family, pipeline)
+    routing, networks = family.teacher_routing(pipeline.config), networks_of(pipeline, family)
+    specs = config.role_specs(routing)
+    with torch.device("meta"):
+        roles = Roles(networks, family, specs, routing)
+    lines = [plan.describe(), "", f"teacher: {model.path} ({type(pipeline).__name__}, {family.architecture})"]
+    if routing.boundary is not None:
+        first, second = routing.components
+        lines.append(f"  {first} at sigma >= {routing.boundary:g}, {second} below")
+    size = f"{model.width}x{model.height}" + (f", {model.frames} frames" if model.frames > 1 else "")
+    lines += [
+        f"samples: {size}, latents {'x'.join(map(str, shape))}",
+        "",
+        f"static memory of {'a GPU' if gpus == 1 else f'each of {gpus} GPUs'}:",
+    ]
+    held = static_memory(config, plan, roles, gpus)
+    lines += [f"  {part.role:12} {in_words(part.bytes)}: {part.how}" for part in held.parts]
+    total = held.bytes
+    lines += [f"  {'all':12} {in_words(total)}: weights, gradients, optimizer; activations come on top"]
+    both = f", {total / held.all_networks:.3f} of both its networks" if held.all_networks > held.base else ""
+    lines += [f"  {'ratio':12} {total / held.base:7.3f}: all of it against the teacher on the GPU{both}"]
+    stays = "all the time" if held.all_networks > held.base else "until it is on the GPU"
+    lines += [f"  {'host memory':12} {in_words(held.loaded)}: the teacher, in each process, {stays}", ""]
+    lines += [*_evaluations(config, plan, gpus), ""]
+    files = ["config.yaml", "metrics.jsonl", "samples/", "checkpoints/", "logs/", "experts/"]
+    lines += [
+        *_examples(config, family, pipeline),
+        f"writes {', '.join(str(Path(config.output_dir) / f) for f in files)}",
+    ]
+    if memory_per_gpu is not None and total > memory_per_gpu * 2**30:
+        largest = max(held.parts, key=lambda part: part.bytes)
+        raise UserError(
+            f"does not fit: {in_words(total).strip()} of weights, gradients and optimizer for each GPU, "
+            f"{memory_per_gpu:g} GiB given; the largest is {largest.role} ({in_words(largest.bytes).strip()}); use "
+            "sharding: fsdp on more GPUs (--gpus), kind: lora, a lower rank, or model.dtype: bfloat16"
+        )
+    return "\n".join(lines)
+
+
+def _examples(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPipeline) -> list[str]:
+    """How many examples there are, and of which sizes where there are several. Raises PromptError, ConfigError."""
+    buckets = buckets_of(config)
+    shapes = latent_shapes(buckets, family, pipeline)
+    counts = Counter(bucket_of(example, buckets) for example in config.data.source(config.prompts))
+    lines = [f"{counts.total()} prompts from {config.prompts}"]
+    if len(buckets) > 1:
+        lines += [
+            f"  {bucket}, latents {'x'.join(map(str, shape))}: {counts[i] + counts[ANY]} of them"
+            for i, (bucket, shape) in enumerate(zip(buckets, shapes, strict=True))
+        ]
+    return lines
+
+
+def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]:
+    own, together = config.batch_size // config.groups(gpus), config.context_parallel
+    at_once = min(config.micro_batch_size or own, own)
+    whom = "GPU" if together == 1 else f"group of {together} GPUs, which share its tokens"
+    lines = [f"an update has {config.batch_size} samples, {own} for each {whom}, {at_once} at once"]
+    guidance = ""
+    if config.objective.guidance_scale != 1:
+        guidance = (
+            "; the teacher's is of twice the batch" if config.guidance_batched else "; the teacher's counts twice"
+        )
+    for k, phase in enumerate(plan.phases):
+        counts = evaluations_per_update(plan, k, config.fake_updates, config.draws_per_rollout)
+        parts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
+        lines.append(
+            f"phase {phase.name}: {config.updates_of(k)} updates, {sum(counts.values()):g} network evaluations of each "
+            f"sample ({parts}{guidance})"
+        )
+    return lines

@@ -1,0 +1,112 @@
+"""From trained roles to an experts folder: weights, manifest, scheduler, model card."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, PhasedExperts, lora_to_file, write_experts
+from pdmd_core.experts.format.fingerprint import base_warning, network_weights, sampler_of
+from pdmd_core.experts.hub.card import write_card
+from pdmd_core.families import ModelFamily, TeacherRouting
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles, RoleSpec
+from pdmd_core.scheduler import PhasedDMDScheduler
+from training.config.schema import DistillConfig
+from training.distributed.sharding import whole
+
+
+def export_experts(
+    folder: Path,
+    config: DistillConfig,
+    plan: PhasePlan,
+    roles: Roles,
+    training: Mapping[str, Any],
+    fingerprints: Mapping[str, Mapping[str, str]],
+    write: bool = True,
+) -> None:
+    """Write ``folder`` as described in docs: one safetensors file for each phase, manifest, scheduler, README.
+
+    fingerprints: of the teacher's networks by component, taken before they were quantised or spread over processes.
+    All processes must ask together where weights are in shards, one of them with ``write``.
+    """
+    dtype = getattr(torch, config.expert_dtype)
+    experts, weights = [], {}
+    for phase in plan.phases:
+        spec = roles.specs[phase.name]
+        state = whole(roles.state_dict(phase.name), dtype)
+        if not write:
+            continue
+        lora = spec.kind == "lora"
+        weights[phase.name] = lora_to_file(state, spec.alpha, roles.family) if lora else _contiguous(state)
+        experts.append(
+            Expert(
+                name=phase.name,
+                file=f"{phase.name}.safetensors",
+                kind=spec.kind,
+                sha256="",
+                component=roles.components(phase.name)[0],
+                rank=spec.rank if lora else None,
+                alpha=spec.alpha if lora else None,
+                targets=tuple(spec.targets or roles.family.lora_targets) if lora else None,
+            )
+        )
+    if not write:
+        return
+    used = sorted({expert.component for expert in experts})
+    base = BaseModel(
+        model=config.model.path,
+        architecture=roles.family.architecture,
+        family=roles.family.name,
+        revision=config.model.revision,
+        fingerprints={name: dict(fingerprints[name]) for name in used if fingerprints.get(name)} or None,
+    )
+    manifest = write_experts(folder, Manifest(base, plan, tuple(experts), 1.0, training), weights)
+    PhasedDMDScheduler.from_plan(plan).save_pretrained(folder / "scheduler")
+    write_card(folder, manifest)
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def roles_from_experts(
+    experts: PhasedExperts, networks: Mapping[str, nn.Module], family: ModelFamily, routing: TeacherRouting
+) -> Roles:
+    """Roles of an opened experts folder on a teacher's networks, weights loaded. Raises ExpertsError."""
+    manifest = experts.manifest
+    for expert in manifest.experts:
+        if expert.component not in networks:
+            raise ExpertsError(
+                f"{experts.folder}: expert {expert.name!r} belongs to {expert.component}, which this teacher does not "
+                f"have: use the base {manifest.base.model!r}"
+            )
+        found = type(networks[expert.component]).__name__
+        if found != manifest.base.architecture:
+            raise ExpertsError(
+                f"{experts.folder}: experts of a {manifest.base.architecture}, found a {found}: "
+                f"use the base {manifest.base.model!r}"
+            )
+    specs = {
+        expert.name: RoleSpec(expert.kind, expert.rank or 1, expert.alpha or 1.0, expert.targets, (expert.component,))
+        for expert in manifest.experts
+    }
+    roles = Roles(networks, family, specs, routing)
+    for name in sorted({expert.component for expert in manifest.experts if expert.kind == "lora"}):
+        if text := base_warning(manifest.base, name, sampler_of(network_weights(networks[name])), f"the {name} here"):
+            print(f"warning: {text}", file=sys.stderr)
+    for expert in manifest.experts:
+        weights = experts.lora_state(expert.name) if expert.kind == "lora" else experts.tensors(expert.name)
+        try:
+            roles.load_state_dict(expert.name, weights)
+        except (ValueError, RuntimeError) as error:
+            raise ExpertsError(
+                f"{experts.folder}: {expert.file} does not fit the base {manifest.base.model!r}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from None
+    return roles

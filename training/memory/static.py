@@ -1,0 +1,138 @@
+"""The memory that weights, gradients and optimizers of a run take on each GPU, counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import FAKE, TEACHER, Roles
+from training.config.schema import DistillConfig
+from training.distributed.sharding import blocks_of, group_size
+from training.loop.optimizers import MOMENTS
+from training.memory.quantization import quantized_numbers
+
+FLOAT32 = 4
+"""Bytes of a weight that trains or has trained, and of its gradient."""
+_ADAPTER = {"lora_A", "lora_B"}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one role takes."""
+
+    role: str
+    bytes: float
+    """On each GPU."""
+    how: str
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """What a GPU holds beside activations, at the moment when it is most."""
+
+    parts: list[Held]
+    base: float
+    """Bytes of the frozen teacher on each GPU."""
+    all_networks: float
+    """Bytes of all its networks, where only one is on the GPU at a time; otherwise those of the base."""
+    loaded: float
+    """Bytes of all its networks, whole: each process has them in host memory before they go to the GPU."""
+
+    @property
+    def bytes(self) -> float:
+        """All parts."""
+        return sum(part.bytes for part in self.parts)
+
+
+def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: int) -> StaticMemory:
+    """What is held between evaluations, role by role, and what shards are gathered into. Activations come on top.
+
+    Gradients are those of one role: a step frees them before another role's are made.
+    """
+    shards = group_size(config, gpus)
+    sizes = _base_sizes(config, roles)
+    alone = config.offload_idle_network and len(sizes) > 1
+    base = (max(sizes) if alone else sum(sizes)) / shards
+    parts = [Held(TEACHER, base, _about_base(config, roles, alone) + _in_shards(shards))]
+    gradients, idle = {"expert": 0.0, FAKE: 0.0}, 0.0
+    for role, spec in roles.specs.items():
+        pieces = shards if spec.kind == "full" else 1
+        count = _count(roles.parameters(role)) / pieces
+        how = f"{in_millions(_count(roles.parameters(role)))}, "
+        how += f"LoRA rank {spec.rank}, alpha {spec.alpha:g}" if spec.kind == "lora" else "full copy"
+        how += f" on {' and '.join(roles.components(role))}" if len(roles.bases) > 1 else ""
+        how += _in_shards(pieces)
+        size = count * FLOAT32
+        if role in (FAKE, plan.phases[-1].name):  # experts train one after the other, the others are frozen
+            optimizer = (config.fake if role == FAKE else config.generator).optimizer
+            average = FLOAT32 if config.ema_decay and role != FAKE else 0
+            how += f", {optimizer}"
+            gradients[FAKE if role == FAKE else "expert"] = size
+            parts.append(Held(role, size + count * (MOMENTS[optimizer] + average), how))
+        elif config.offload_idle_experts:
+            idle = max(idle, size)
+            parts.append(Held(role, 0.0, f"{how}, off the GPU but while it computes"))
+        else:
+            parts.append(Held(role, size, how))
+    together = gradients["expert"] + idle if _gradients_meet_rollouts(config, gpus) else max(gradients["expert"], idle)
+    how = "of one role at a time" + (", and an idle expert while it computes" if idle else "")
+    parts.append(Held("gradients", max(together, gradients[FAKE]), how))
+    if shards > 1:
+        largest = max(_count(block.parameters()) for network in roles.networks() for block in blocks_of(network))
+        parts.append(Held("gathered", 2 * largest * 4, "two blocks of a network, the one that runs and the next"))
+    return StaticMemory(parts, base, sum(sizes) / shards, sum(sizes))
+
+
+def _base_sizes(config: DistillConfig, roles: Roles) -> list[int]:
+    """Bytes of each network of the teacher; diffusers keeps some of its weights in float32."""
+    wide = getattr(torch, config.model.dtype).itemsize
+    sizes = []
+    for network in roles.bases.values():
+        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        size = 0
+        for name, parameter in network.named_parameters():
+            if not _ADAPTER & (parts := set(name.split("."))):
+                size += parameter.numel() * (FLOAT32 if kept & parts else wide)
+        narrow = quantized_numbers(network) if config.model.quantization != "none" else 0
+        sizes.append(size - narrow * (wide - 1))
+    return sizes
+
+
+def _about_base(config: DistillConfig, roles: Roles, alone: bool) -> str:
+    count = sum(
+        parameter.numel()
+        for network in roles.bases.values()
+        for name, parameter in network.named_parameters()
+        if not _ADAPTER & set(name.split("."))
+    )
+    dtype, kind = config.model.dtype, config.model.quantization
+    how = f"{in_millions(count)} in {dtype if kind == 'none' else f'{kind} and {dtype}'}"
+    return how + (", one network at a time" if alone else "")
+
+
+def _gradients_meet_rollouts(config: DistillConfig, gpus: int) -> bool:
+    """Whether the samples of an update come in parts: gradients of one are there in the rollout of the next."""
+    own = config.batch_size // config.groups(gpus)
+    return own > (config.micro_batch_size or own) or (config.offload_idle_network and own > 1)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _in_shards(parts: int) -> str:
+    return f", 1/{parts} of it" if parts > 1 else ""
+
+
+def in_millions(count: int) -> str:
+    """A number of parameters in words."""
+    return f"{count / 1e9:.2f} G parameters" if count >= 1e9 else f"{count / 1e6:.2f} M parameters"
+
+
+def in_words(count: float) -> str:
+    """A number of bytes in words."""
+    return f"{count / 2**30:7.2f} GiB" if count >= 2**30 else f"{count / 2**20:7.1f} MiB"
