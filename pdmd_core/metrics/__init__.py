@@ -1,6 +1,6 @@
-"""Measures of samples: distance to a reference, diversity over seeds, prompt agreement, motion.
+"""Measures of samples: distance to a reference, diversity over seeds, prompt agreement and motion.
 
-Every measure takes features or pixels as tensors and returns a number, or a dataclass with its interval.
+Every measure takes features or pixels as tensors and returns a number, or a dataclass with its confidence interval.
 """
 
 from .agreement import prompt_agreement

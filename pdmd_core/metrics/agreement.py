@@ -1,4 +1,4 @@
-"""Prompt agreement: does a classifier see what the prompt said."""
+"""Prompt agreement: whether a classifier sees in a sample what its prompt says."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from .intervals import Estimate, share
 
 
 def prompt_agreement(seen: Tensor, wanted: Tensor) -> Estimate:
-    """Share of samples in which every wanted class was seen, with a 95 % Wilson interval.
+    """Measure the share of samples in which every wanted class was seen, with a 95 % Wilson interval.
 
-    seen:   class indices that a classifier gave, shape (samples,) or (samples, attributes): subject, background ...
-    wanted: what the prompt says, of the same shape; a negative index is an attribute that the prompt leaves open.
+    Args:
+        seen: Class indices that a classifier gave, of shape (samples,) or (samples, attributes), where an attribute is
+            the subject, the background and so on.
+        wanted: Class indices that the prompts ask for, of the same shape. A negative index is an attribute that the
+            prompt leaves open.
 
-    Raises ValueError for other shapes and when no prompt says anything.
+    Returns:
+        The share, in [0, 1], over the samples whose prompt asks for at least one class.
+
+    Raises:
+        ValueError: If the shapes are others, or if no prompt asks for any class.
+
+    Examples:
+        >>> import torch
+        >>> seen = torch.tensor([[3, 0], [3, 1], [5, 1], [2, 1]])
+        >>> wanted = torch.tensor([[3, 0], [3, 0], [5, -1], [2, 1]])
+        >>> prompt_agreement(seen, wanted).value
+        0.75
     """
     if seen.shape != wanted.shape or seen.ndim not in (1, 2):
         raise ValueError(

@@ -12,28 +12,63 @@ from torch import Tensor
 from .intervals import Estimate, bootstrap
 
 PairDistance = Callable[[Tensor, Tensor], Tensor]
-"""Distances of pairs, (pairs, ...) and (pairs, ...) to (pairs,): a function of features, or LPIPS of pixels."""
+"""A function from two batches of shape (pairs, ...) to distances (pairs,): of features, or LPIPS of pixels."""
 
 
 def euclidean_distance(first: Tensor, second: Tensor) -> Tensor:
-    """``|x - y|`` of features (pairs, dimensions), in units of the features."""
+    """Compute the Euclidean distances ``|x - y|`` of pairs of features.
+
+    Args:
+        first: Features x of shape (pairs, dimensions).
+        second: Features y of the same shape.
+
+    Returns:
+        Distances of shape (pairs,), in units of the features.
+    """
     return (first.double() - second.double()).norm(dim=1)
 
 
 def cosine_distance(first: Tensor, second: Tensor) -> Tensor:
-    """``1 - x . y / (|x| |y|)`` of features (pairs, dimensions), in [0, 2].
+    """Compute the cosine distances ``1 - x . y / (|x| |y|)`` of pairs of features.
 
-    Papers report the similarity, 1 minus this (Phased DMD, arXiv 2510.27684, of DINOv3: lower is more diverse).
+    Papers report the similarity, which is 1 minus this distance (Phased DMD, arXiv 2510.27684, of DINOv3 features: a
+    lower similarity is more diverse).
+
+    Args:
+        first: Features x of shape (pairs, dimensions).
+        second: Features y of the same shape.
+
+    Returns:
+        Distances of shape (pairs,), in [0, 2].
     """
     first, second = F.normalize(first.double(), dim=1), F.normalize(second.double(), dim=1)
     return (first - second).square().sum(1) / 2  # exactly 0 for equal features, unlike 1 - x . y
 
 
 def seed_diversity(samples: Tensor, groups: Tensor, distance: PairDistance, batch: int = 256) -> Estimate:
-    """Mean distance of samples (count, ...) of the same group (count,), over all such pairs; 0 when all seeds agree.
+    """Measure the mean distance between samples of the same group, over all pairs within groups.
 
-    A group is a prompt; its members differ in the seed only. The 95 % interval is a percentile bootstrap over prompts
-    (NaN for one prompt). Raises ValueError when no group has two members.
+    A group is a prompt, whose samples differ in the seed only. The distance is 0 when all seeds give the same sample.
+    The 95 % interval is a percentile bootstrap over prompts, and NaN for one prompt.
+
+    Args:
+        samples: Features or pixels of shape (count, ...).
+        groups: The group of each sample, of shape (count,).
+        distance: The distance of pairs of samples, for example ``euclidean_distance``.
+        batch: How many pairs are compared at a time.
+
+    Returns:
+        The mean distance, in the units of ``distance``, with its interval.
+
+    Raises:
+        ValueError: If the shapes do not belong together, or if no group has two samples.
+
+    Examples:
+        >>> import torch
+        >>> features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0], [1.0, 2.0]])
+        >>> prompts = torch.tensor([0, 0, 1, 1])
+        >>> seed_diversity(features, prompts, euclidean_distance).value
+        3.0
     """
     if samples.ndim < 2 or groups.shape != samples.shape[:1]:
         raise ValueError(
@@ -57,9 +92,17 @@ def seed_diversity(samples: Tensor, groups: Tensor, distance: PairDistance, batc
 
 
 def pairwise_distance(features: Tensor, groups: Tensor) -> float:
-    """Mean Euclidean distance between features (samples, dimensions) of the same group (samples,), over all such pairs.
+    """Measure the mean Euclidean distance within groups: ``seed_diversity`` without an interval.
 
-    ``seed_diversity`` without an interval. Raises ValueError when no group has two members.
+    Args:
+        features: Features of shape (samples, dimensions).
+        groups: The group of each sample, of shape (samples,).
+
+    Returns:
+        The mean over all pairs of samples of the same group, in units of the features.
+
+    Raises:
+        ValueError: If the shapes do not belong together, or if no group has two samples.
     """
     if features.ndim != 2:
         raise ValueError(f"expected features (samples, dimensions) and one group each, found {tuple(features.shape)}")
@@ -67,7 +110,14 @@ def pairwise_distance(features: Tensor, groups: Tensor) -> float:
 
 
 def seed_pairs(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of all pairs i < j of samples of the same group (samples,)."""
+    """List all pairs of samples that belong to the same group.
+
+    Args:
+        groups: The group of each sample, of shape (samples,).
+
+    Returns:
+        The indices i and j of the pairs, each of shape (pairs,), with i < j.
+    """
     first, second = [], []
     for group in groups.unique():
         members = (groups == group).nonzero().flatten()

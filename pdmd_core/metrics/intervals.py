@@ -1,4 +1,4 @@
-"""How sure a measured value is: bootstrap intervals (Efron & Tibshirani 1993, chapters 13 and 14)."""
+"""Confidence intervals of measured values: bootstrap and Wilson (Efron & Tibshirani 1993, chapters 13 and 14)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its confidence interval; ``low`` and ``high`` are NaN where none can be given."""
+    """A measured value with its confidence interval."""
 
     value: float
+    """The measured value."""
     low: float
+    """The lower end of the interval; NaN where no interval can be given."""
     high: float
+    """The upper end of the interval; NaN where no interval can be given."""
     samples: int
-    """How many independent units it rests on: samples, clips or prompts."""
+    """The number of independent units it rests on: samples, clips or prompts."""
 
 
 def bootstrap(
@@ -30,14 +33,30 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """A statistic of independent units with its bootstrap interval.
+    """Compute a statistic of independent units with its bootstrap interval.
 
-    statistic: called with one index tensor for each of ``counts``, which says the units it is computed from.
-    counts:    number of units of each set; sets are resampled independently of each other.
-    kind:      ``percentile`` is for means; ``basic`` reflects the quantiles about the value, which takes the bias of a
-               statistic that grows with resampling noise (a Frechet distance) out of the interval.
+    Args:
+        statistic: A function that is called with one tensor of indices for each of ``counts``: the units it is to be
+            computed from.
+        *counts: The number of units of each set. Sets are resampled independently of each other.
+        kind: ``percentile`` is for means. ``basic`` reflects the quantiles about the value, which takes the bias of a
+            statistic that grows with resampling noise, such as a Frechet distance, out of the interval.
+        resamples: The number of bootstrap resamples.
+        level: The confidence level, in (0, 1).
+        seed: The seed of the resampling.
 
-    Raises ValueError for fewer than 2 units.
+    Returns:
+        The statistic of all units with its interval.
+
+    Raises:
+        ValueError: If a set has fewer than 2 units.
+
+    Examples:
+        >>> import torch
+        >>> lengths = torch.arange(100.0)
+        >>> estimate = bootstrap(lambda i: float(lengths[i].mean()), len(lengths))
+        >>> estimate.value, 43 < estimate.low < 46, 53 < estimate.high < 57
+        (49.5, True, True)
     """
     if not counts or min(counts) < 2:
         raise ValueError(f"an interval needs at least 2 units in every set, found {list(counts)}")
@@ -53,14 +72,32 @@ def bootstrap(
 
 
 def quantiles(draws: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The two between which this share of the draws (resamples,) lies."""
+    """Find the two values between which this share of the draws lies.
+
+    Args:
+        draws: Values of a resampled statistic, of shape (resamples,), in float64.
+        level: The share, in (0, 1).
+
+    Returns:
+        The lower and the upper value.
+    """
     tail = (1 - level) / 2
     low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 
 def mean_of_units(values: Tensor, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """The mean of one value for each unit, shape (units,), with a percentile bootstrap interval (NaN for one unit)."""
+    """Compute the mean of one value for each unit, with a percentile bootstrap interval.
+
+    Args:
+        values: The values, of shape (units,).
+        level: The confidence level, in (0, 1).
+        resamples: The number of bootstrap resamples.
+        seed: The seed of the resampling.
+
+    Returns:
+        The mean with its interval, which is NaN for one unit.
+    """
     values = values.double().flatten().cpu()
     count, low, high = len(values), math.nan, math.nan
     if count > 1:
@@ -71,9 +108,19 @@ def mean_of_units(values: Tensor, level: float = 0.95, resamples: int = 1000, se
 
 
 def share(hits: Tensor, level: float = 0.95) -> Estimate:
-    """The share of units that are true, boolean of shape (units,), with Wilson's score interval.
+    """Compute the share of units that are true, with Wilson's score interval.
 
-    (Wilson 1927, JASA 22; unlike the bootstrap it is right for shares of 0 and 1.)
+    Unlike the bootstrap, the interval is right for shares of 0 and 1. Source: Wilson 1927, JASA 22.
+
+    Args:
+        hits: Booleans of shape (units,).
+        level: The confidence level, in (0, 1).
+
+    Returns:
+        The share, in [0, 1], with its interval.
+
+    Raises:
+        ValueError: If there are no units.
     """
     count = hits.numel()
     if not count:

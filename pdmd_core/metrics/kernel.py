@@ -1,7 +1,7 @@
-"""Kernel distance between two sets of features (Binkowski et al. 2018, arXiv 1801.01401).
+"""The kernel distance between two sets of features (Binkowski et al. 2018, arXiv 1801.01401).
 
-Unbiased, so it can be compared between different sample counts, unlike the Frechet distance. In Inception features it
-is called KID: name it after the network that made the features.
+It is unbiased, so that values of different sample counts can be compared, unlike the Frechet distance. In Inception
+features it is called KID: name it after the network that made the features.
 """
 
 from __future__ import annotations
@@ -16,10 +16,19 @@ from .intervals import Estimate, quantiles
 
 
 def polynomial_discrepancy(first: Tensor, second: Tensor) -> float:
-    """Squared maximum mean discrepancy, unbiased, with the kernel ``(x . y / dimensions + 1)^3``.
+    """Estimate the squared maximum mean discrepancy with the kernel ``(x . y / dimensions + 1)^3``.
 
-    Features (samples, dimensions), computed in float64. 0 in expectation for equal distributions, where it is below 0
-    as often as above. Raises ValueError for features that cannot be compared.
+    The estimate is unbiased and computed in float64. Source: Binkowski et al. 2018, arXiv 1801.01401.
+
+    Args:
+        first: Features of shape (samples, dimensions).
+        second: Features of shape (samples, dimensions).
+
+    Returns:
+        The discrepancy; 0 in expectation for equal distributions, where it is below 0 as often as above.
+
+    Raises:
+        ValueError: If the features cannot be compared.
     """
     check_pair(first, second)
     first, second = first.double(), second.double()
@@ -36,9 +45,21 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kernel_estimate(first: Tensor, second: Tensor, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """``polynomial_discrepancy`` with a 95 % interval: percentile bootstrap over the samples of both sets.
+    """Compute ``polynomial_discrepancy`` with a 95 % percentile bootstrap interval over the samples of both sets.
 
     A sample that is drawn twice is not compared with itself, so that resampling adds no bias.
+
+    Args:
+        first: Features of shape (samples, dimensions).
+        second: Features of shape (samples, dimensions).
+        resamples: The number of bootstrap resamples.
+        seed: The seed of the resampling.
+
+    Returns:
+        The discrepancy with its interval.
+
+    Raises:
+        ValueError: If the features cannot be compared.
     """
     check_pair(first, second)
     sets = [first.double().cpu(), second.double().cpu()]
@@ -52,32 +73,57 @@ def kernel_estimate(first: Tensor, second: Tensor, resamples: int = 1000, seed: 
 
 
 def _multiplicities(count: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """How often each of the samples is in each resample: (resamples, count)."""
+    """Count how often each of the samples is in each resample: shape (resamples, count)."""
     drawn = torch.randint(count, (resamples, count), generator=generator)
     return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
 
 
 def _mean_over_pairs(matrix: Tensor, weights: Tensor) -> Tensor:
-    """Mean of a matrix without its diagonal over pairs weighted by both weights, for each row of weights."""
+    """The mean of a matrix without its diagonal over pairs weighted by both weights, for each row of weights."""
     pairs = weights.sum(1).square() - weights.square().sum(1)
     return ((weights @ matrix) * weights).sum(1) / pairs
 
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """Mean over random subsets and its error."""
+    """The mean kernel distance over random subsets, and how much it varies."""
 
     value: float
+    """The mean over the subsets."""
     deviation: float
-    """Standard deviation over the subsets, as papers report it beside KID."""
+    """The standard deviation over the subsets, as papers report it beside KID."""
     subsets: int
+    """The number of subsets."""
     subset_size: int
+    """The number of samples in each subset."""
 
 
 def kernel_distance(
     first: Tensor, second: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """``polynomial_discrepancy`` of random subsets without replacement; at most as large as the smaller set is."""
+    """Compute ``polynomial_discrepancy`` of random subsets, drawn without replacement.
+
+    Args:
+        first: Features of shape (samples, dimensions).
+        second: Features of shape (samples, dimensions).
+        subsets: The number of subsets, at least 2.
+        subset_size: The number of samples in each subset, at least 2; the smaller set's size where that is less.
+        seed: The seed of the subsets.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+
+    Raises:
+        ValueError: If the features cannot be compared, or if fewer than 2 subsets of 2 samples are asked for.
+
+    Examples:
+        >>> import torch
+        >>> features = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+        >>> near = kernel_distance(features[:100], features[100:], subsets=10, subset_size=50)
+        >>> far = kernel_distance(features[:100], features[100:] + 1, subsets=10, subset_size=50)
+        >>> near.value < far.value
+        True
+    """
     check_pair(first, second)
     if subsets < 2 or subset_size < 2:
         raise ValueError(f"a kernel distance takes at least 2 subsets of 2 samples, found {subsets} of {subset_size}")

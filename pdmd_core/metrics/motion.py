@@ -1,8 +1,8 @@
-"""Motion of clips: how much moves, in how many clips, how smoothly. Optical flow is OpenCV's DIS.
+"""Motion of clips: how much moves, in how many clips, and how smoothly. The optical flow is OpenCV's DIS.
 
-(Dense inverse search: Kroeger et al. 2016, arXiv 1603.03590. Dynamic degree and motion smoothness follow VBench, arXiv
-2311.17982, which uses RAFT and a learned interpolation: compare values between methods here, not with VBench's.) Needs
-opencv-python-headless.
+Dense inverse search is from Kroeger et al. 2016, arXiv 1603.03590. Dynamic degree and motion smoothness follow VBench,
+arXiv 2311.17982, which uses RAFT and a learned interpolation: compare values between methods here, not with VBench's.
+This module needs opencv-python-headless.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .intervals import Estimate, mean_of_units, share
 
 DYNAMIC_THRESHOLD = 6 / 256
-"""Flow a frame, as a share of the shorter side, above which a pair of frames is dynamic."""
+"""The flow per frame, as a share of the frame's shorter side, above which a pair of frames is dynamic."""
 _FASTEST = 0.05
 """The share of pixels, the fastest, whose mean flow is compared with the threshold."""
 _DYNAMIC_PAIRS = 0.25
@@ -25,20 +25,40 @@ _DYNAMIC_PAIRS = 0.25
 
 @dataclass(frozen=True)
 class Motion:
-    """Of a set of clips, with 95 % intervals over clips."""
+    """Motion of a set of clips, with 95 % intervals over clips."""
 
     flow: Estimate
-    """Mean length of the optical flow over pixels and pairs of neighbouring frames, in pixels a frame."""
+    """The mean length of the optical flow over pixels and pairs of neighbouring frames, in pixels per frame."""
     dynamic_degree: Estimate
-    """Share of clips in which something moves fast: see ``is_dynamic``."""
+    """The share of clips in which something moves fast, as ``is_dynamic`` defines it."""
     smoothness: Estimate
-    """Mean of ``smoothness``; NaN for clips of two frames."""
+    """The mean of ``smoothness`` over clips; NaN for clips of two frames."""
     threshold: float
-    """Of the dynamic degree, in pixels a frame."""
+    """The threshold of the dynamic degree, in pixels per frame."""
 
 
 def motion(clips: Tensor, threshold: float = DYNAMIC_THRESHOLD) -> Motion:
-    """Measure clips (count, frames >= 2, 3, height, width) in [0, 1]; threshold as a share of the shorter side."""
+    """Measure the motion of clips: flow, dynamic degree and smoothness.
+
+    Args:
+        clips: Pixels of shape (count, frames, 3, height, width), in [0, 1], with at least 2 frames of at least 16
+            pixels a side.
+        threshold: The flow per frame above which a pair of frames is dynamic, as a share of the shorter side.
+
+    Returns:
+        The measures with their intervals.
+
+    Raises:
+        ValueError: If the clips have another shape.
+
+    Examples:
+        >>> import torch
+        >>> picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> moving = torch.stack([picture.roll(2 * frame, dims=-1) for frame in range(4)])
+        >>> still = picture.expand(4, 3, 32, 32)
+        >>> motion(torch.stack([moving, still])).dynamic_degree.value
+        0.5
+    """
     flow = optical_flow(clips)
     nothing = Estimate(float("nan"), float("nan"), float("nan"), len(clips))
     return Motion(
@@ -50,22 +70,46 @@ def motion(clips: Tensor, threshold: float = DYNAMIC_THRESHOLD) -> Motion:
 
 
 def optical_flow(clips: Tensor) -> Tensor:
-    """Flow from each frame to the next, in pixels: shape (clips, frames - 1, 2, height, width), x before y.
+    """Compute the optical flow from each frame to the next.
 
-    clips: (count, frames >= 2, 3, height, width) in [0, 1], at least 16 pixels high and wide.
+    Args:
+        clips: Pixels of shape (count, frames, 3, height, width), in [0, 1], with at least 2 frames of at least 16
+            pixels a side.
+
+    Returns:
+        Flow of shape (count, frames - 1, 2, height, width), in pixels, x before y.
+
+    Raises:
+        ValueError: If the clips have another shape.
     """
     _check(clips, frames=2)
     return torch.stack([_flow_between(clip[:-1], clip[1:]) for clip in clips])
 
 
 def flow_length(flow: Tensor) -> Tensor:
-    """Length of the flow of each pixel: (clips, pairs, 2, height, width) to (clips, pairs, height, width)."""
+    """Compute the length of the flow of each pixel.
+
+    Args:
+        flow: Optical flow of shape (clips, pairs, 2, height, width), in pixels.
+
+    Returns:
+        Lengths of shape (clips, pairs, height, width), in pixels.
+    """
     return flow.norm(dim=2)
 
 
 def is_dynamic(flow: Tensor, threshold: float = DYNAMIC_THRESHOLD) -> Tensor:
-    """Whether each clip moves, boolean (clips,): in a quarter of its pairs of frames the fastest 5 % of the pixels
-    move by more than the threshold on average (a share of the shorter side, a frame).
+    """Decide for each clip whether something in it moves fast.
+
+    A pair of frames is dynamic when its fastest 5 % of the pixels move by more than the threshold on average; a clip is
+    dynamic when a quarter of its pairs are.
+
+    Args:
+        flow: Optical flow of shape (clips, pairs, 2, height, width), in pixels.
+        threshold: The flow per frame, as a share of the frame's shorter side.
+
+    Returns:
+        Booleans of shape (clips,).
     """
     lengths = flow_length(flow).flatten(2)
     fastest = lengths.topk(max(1, round(_FASTEST * lengths.shape[-1])), dim=-1).values.mean(-1)
@@ -73,10 +117,20 @@ def is_dynamic(flow: Tensor, threshold: float = DYNAMIC_THRESHOLD) -> Tensor:
 
 
 def smoothness(clips: Tensor) -> Tensor:
-    """``1 - mean |frame - what its neighbours say it is|`` of each clip, shape (clips,); 1 is perfectly smooth.
+    """Measure how well each frame agrees with what its two neighbours predict for it.
 
-    What the neighbours say is the mean of both, each moved half of the optical flow between them: exact for steady
-    motion, wrong for what jumps, flickers or changes shape. clips as in ``optical_flow``, at least 3 frames.
+    The prediction is the mean of both neighbours, each moved by half of the optical flow between them: exact for steady
+    motion, wrong for what jumps, flickers or changes shape.
+
+    Args:
+        clips: Pixels of shape (count, frames, 3, height, width), in [0, 1], with at least 3 frames of at least 16
+            pixels a side.
+
+    Returns:
+        ``1 - mean |frame - prediction|`` of each clip, of shape (count,); 1 is perfectly smooth.
+
+    Raises:
+        ValueError: If the clips have another shape.
     """
     _check(clips, frames=3)
     values = []
@@ -98,7 +152,7 @@ def _check(clips: Tensor, frames: int) -> None:
 
 
 def _flow_between(first: Tensor, second: Tensor) -> Tensor:
-    """Flow from frames (count, 3, height, width) to others, shape (count, 2, height, width)."""
+    """The flow from frames (count, 3, height, width) to others, of shape (count, 2, height, width)."""
     import cv2
     import numpy as np
 
@@ -117,7 +171,7 @@ def _flow_between(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _moved(frames: Tensor, flow: Tensor) -> Tensor:
-    """Frames (count, 3, height, width) read at each pixel plus flow (count, 2, height, width), bilinear."""
+    """Read frames (count, 3, height, width) at each pixel plus flow (count, 2, height, width), bilinearly."""
     height, width = frames.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = torch.stack([x, y]).float() + flow

@@ -8,14 +8,24 @@ import torch
 from torch import Tensor, nn
 
 _SHIFT = (-0.030, -0.088, -0.188)
+"""Mean of the colour channels in [-1, 1], as the published network expects."""
 _SCALE = (0.458, 0.448, 0.450)
+"""Standard deviation of the colour channels in [-1, 1]."""
 
 
 def perceptual_distance(first: list[Tensor], second: list[Tensor], heads: list[Tensor]) -> Tensor:
-    """LPIPS from feature maps: shape (pairs,).
+    """Compute LPIPS from feature maps.
 
-    ``sum over layers of mean over places of sum over channels of w_c (x_c / |x| - y_c / |y|)^2``. Maps have shape
-    (pairs, channels, height, width), one for each layer; heads are the weights w of shape (channels,).
+    The distance is ``sum over layers of mean over places of sum over channels of w_c (x_c / |x| - y_c / |y|)^2``.
+    Source: Zhang et al. 2018, arXiv 1801.03924, equation 1, with the published heads as ``w_c``.
+
+    Args:
+        first: Feature maps x of shape (pairs, channels, height, width), one for each layer.
+        second: Feature maps y of the same shapes.
+        heads: The weights w of each layer, of shape (channels,).
+
+    Returns:
+        Distances of shape (pairs,).
     """
     total = torch.zeros(len(first[0]), device=first[0].device)
     for x, y, head in zip(first, second, heads, strict=True):
@@ -25,12 +35,16 @@ def perceptual_distance(first: list[Tensor], second: list[Tensor], heads: list[T
 
 
 class AlexLpips(nn.Module):
-    """LPIPS of version 0.1 on AlexNet: pixels (pairs, 3, height, width) in [0, 1], twice, to distances (pairs,).
+    """LPIPS of version 0.1 on AlexNet.
 
-    backbone: state dict of torchvision's AlexNet (alexnet-owt-7be5be79.pth).
-    heads:    state dict of the linear heads (alex.pth, which the package ``lpips`` carries in weights/v0.1).
+    Neither the backbone nor the heads are part of this project or downloaded by it.
 
-    Neither is part of this project or downloaded. Pixels of at least 64 each way.
+    Args:
+        backbone: The state dict of torchvision's AlexNet (alexnet-owt-7be5be79.pth).
+        heads: The state dict of the linear heads (alex.pth, which the package ``lpips`` carries in weights/v0.1).
+
+    Raises:
+        ValueError: If the state dicts are those of other networks.
     """
 
     def __init__(self, backbone: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
@@ -60,11 +74,32 @@ class AlexLpips(nn.Module):
 
     @classmethod
     def from_files(cls, backbone: Path, heads: Path) -> AlexLpips:
-        """Read both state dicts; nothing but tensors is ever unpickled."""
+        """Load both state dicts from files; nothing but tensors is ever unpickled.
+
+        Args:
+            backbone: The file of torchvision's AlexNet.
+            heads: The file of the linear heads.
+
+        Returns:
+            The network, frozen and in evaluation mode.
+
+        Raises:
+            ValueError: If the files are those of other networks.
+        """
         return cls(*(torch.load(path, map_location="cpu", weights_only=True) for path in (backbone, heads)))
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """Feature maps of the five stages."""
+        """Compute the feature maps of the five stages.
+
+        Args:
+            pixels: Pictures of shape (count, 3, height, width), in [0, 1], of at least 64 pixels a side.
+
+        Returns:
+            One map of shape (count, channels, height, width) for each stage.
+
+        Raises:
+            ValueError: If the pictures have another shape.
+        """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < 64:
             raise ValueError(f"expected pixels (count, 3, height >= 64, width >= 64), found {tuple(pixels.shape)}")
         shift, scale = (torch.tensor(value, device=pixels.device).view(3, 1, 1) for value in (_SHIFT, _SCALE))
@@ -73,4 +108,13 @@ class AlexLpips(nn.Module):
 
     @torch.no_grad()
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Compute the distances of pairs of pictures.
+
+        Args:
+            first: Pictures of shape (pairs, 3, height, width), in [0, 1], of at least 64 pixels a side.
+            second: Pictures of the same shape.
+
+        Returns:
+            Distances of shape (pairs,).
+        """
         return perceptual_distance(self.maps(first), self.maps(second), [head.to(first.device) for head in self.heads])
