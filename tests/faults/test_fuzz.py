@@ -28,7 +28,6 @@ from pdmd_core.experts import (
     read_manifest,
     write_experts,
 )
-from pdmd_core.experts.convert.released import experts_from_lora_files
 from pdmd_core.experts.format.fingerprint import base_warning, sampler_of, take_fingerprint
 from pdmd_core.experts.format.header import read_header
 from pdmd_core.experts.format.weights import open_weights
@@ -92,7 +91,7 @@ def read_file(path: Path) -> None:
     for name in weights.specs:
         weights.read(name)
     one = PhasePlan.from_steps([1])
-    experts_from_lora_files({"all_noise": path}, one).tensors("all_noise")
+    PhasedExperts.from_lora_files(one, path).tensors("all_noise")
 
 
 def read_or_refused(read: Callable[[Path], None], path: Path, folder: Path) -> bool:
