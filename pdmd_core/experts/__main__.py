@@ -7,9 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-from .. import __version__
+from .. import __version__, arguments
 from ..phases import PhasePlanError
 from .format.manifest import ExpertsError
 
@@ -23,51 +23,72 @@ _EXAMPLES = """examples:
 
 exit status: 0 when all is well, 1 for a failed check, 2 for wrong arguments or files (one line on standard error)
 """
-_TARGETS = """what --to writes:
+_INSPECT = """examples:
+  phased-dmd inspect experts
+  phased-dmd inspect experts/low_noise.safetensors
+  phased-dmd inspect some_lora.safetensors --json
+"""
+_VERIFY = """examples:
+  phased-dmd verify experts
+  phased-dmd verify experts --base models/Wan2.1-T2V-1.3B-Diffusers
+  phased-dmd verify experts --sample --size 832x480x81 --prompt "a panda on a blue background"
+"""
+_CONVERT = """what --to writes:
   full        an experts folder of full experts; LoRA experts are merged into their base, in float32
   lora        an experts folder of LoRA experts of --rank, by SVD of the difference to the base; the error is printed
   diffusers   a stock pipeline folder: the base with the experts as transformer and transformer_2
   comfyui     one file for each expert under the original names of all weights, for ComfyUI's Load Diffusion Model
 
 LoRA files of an experts folder load in ComfyUI and diffusers as they are. Weights are handled one at a time.
+
+examples:
+  phased-dmd convert experts --to full --output full_experts
+  phased-dmd convert full_experts --to lora --rank 32 --output lora_experts
+  phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> arguments.CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="phased-dmd", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.CommandParser(prog="phased-dmd", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"phased-dmd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    inspect = commands.add_parser("inspect", help="say what a folder or file is, from its headers alone")
-    inspect.add_argument("path", type=Path, help="experts folder, or any .safetensors file (LoRAs of others too)")
+    inspect = _add_command(commands, "inspect", "say what a folder or file is, from its headers alone", _INSPECT)
+    inspect.add_argument(
+        "path", type=arguments.path, help="experts folder, or any .safetensors file (LoRAs of others too)"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
-    verify = commands.add_parser("verify", help="check hashes, fit to the base, values, and with --sample the result")
-    verify.add_argument("folder", type=Path, help="experts folder")
+    verify = _add_command(
+        commands, "verify", "check hashes, fit to the base, values, and with --sample the result", _VERIFY
+    )
+    verify.add_argument("folder", type=arguments.path, help="experts folder")
     _add_base(verify)
-    verify.add_argument("--sample", action="store_true", help="sample once here and once in stock diffusers, compare")
-    verify.add_argument("--prompt", help="what to sample")
-    verify.add_argument("--size", type=_size, help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES (default: as distilled)")
-    verify.add_argument("--max_sequence_length", type=int, help="prompt padding (default: as distilled)")
+    sample = verify.add_argument_group("sampling once here and once in stock diffusers")
+    sample.add_argument("--sample", action="store_true", help="sample both ways and compare the pixels")
+    sample.add_argument("--prompt", type=arguments.text, help="what to sample (default: a panda on a blue background)")
+    sample.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT[xFRAMES]", help="in pixels (default: as distilled)")
+    sample.add_argument(
+        "--max_sequence_length",
+        type=arguments.whole_number(1),
+        metavar="TOKENS",
+        help="tokens to which the prompt is padded (default: as distilled)",
+    )
     verify.set_defaults(run=_verify)
 
-    convert = commands.add_parser(
-        "convert",
-        help="write the experts for other tools, or between LoRA and full",
-        epilog=_TARGETS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    convert.add_argument("folder", type=Path, help="experts folder")
+    convert = _add_command(commands, "convert", "write the experts for other tools, or between LoRA and full", _CONVERT)
+    convert.add_argument("folder", type=arguments.path, help="experts folder")
     convert.add_argument("--to", required=True, choices=["comfyui", "diffusers", "full", "lora"], help="see below")
     convert.add_argument(
-        "--output", type=Path, required=True, help="folder to write; it appears complete or not at all"
+        "--output",
+        type=arguments.output_folder,
+        required=True,
+        help="folder to write; it appears complete or not at all",
     )
     _add_base(convert)
-    convert.add_argument("--rank", type=_rank, help="of --to lora")
+    convert.add_argument("--rank", type=arguments.whole_number(1), help="rank of the LoRA experts; for --to lora")
     convert.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="how weights are stored (default: as in the files)"
     )
@@ -76,22 +97,30 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_command(commands: Any, name: str, what: str, epilog: str) -> arguments.CommandParser:
+    parser: arguments.CommandParser = commands.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=epilog
+    )
+    return parser
+
+
 def _add_base(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="folder or Hub id of the base pipeline (default: the one the experts name)")
+    parser.add_argument(
+        "--base", type=arguments.text, help="folder or Hub id of the base pipeline (default: the one the experts name)"
+    )
 
 
-def _size(text: str) -> tuple[int, int, int]:
-    numbers = [int(part) for part in text.lower().split("x")]
-    if len(numbers) not in (2, 3):
-        raise ValueError
+def _size(given: str) -> tuple[int, int, int]:
+    try:
+        numbers = [int(part) for part in given.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 3) or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, such as 832x480x81, found {given!r}"
+        )
     width, height, frames = [*numbers, 1][:3]
     return width, height, frames
-
-
-def _rank(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,6 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `phased-dmd inspect x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"phased-dmd: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("phased-dmd: stopped, nothing was changed", file=sys.stderr)
         return 130
@@ -128,11 +161,10 @@ def _verify(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
 
     request = None
     if options.sample:
-        request = SampleRequest(
-            options.prompt or SampleRequest.prompt, options.size, options.max_sequence_length or None
-        )
-    elif options.prompt or options.size or options.max_sequence_length:
-        parser.error("--prompt, --size and --max_sequence_length are for --sample")
+        prompt = SampleRequest.prompt if options.prompt is None else options.prompt
+        request = SampleRequest(prompt, options.size, options.max_sequence_length)
+    elif unheard := [n for n in ("prompt", "size", "max_sequence_length") if getattr(options, n) is not None]:
+        parser.error(f"--{unheard[0]} is for --sample")
     count = failures = warnings = 0
     for check in verify(options.folder, options.base, request):
         count, failures, warnings = count + 1, failures + (not check.passed), warnings + check.warning

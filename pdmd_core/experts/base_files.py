@@ -40,13 +40,13 @@ class BaseFiles:
 
         From the Hub come its configs, and when asked for the weights of its networks and all other components.
         """
-        model = given or base.model
+        model = base.model if given is None else given
         if Path(model).is_dir():
             folder = Path(model)
         else:
             allowed = None if others else _CONFIGS + (_NETWORKS if networks else [])
             refused = _NEVER + ([] if networks else _NETWORKS)
-            folder = _download(model, None if given else base.revision, allowed, refused)
+            folder = _download(model, base.revision if given is None else None, allowed, refused)
         found = cls(folder, family_of_base(base))
         found.index()
         return found

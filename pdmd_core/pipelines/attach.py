@@ -60,12 +60,12 @@ def load_phased_pipeline(
         if not (folder / MANIFEST_NAME).is_file():
             return _load_stock(str(folder), **kwargs)
         saved = PhasedDMDScheduler.from_pretrained(folder, subfolder=SCHEDULER_FOLDER)
-        return _load(PhasedExperts.open(folder), base or folder, saved, **kwargs)
+        return _load(PhasedExperts.open(folder), folder if base is None else base, saved, **kwargs)
     try:
         hub = {name: kwargs[name] for name in _EXPERTS_ARGUMENTS if name in kwargs}
         opened = PhasedExperts.from_pretrained(experts, revision=experts_revision, **hub)
     except ExpertsError:
-        at = {"revision": experts_revision} if experts_revision else {}
+        at = {} if experts_revision is None else {"revision": experts_revision}
         if folder.is_dir() or not _is_phased_index(str(experts), kwargs | at):
             raise
         return _load_stock(str(experts), **(kwargs | at))

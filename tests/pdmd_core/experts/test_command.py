@@ -255,23 +255,50 @@ def test_an_interrupt_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "says"),
     [
-        [],
-        ["convert", "experts", "--to", "lora", "--output", "x"],
-        ["convert", "experts", "--to", "full", "--rank", "4", "--output", "x"],
-        ["convert", "experts", "--to", "lora", "--rank", "0", "--output", "x"],
-        ["convert", "experts", "--to", "full"],
-        ["verify", "experts", "--prompt", "x"],
-        ["verify", "experts", "--sample", "--size", "16"],
-        ["verify", "experts", "--sample", "--size", "16x16x1x1"],
-        ["verify", "experts", "--sample", "--size", "axb"],
+        ([], "the following arguments are required: COMMAND"),
+        (["inspct", "x"], "invalid choice: 'inspct'"),
+        (["inspect", ""], "path: expected a path, found ''"),
+        (["inspect", "x", "y"], "unexpected argument 'y'"),
+        (["inspect", "x", "--jsn"], "unknown option --jsn, did you mean --json?"),
+        (["convert", "experts", "--to", "lora", "--output", "x"], "--to lora needs --rank"),
+        (["convert", "experts", "--to", "full", "--rank", "4", "--output", "x"], "--rank is for --to lora"),
+        (["convert", "experts", "--to", "lora", "--rank", "0", "--output", "x"], "--rank: expected a whole number"),
+        (["convert", "experts", "--to", "lora", "--rank", "four", "--output", "x"], "of at least 1, found 'four'"),
+        (["convert", "experts", "--to", "full"], "required: --output"),
+        (["convert", "experts", "--to", "full", "--output", ""], "--output: expected a path, found ''"),
+        (["convert", "experts", "--to", "full", "--output", "x", "--base", ""], "--base: expected some text"),
+        (["verify", "experts", "--prompt", "x"], "--prompt is for --sample"),
+        (["verify", "experts", "--max_sequence_length", "3"], "--max_sequence_length is for --sample"),
+        (["verify", "experts", "--sample", "--prompt", ""], "--prompt: expected some text, found ''"),
+        (["verify", "experts", "--sample", "--max_sequence_length", "0"], "--max_sequence_length: expected a whole"),
+        (["verify", "experts", "--sample", "--size", "16"], "--size: expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES"),
+        (["verify", "experts", "--sample", "--size", "16x16x1x1"], "found '16x16x1x1'"),
+        (["verify", "experts", "--sample", "--size", "axb"], "found 'axb'"),
+        (["verify", "experts", "--sample", "--size", "16x0"], "found '16x0'"),
+        (["verify", "experts", "--sampel"], "unknown option --sampel, did you mean --sample?"),
+        (["verify", "experts", "--siz", "16x16"], "unknown option --siz, did you mean --size?"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_arguments_exit_with_2_and_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("usage: phased-dmd")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("phased-dmd") and says in line and "_size" not in line
+
+
+def test_a_folder_cannot_be_written_where_a_file_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("", encoding="utf-8")
+    for output in ("file", "file/below"):
+        with pytest.raises(SystemExit):
+            run("convert", "experts", "--to", "full", "--output", output)
+        assert "and file is a file" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "File name too long" in failure(capsys, "inspect", "x" * 5000)
 
 
 def test_sizes_reach_the_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,3 +180,10 @@ def test_a_device_map(kind: str, tmp_path: Path) -> None:
     if kind == "full":
         with pytest.raises(ExpertsError, match="device_map='balanced' cannot place full experts"):
             load_phased_pipeline(folder, device_map="balanced")
+
+
+def test_an_empty_base_is_not_the_base_that_lies_beside_the_experts(tmp_path: Path) -> None:
+    pipe = CASES["wan"].build()
+    attach_experts(pipe, lora_experts(tmp_path / "experts", pipe, PLAN)).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ExpertsError, match="''"):
+        load_phased_pipeline(tmp_path / "saved", base="")

@@ -1,0 +1,133 @@
+"""What the commands share of argparse: every mistake is one line that says what was expected and what was found.
+
+(Standard library only.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that ends with one line, and takes options by their whole names only.
+
+    Args:
+        takes_others: Whether ``parse_known_args`` returns arguments that are not known, instead of refusing them.
+        **settings: Those of ``argparse.ArgumentParser``. Texts of the help keep their line breaks.
+    """
+
+    def __init__(self, takes_others: bool = False, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+        self.takes_others = takes_others
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse; an unknown option is refused with the nearest one (here, where a subcommand knows its own)."""
+        options, rest = super().parse_known_args(args, namespace)
+        if rest and not self.takes_others:
+            self.error(self.unknown(rest[0]))
+        return options, rest
+
+    def unknown(self, found: str) -> str:
+        """The line about an argument that is not known, with the nearest option where it looks like one."""
+        if not found.startswith("-"):
+            return f"unexpected argument {found!r}"
+        name = found.partition("=")[0]
+        near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
+        return f"unknown option {name}" + (f", did you mean {near[0]}?" if near else "")
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit status 2 and one line on standard error."""
+        line = " ".join(message.removeprefix("argument ").split())
+        print(f"{self.prog}: {line} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- types of arguments ------------------------------------------------------------
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number in a range, its ends included."""
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def parse(given: str) -> int:
+        try:
+            value = int(given)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            raise _expected(f"a whole number {limits}", given)
+        return value
+
+    return parse
+
+
+SEED = whole_number(0, 2**63 - 1)
+"""The type of an option that is a seed of a random number generator."""
+
+
+def number(least: float, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a finite number of at least ``least``, or above it."""
+
+    def parse(given: str) -> float:
+        try:
+            value = float(given)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise _expected(f"a number {'above' if above else 'of at least'} {least:g}", given)
+        return value
+
+    return parse
+
+
+def text(given: str) -> str:
+    """The type of an option that is a text with something in it."""
+    if not given.strip():
+        raise _expected("some text", given)
+    return given
+
+
+def path(given: str) -> Path:
+    """The type of an option that is a path. (Python takes the empty path for the current folder.)"""
+    if not given.strip():
+        raise _expected("a path", given)
+    return Path(given)
+
+
+def output_folder(given: str) -> Path:
+    """The type of an option that is a folder to write, which need not be there."""
+    folder = path(given)
+    if (file := _file_above(folder)) is not None:
+        raise argparse.ArgumentTypeError(f"expected a folder to write, found {given!r}, and {file} is a file")
+    return folder
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """The type of an option that is a file to write, whose name ends in one of these."""
+
+    def parse(given: str) -> Path:
+        file = path(given)
+        if file.suffix.lower() not in suffixes or file.is_dir():
+            raise _expected(f"a file name that ends in {' or '.join(suffixes)}", given)
+        if (above := _file_above(file.parent)) is not None:
+            raise argparse.ArgumentTypeError(f"expected a file to write, found {given!r}, and {above} is a file")
+        return file
+
+    return parse
+
+
+def _file_above(folder: Path) -> Path | None:
+    """What stands in the way of a folder: the path or one above it that is there and is no folder."""
+    nearest = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    return nearest if nearest is not None and not nearest.is_dir() else None
+
+
+def _expected(what: str, found: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"expected {what}, found {found!r}")
