@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..pdmd_core.phases import PhasePlan, signal_to_noise
+from ..pdmd_core.noise_level import signal_to_noise
+from ..pdmd_core.phases import PhasePlan
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont

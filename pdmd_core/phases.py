@@ -15,62 +15,68 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from .noise_level import shift_sigma, unshift_sigma
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BOUNDARY_TOLERANCE = 1e-4
-"""Relative. A sigma this close above a boundary is the boundary: float32 and a trip through ``sigma * 1000`` stay
-within it. bfloat16 does not (its spacing is up to 0.8 %): keep sigmas in float32 or route by step."""
+"""How close above a boundary, relative to it, a sigma still counts as the boundary. float32 and a trip through ``sigma
+* 1000`` stay within it. bfloat16 does not (its spacing is up to 0.8 %): keep sigmas in float32 or route by step."""
 
 MAX_STEPS = 1000
-"""Of a plan: a teacher's full schedule is within it, and a plan of a stranger's stays cheap to handle."""
+"""The most steps of a plan. A teacher's full schedule is within it, and the plan of an untrusted file stays cheap to
+handle."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class PhasePlanError(ValueError):
-    """A plan that cannot be: one line that says what was expected and what was found."""
-
-
-def shift_sigma(raw_time: float, shift: float) -> float:
-    """Raw time u in [0, 1] to sigma: ``shift * u / (1 + (shift - 1) * u)``, written so that 1 stays exactly 1."""
-    return shift * raw_time / (shift * raw_time + (1 - raw_time))
-
-
-def unshift_sigma(sigma: float, shift: float) -> float:
-    """Sigma to raw time, the inverse of ``shift_sigma``."""
-    return sigma / (sigma + shift * (1 - sigma))
-
-
-def signal_to_noise(sigma: float) -> float:
-    """SNR of x_sigma for data and noise of unit variance: ``((1 - sigma) / sigma)**2``; infinite at sigma 0."""
-    return math.inf if sigma == 0 else ((1 - sigma) / sigma) ** 2
+    """An invalid phase plan: one line that says what was expected and what was found."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One subinterval of the noise range and the expert that owns it.
-
-    name:   of the expert and of its file: lower-case letters, digits and underscores.
-    sigmas: where the expert is called, descending, in (0, 1].
-    """
+    """One subinterval of the noise range and the expert that owns it."""
 
     name: str
+    """The name of the expert and of its file: lower-case letters, digits and underscores."""
     sigmas: tuple[float, ...]
+    """Where the expert is called: descending sigmas in (0, 1]."""
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Phases in the order of sampling, high noise first. Immutable and hashable.
+    """Phases in the order of sampling, high noise first; immutable and hashable.
 
     Expert k owns the half-open interval (end_k, start_k]: a sigma on a boundary belongs to the later expert. The end of
-    a phase is the first sigma of the next one; the last phase ends at 0. Raises PhasePlanError when the phases do not
-    make a plan.
+    a phase is the first sigma of the next one; the last phase ends at 0. Source: Phased DMD, arXiv 2510.27684, section
+    3.
+
+    Raises:
+        PhasePlanError: If the phases do not make a plan.
+
+    Examples:
+        >>> plan = PhasePlan.from_steps([2, 2], shift=3.0)
+        >>> plan.sigmas
+        (1.0, 0.9, 0.75, 0.5)
+        >>> plan.boundaries
+        (0.75,)
+        >>> plan.phases[plan.phase_index(0.8)].name
+        'high_noise'
+        >>> plan.phase_index(0.75)  # the boundary belongs to the later expert
+        1
     """
 
     phases: tuple[Phase, ...]
+    """At least one phase; the first starts at sigma 1 and all sigmas descend."""
 
     def __post_init__(self) -> None:
+        """Check names, sigmas and their order.
+
+        Raises:
+            PhasePlanError: If the phases do not make a plan.
+        """
         if not isinstance(self.phases, tuple) or not all(isinstance(phase, Phase) for phase in self.phases):
             raise PhasePlanError(f"the phases of a plan are a tuple of Phase, found {_short(self.phases)}: from_sigmas")
         if not self.phases:
@@ -105,9 +111,22 @@ class PhasePlan:
 
     @classmethod
     def from_steps(cls, steps: Sequence[int], shift: float = 1.0, names: Sequence[str] | None = None) -> PhasePlan:
-        """A plan with ``steps[k]`` steps in phase k, all steps uniform in raw time, then shifted.
+        """Make a plan whose steps are uniform in raw time, then shifted.
 
-        ``from_steps([2, 2], shift=5.0)`` is the 4-step plan of Wan: [1, .9375 | .8333, .625].
+        Args:
+            steps: The number of steps of each phase, high noise first.
+            shift: The timestep shift, above 0; it is applied here and nowhere else.
+            names: One name for each phase; None takes default names such as high_noise and low_noise.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PhasePlanError: If a number of steps is below 1, the shift is not above 0, or the names do not fit.
+
+        Examples:
+            >>> PhasePlan.from_steps([2, 2], shift=5.0).sigmas  # the 4-step plan of Wan
+            (1.0, 0.9375, 0.8333333333333334, 0.625)
         """
         if not isinstance(steps, Sequence) or not steps or not all(_is_count(n) for n in steps):
             raise PhasePlanError(f"steps are whole numbers of at least 1, one for each phase, found {_short(steps)}")
@@ -122,7 +141,19 @@ class PhasePlan:
 
     @classmethod
     def from_sigmas(cls, sigmas: Sequence[Sequence[float]], names: Sequence[str] | None = None) -> PhasePlan:
-        """A plan from the sigmas of each phase: ``from_sigmas([[1.0, .9375], [.8333, .625]])``."""
+        """Make a plan from the sigmas of each phase.
+
+        Args:
+            sigmas: The sigmas of each phase, as in ``[[1.0, 0.9375], [0.8333, 0.625]]``: in (0, 1], the first 1,
+                descending over the whole plan, without the final 0.
+            names: One name for each phase; None takes default names such as high_noise and low_noise.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PhasePlanError: If the sigmas or the names do not make a plan.
+        """
         try:
             groups = [tuple(float(sigma) for sigma in group) for group in sigmas]
         except (TypeError, ValueError, OverflowError):
@@ -135,6 +166,11 @@ class PhasePlan:
         return cls(tuple(Phase(name, group) for name, group in zip(names, groups, strict=True)))
 
     def __len__(self) -> int:
+        """Count the phases.
+
+        Returns:
+            The number of phases.
+        """
         return len(self.phases)
 
     @property
@@ -148,21 +184,41 @@ class PhasePlan:
         return tuple(phase.sigmas[0] for phase in self.phases[1:])
 
     def interval(self, k: int) -> tuple[float, float]:
-        """(end, start) of phase k: the expert owns end < sigma <= start."""
+        """Look up the noise range that an expert owns.
+
+        Args:
+            k: The index of the phase, from 0.
+
+        Returns:
+            The sigmas (end, start): the expert owns end < sigma <= start.
+
+        Raises:
+            PhasePlanError: If there is no such phase.
+        """
         if not 0 <= k < len(self.phases):
             raise PhasePlanError(f"phase index {k} is not in 0..{len(self.phases) - 1}")
         end = self.phases[k + 1].sigmas[0] if k + 1 < len(self.phases) else 0.0
         return end, self.phases[k].sigmas[0]
 
     def phase_index(self, sigma: float) -> int:
-        """Which expert runs at this sigma. Raises PhasePlanError outside (0, 1]."""
+        """Look up which expert runs at a noise level.
+
+        Args:
+            sigma: Sigma, in (0, 1].
+
+        Returns:
+            The index of the phase, from 0.
+
+        Raises:
+            PhasePlanError: If sigma is outside (0, 1].
+        """
         if not 0 < sigma <= 1 + BOUNDARY_TOLERANCE:
             raise PhasePlanError(f"sigma to route is in (0, 1], found {sigma!r} (divide timesteps by 1000)")
         return sum(sigma <= boundary * (1 + BOUNDARY_TOLERANCE) for boundary in self.boundaries)
 
     @property
     def shift(self) -> float | None:
-        """The shift that makes the steps uniform in raw time, None when no shift does."""
+        """The shift that makes the steps uniform in raw time; None when no shift does."""
         sigmas = self.sigmas
         if len(sigmas) == 1:
             return 1.0
@@ -173,11 +229,19 @@ class PhasePlan:
         return shift if matches else None
 
     def refined(self, steps: int) -> PhasePlan:
-        """This plan with more steps: every trained sigma stays, the others are put between them, inside phases.
+        """Make this plan with more steps: every trained sigma stays, others are put between them, inside phases.
 
-        Each further step goes where the gap in raw time is widest (the noisier one of equals), and the steps of a gap
-        are uniform in raw time, under the shift of the plan (in sigma where no shift makes it uniform). Raises
-        PhasePlanError for fewer steps than the plan has.
+        Each further step goes where the gap in raw time is widest (the noisier one of equal gaps), and the steps within
+        a gap are uniform in raw time, under the shift of the plan (in sigma where no shift makes it uniform).
+
+        Args:
+            steps: The number of steps of the new plan.
+
+        Returns:
+            The refined plan, with the same phases and boundaries.
+
+        Raises:
+            PhasePlanError: If the plan has more steps than asked for, or if a gap is too narrow for another sigma.
         """
         if not _is_count(steps) or steps < len(self.sigmas):
             raise PhasePlanError(
@@ -204,12 +268,26 @@ class PhasePlan:
         return PhasePlan(tuple(phases))
 
     def to_dict(self) -> dict[str, Any]:
-        """The one JSON form: ``{"phases": [{"name": ..., "sigmas": [...]}, ...]}``."""
+        """Write the plan in its one JSON form.
+
+        Returns:
+            ``{"phases": [{"name": ..., "sigmas": [...]}, ...]}``.
+        """
         return {"phases": [{"name": phase.name, "sigmas": list(phase.sigmas)} for phase in self.phases]}
 
     @classmethod
     def from_dict(cls, data: object) -> PhasePlan:
-        """Inverse of ``to_dict``; anything else in the data is refused."""
+        """Read a plan from its JSON form; anything else in the data is refused.
+
+        Args:
+            data: What ``to_dict`` returns.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PhasePlanError: If the data has another form or its phases do not make a plan.
+        """
         phases = _entries(data, {"phases"}, "a phase plan")["phases"]
         if not isinstance(phases, list):
             raise PhasePlanError(f"the phases of a plan are a list, found {type(phases).__name__}")
@@ -222,12 +300,26 @@ class PhasePlan:
         return cls.from_sigmas([entry["sigmas"] for entry in entries], [entry["name"] for entry in entries])
 
     def to_json(self) -> str:
-        """``to_dict`` as text; floats survive exactly."""
+        """Write the plan as JSON text; floats survive exactly.
+
+        Returns:
+            ``to_dict`` as text.
+        """
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> PhasePlan:
-        """Inverse of ``to_json``."""
+        """Read a plan from JSON text.
+
+        Args:
+            text: What ``to_json`` returns.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PhasePlanError: If the text is not JSON or not that of a plan.
+        """
         try:
             data = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
@@ -235,49 +327,24 @@ class PhasePlan:
         return cls.from_dict(data)
 
     def describe(self) -> str:
-        """A text table: which expert runs which step, in sigma, raw time, SNR and log-SNR."""
-        shift = self.shift
-        rows = [("step", "expert", "sigma", "next", "raw time", "SNR", "log-SNR")]
-        following = [*self.sigmas[1:], 0.0]
-        for step, (sigma, after) in enumerate(zip(self.sigmas, following, strict=True)):
-            snr = signal_to_noise(sigma)
-            rows.append(
-                (
-                    str(step),
-                    self.phases[self.phase_index(sigma)].name,
-                    f"{sigma:.5f}",
-                    f"{after:.5f}",
-                    f"{unshift_sigma(sigma, shift):.4f}" if shift is not None else "-",
-                    f"{snr:.4g}",
-                    f"{math.log(snr):+.3f}" if snr > 0 else "-inf",
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        rule = f"raw time at shift {shift:.4g}" if shift is not None else "no single shift makes these steps uniform"
-        return "\n".join([*lines, f"{len(self)} phase(s), {len(self.sigmas)} step(s); {rule}"])
+        """Write the plan as a text table; see ``plan_view.describe_plan``.
+
+        Returns:
+            One line for each step between a header and a summary.
+        """
+        from .plan_view import describe_plan
+
+        return describe_plan(self)
 
     def plot(self) -> Figure:
-        """The plan as a time line from noise (left) to data (right), experts as bands, calls as dots (matplotlib)."""
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
+        """Draw the plan as a time line; see ``plan_view.plot_plan``.
 
-        figure = Figure(figsize=(8, 2.2), layout="constrained")
-        axes = figure.subplots()
-        colours = colormaps["viridis"]
-        for k, phase in enumerate(self.phases):
-            end, start = self.interval(k)
-            axes.axvspan(end, start, color=colours(0.25 + 0.6 * k / len(self)), alpha=0.35, lw=0)
-            axes.text((end + start) / 2, 0.62, phase.name, ha="center", va="center", fontsize=9)
-        axes.plot(self.sigmas, [0.3] * len(self.sigmas), "ko-", ms=5, lw=0.8)
-        for sigma in self.sigmas:
-            axes.text(sigma, 0.1, f"{sigma:.4g}", ha="center", va="center", fontsize=8)
-        axes.set(xlim=(1.02, -0.02), ylim=(0, 1), yticks=[], xlabel="sigma")
-        snr = axes.secondary_xaxis("top")
-        ticks = [0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1]
-        snr.set_xticks(ticks, [f"{math.log(signal_to_noise(sigma)):+.1f}" for sigma in ticks], fontsize=8)
-        snr.set_xlabel("log-SNR")
-        return figure
+        Returns:
+            A figure of matplotlib.
+        """
+        from .plan_view import plot_plan
+
+        return plot_plan(self)
 
 
 def _default_names(count: int) -> list[str]:

@@ -9,20 +9,38 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .phases import BOUNDARY_TOLERANCE, PhasePlan, PhasePlanError, unshift_sigma
+from .noise_level import unshift_sigma
+from .phases import BOUNDARY_TOLERANCE, PhasePlan, PhasePlanError
 
 TRAINED_TOLERANCE = 1e-3
-"""Relative. Sigmas this close to a trained one count as the trained one; plans keep their sigmas that far apart."""
+"""How close to a trained sigma, relative to it, a sigma still counts as trained. Plans keep their sigmas that far
+apart."""
 
 
 def sampling_sigmas(plan: PhasePlan, steps: int | None = None, denoise: float = 1.0) -> list[float]:
-    """The descending sigmas of a run, ending at 0: ``[1, .9375, .8333, .625, 0]``.
+    """List the sigmas of a run, descending and ending at 0.
 
-    steps:   more of them than the plan has go between the trained ones (``PhasePlan.refined``).
-    denoise: in [0, 1]; 1 starts from noise. Less starts at the sigma of the plan whose raw time is nearest to it, so
-             that an image to image run stays on trained sigmas; 0 is no run at all (an empty list).
+    Args:
+        plan: The plan of the experts.
+        steps: The number of steps; None takes the plan's own. More than the plan has go between the trained ones, as in
+            ``PhasePlan.refined``.
+        denoise: How much of the noise range is sampled, in [0, 1]. 1 starts from pure noise. Less starts at the sigma
+            of the plan whose raw time is nearest to it, so that an image-to-image run stays on trained sigmas. 0 is no
+            run at all.
 
-    Raises PhasePlanError.
+    Returns:
+        The sigmas, in [0, 1]; an empty list for a denoise of 0.
+
+    Raises:
+        PhasePlanError: If ``denoise`` is outside [0, 1], or if the plan has more steps than asked for.
+
+    Examples:
+        >>> from pdmd_core.phases import PhasePlan
+        >>> plan = PhasePlan.from_steps([2, 2], shift=3.0)
+        >>> sampling_sigmas(plan)
+        [1.0, 0.9, 0.75, 0.5, 0.0]
+        >>> sampling_sigmas(plan, denoise=0.5)  # image to image
+        [0.75, 0.5, 0.0]
     """
     if not (isinstance(denoise, int | float) and 0 <= denoise <= 1):
         raise PhasePlanError(f"denoise is a number in [0, 1], found {denoise!r}")
@@ -35,9 +53,15 @@ def sampling_sigmas(plan: PhasePlan, steps: int | None = None, denoise: float = 
 
 
 def sigma_warnings(plan: PhasePlan, sigmas: Sequence[float]) -> list[str]:
-    """What to know before sampling these sigmas with experts of this plan, a sentence each; empty when all is well.
+    """Say what is wrong with sampling these sigmas with experts of this plan.
 
-    sigmas: descending, as samplers take them, usually with a final 0. Every sigma but the last is a network call.
+    Args:
+        plan: The plan of the experts.
+        sigmas: The sigmas of a run, in [0, 1], descending, usually with a final 0. Every sigma but the last is a
+            network call.
+
+    Returns:
+        One sentence for each fault; an empty list when all is well.
     """
     if len(sigmas) < 2:
         return [f"sigmas of a run are at least two numbers, found {len(sigmas)}: nothing is sampled"]
@@ -70,4 +94,5 @@ def sigma_warnings(plan: PhasePlan, sigmas: Sequence[float]) -> list[str]:
 
 
 def _owner(plan: PhasePlan, sigma: float) -> int:
+    """Which expert runs at this sigma; the last one at 0."""
     return plan.phase_index(max(sigma, BOUNDARY_TOLERANCE))

@@ -25,29 +25,47 @@ from .phases import PhasePlan
 
 @dataclass
 class PhasedDMDSchedulerOutput(BaseOutput):
-    """prev_sample: the sample at the next sigma, of the dtype of the model output."""
+    """What ``PhasedDMDScheduler.step`` returns."""
 
     prev_sample: Tensor
+    """The sample at the next sigma, of the dtype of the model output."""
 
 
 class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
-    """Steps over the sigmas that the experts were distilled for.
+    """A scheduler that steps over the sigmas that the experts were distilled for.
 
-    plan:         ``PhasePlan.to_dict()``. A scheduler made without one (from the config of another scheduler, say) is
-                  refused in ``set_timesteps``: sigmas of its own choice would be the wrong ones.
-    num_train_timesteps: timesteps are ``sigma * num_train_timesteps``.
-    refine:       allow more steps than the plan has; they are added inside phases (``PhasePlan.refined``).
-    sampler:      "euler" (deterministic, the default) or "renoise": jump to sigma 0, then add fresh noise up to the
-                  next sigma.
-    renoise_seed: of the noise of "renoise", which every ``set_timesteps`` starts again (pipelines give ``step`` no
-                  generator).
+    Args:
+        plan: The plan, as ``PhasePlan.to_dict()`` writes it. A scheduler that was made without one (from the config of
+            another scheduler, say) is refused in ``set_timesteps``, because sigmas of its own choice would be the wrong
+            ones.
+        num_train_timesteps: Timesteps are ``sigma * num_train_timesteps``.
+        refine: Whether more steps than the plan has are allowed; they are added inside phases, as in
+            ``PhasePlan.refined``.
+        sampler: "euler" is deterministic. "renoise" jumps to sigma 0, then adds fresh noise up to the next sigma.
+        renoise_seed: The seed of the noise of "renoise", which every ``set_timesteps`` starts again, since pipelines
+            give ``step`` no generator.
 
-    ``scheduler.phase`` is the index of the expert that owns the current step.
+    Raises:
+        ValueError: If ``sampler`` has another value.
+
+    Examples:
+        >>> import torch
+        >>> from pdmd_core.phases import PhasePlan
+        >>> scheduler = PhasedDMDScheduler.from_plan(PhasePlan.from_steps([2, 2], shift=3.0))
+        >>> scheduler.set_timesteps(4)
+        >>> sample = torch.ones(1, 4)
+        >>> for timestep in scheduler.timesteps:
+        ...     expert, velocity = scheduler.phase, 0.5 * sample  # what expert number `expert` predicts
+        ...     sample = scheduler.step(velocity, timestep, sample).prev_sample
+        >>> scheduler.timesteps.tolist(), expert
+        ([1000.0, 900.0, 750.0, 500.0], 1)
     """
 
     _compatibles: ClassVar[list[str]] = ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"]
     order = 1
+    """Network evaluations in a step, as diffusers counts them."""
     init_noise_sigma = 1.0
+    """The standard deviation of the noise that sampling starts from."""
 
     @register_to_config
     def __init__(
@@ -68,7 +86,15 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_plan(cls, plan: PhasePlan, **config: Any) -> PhasedDMDScheduler:
-        """A scheduler of this plan; ``config`` as in the constructor."""
+        """Make a scheduler of a plan.
+
+        Args:
+            plan: The plan that the experts were distilled for.
+            **config: Other arguments of the class.
+
+        Returns:
+            The scheduler.
+        """
         return cls(plan=plan.to_dict(), **config)
 
     def _use(self, walked: PhasePlan | None, device: str | torch.device | None) -> None:
@@ -89,8 +115,18 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
         """Prepare the plan's steps, or a refinement of them.
 
         Many pipelines pass uniform ``sigmas`` (raw times) and ``mu`` for stock flow schedulers to shift; the plan takes
-        their place. Raises ValueError for a number of steps that the experts were not distilled for, and for ``sigmas``
-        or ``timesteps`` of the caller's own that are not the plan's.
+        their place.
+
+        Args:
+            num_inference_steps: The number of steps; None takes the plan's own.
+            device: Where ``timesteps`` lie.
+            sigmas: Uniform raw times, which are ignored but for their number, or the plan's own sigmas, in (0, 1].
+            mu: Ignored: the shift is in the plan already.
+            timesteps: The plan's own timesteps, ``sigma * num_train_timesteps``.
+
+        Raises:
+            ValueError: If the experts were not distilled for this number of steps, if ``sigmas`` or ``timesteps`` are
+                neither uniform nor the plan's, or if the scheduler has no plan.
         """
         if self.plan is None:
             raise ValueError(
@@ -114,27 +150,31 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """Index of the current step, None before the first ``step`` of a run."""
+        """The index of the current step; None before the first ``step`` of a run."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """Where a run starts, set by the pipeline."""
+        """The index of the step where a run starts, as set by the pipeline."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Called by pipelines before the loop."""
+        """Set where the next run starts; pipelines call this before their loop.
+
+        Args:
+            begin_index: The index of the first step.
+        """
         self._begin_index = begin_index
 
     @property
     def sigma(self) -> float:
-        """Sigma of the current step; of the last one after a run."""
+        """The sigma of the current step, in (0, 1]; that of the last step after a run."""
         index = self._step_index if self._step_index is not None else (self._begin_index or 0)
         return self._steps().sigmas[min(index, len(self.timesteps) - 1)]
 
     @property
     def phase(self) -> int:
-        """Index of the phase whose expert takes the current step."""
+        """The index of the phase whose expert takes the current step."""
         return self._steps().phase_index(self.sigma)
 
     def _steps(self) -> PhasePlan:
@@ -143,11 +183,29 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
         return self._walked
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """Flow models take samples as they are."""
+        """Return the sample unchanged, as flow models take it.
+
+        Args:
+            sample: Samples of shape (batch, ...).
+            timestep: Ignored.
+
+        Returns:
+            The samples.
+        """
         return sample
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """The step at this timestep. Raises ValueError when the plan has none there."""
+        """Find the step at a timestep.
+
+        Args:
+            timestep: One of the plan's timesteps, ``sigma * num_train_timesteps``.
+
+        Returns:
+            The index of the step, from 0.
+
+        Raises:
+            ValueError: If the plan has no step there.
+        """
         value = float(timestep)
         index = int((self.timesteps - value).abs().argmin())
         if abs(float(self.timesteps[index]) - value) > 1e-3 * self.config.num_train_timesteps:
@@ -163,9 +221,20 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> PhasedDMDSchedulerOutput | tuple[Tensor]:
-        """One step of a velocity prediction from this timestep to the plan's next sigma.
+        """Take one step from the current sigma to the plan's next one.
 
-        generator: of fresh noise where the sampler is "renoise"; the config's ``renoise_seed`` otherwise.
+        Args:
+            model_output: The predicted velocity, ``noise - x_0``, of shape (batch, ...).
+            timestep: The timestep of the samples, which places the first step of a run.
+            sample: Samples at the current sigma, of the same shape.
+            generator: The source of fresh noise for the sampler "renoise"; None uses the config's ``renoise_seed``.
+            return_dict: Whether to return a ``PhasedDMDSchedulerOutput`` rather than a tuple.
+
+        Returns:
+            The samples at the next sigma, in the dtype of ``model_output``.
+
+        Raises:
+            ValueError: If all steps of the run are taken, or if the first timestep is not one of the plan's.
         """
         if self._step_index is None:
             begin = self._begin_index
@@ -186,17 +255,43 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
         return PhasedDMDSchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
-        """``(1 - sigma) * sample + sigma * noise`` at these timesteps, a number or of shape (batch,)."""
+        """Add noise to clean samples: ``(1 - sigma) * sample + sigma * noise`` at the sigmas of these timesteps.
+
+        Args:
+            sample: Clean samples of shape (batch, ...).
+            timestep: One of the plan's timesteps, or one for each sample, of shape (batch,).
+            noise: Standard normal noise of the same shape as the samples.
+
+        Returns:
+            Noisy samples of the same shape and dtype.
+
+        Raises:
+            ValueError: If a timestep is not one of the plan's.
+        """
         values = torch.as_tensor(timestep).reshape(-1)
         indices = [self.index_for_timestep(value) for value in values]
         sigma = like(self.sigmas[indices].to(sample.device).expand(len(sample)), sample)
         return ((1 - sigma) * sample + sigma * noise).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``scale_noise`` under the name and argument order that some pipelines use."""
+        """Do as ``scale_noise``, under the name and in the argument order that some pipelines use.
+
+        Args:
+            original_samples: Clean samples of shape (batch, ...).
+            noise: Standard normal noise of the same shape.
+            timesteps: The plan's timesteps, of shape (batch,).
+
+        Returns:
+            Noisy samples of the same shape and dtype.
+        """
         return self.scale_noise(original_samples, timesteps, noise)
 
     def __len__(self) -> int:
+        """Count the timesteps of training, as diffusers asks for it.
+
+        Returns:
+            ``num_train_timesteps``.
+        """
         return int(self.config.num_train_timesteps)
 
 
@@ -213,7 +308,7 @@ def _check_same(what: str, sigmas: np.ndarray, plan: PhasePlan) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """diffusers freezes the containers of a config; a plan is read from plain ones."""
+    """Copy a config value into plain dictionaries and lists; diffusers freezes the containers of a config."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -2,6 +2,7 @@
 
 Three lines::
 
+    from pdmd_core.pipelines import load_phased_pipeline
     pipe = load_phased_pipeline("user/experts")
     pictures = pipe("a panda on a blue background").images
 """

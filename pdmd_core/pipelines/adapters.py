@@ -14,13 +14,22 @@ from .networks import COMPONENT, network_of
 from .routing import AdapterSwitch, Route
 
 PREFIX = "phased_"
-"""Adapters of LoRA experts are called ``phased_<phase name>``."""
+"""The start of the names of the experts' adapters, which are called ``phased_<phase name>``."""
 
 
 def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route) -> dict[str, AdapterSwitch]:
-    """Load one adapter for each phase, and what switches them on each component.
+    """Load one adapter for each phase, and make what switches them on each component.
 
-    Raises ExpertsError; the networks are then as they were.
+    Args:
+        pipe: The pipeline; its networks get the adapters.
+        experts: LoRA experts.
+        route: Says which phase is current.
+
+    Returns:
+        The switch of each component that has experts, by the component's name.
+
+    Raises:
+        ExpertsError: If the experts do not fit the pipeline. The networks are then as they were.
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise ExpertsError(f"a {type(pipe).__name__} loads no LoRA files: convert the experts to full ones")
@@ -60,6 +69,7 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
 
 
 def _check_usable(network: Any) -> None:
+    """Refuse a network that carries experts already, or on which a LoRA is fused or disabled."""
     if any(name.startswith(PREFIX) for name in getattr(network, "peft_config", {})):
         raise ExpertsError(
             "the network of this pipeline carries the phased experts of another pipeline: call "
@@ -88,7 +98,11 @@ def _activate(network: nn.Module, adapters: list[str]) -> None:
 
 
 def remove_adapters(network: Any) -> None:
-    """Take the experts' adapters out, and peft's layers that hold no other."""
+    """Remove the experts' adapters from a network, and the layers of peft that hold no other adapter.
+
+    Args:
+        network: A network on which ``load_adapters`` has put experts.
+    """
     active = [name for name in _active_adapters(network) if not name.startswith(PREFIX)]
     network.delete_adapters([name for name in getattr(network, "peft_config", {}) if name.startswith(PREFIX)])
     for name, layer in _tuner_layers(network).items():
@@ -102,7 +116,15 @@ def remove_adapters(network: Any) -> None:
 
 
 def without_adapters(network: nn.Module, state: MutableMapping[str, Any], prefix: str, _: dict[str, Any]) -> None:
-    """For ``register_state_dict_post_hook``: the names and weights of the network without peft's layers."""
+    """Take adapters out of a state dict, which leaves the names and weights of the network without peft.
+
+    This is a hook for ``register_state_dict_post_hook``.
+
+    Args:
+        network: The network that the state dict is of.
+        state: The state dict, which is changed in place.
+        prefix: What the names of the network's weights start with in it.
+    """
     layers = _tuner_layers(network)
     for key in list(state):
         layer, found, rest = key.removeprefix(prefix).partition(".base_layer.")

@@ -44,14 +44,30 @@ def load_phased_pipeline(
     experts_revision: str | None = None,
     **kwargs: Any,
 ) -> DiffusionPipeline:
-    """A pipeline that samples with phased experts, from an experts folder, a Hub id, or a saved phased pipeline.
+    """Load a pipeline that samples with phased experts.
 
-    base:   model folder or Hub id; the manifest's by default.
-    experts_revision: branch, tag or commit of experts on the Hub.
-    kwargs: go to ``DiffusionPipeline.from_pretrained`` of the base (``dtype``, ``device_map``, ``variant``, its
-            ``revision``, ...); token, cache_dir and local_files_only serve for the experts too.
+    Full experts take the place of the base's network, which is not loaded.
 
-    Full experts take the place of the base's network, which is not loaded. Raises ExpertsError.
+    Args:
+        experts: An experts folder, a Hub id ``user/name``, opened experts, or a pipeline that was saved with its
+            experts.
+        base: The model folder or Hub id of the base; None takes the one that the manifest names.
+        experts_revision: A branch, tag or commit of experts on the Hub.
+        **kwargs: Arguments of ``DiffusionPipeline.from_pretrained`` for the base, such as ``dtype``, ``device_map``,
+            ``variant`` and its ``revision``. ``token``, ``cache_dir`` and ``local_files_only`` serve for the experts
+            too.
+
+    Returns:
+        A pipeline of the base's own class, whose steps and guidance default to what the experts were distilled for.
+
+    Raises:
+        ExpertsError: If the experts or the base cannot be loaded, or do not fit each other.
+
+    Examples:
+        >>> pipe = load_phased_pipeline("training/embedded/models/experts")
+        >>> call = {"width": 32, "height": 32, "num_frames": 1, "max_sequence_length": 16}
+        >>> pipe("a panda on a blue background", output_type="np", **call).frames.shape
+        (1, 1, 32, 32, 3)
     """
     if isinstance(experts, PhasedExperts):
         return _load(experts, base, PhasedDMDScheduler.from_plan(experts.manifest.plan), **kwargs)
@@ -75,14 +91,31 @@ def load_phased_pipeline(
 def attach_experts(
     pipe: DiffusionPipeline, experts: str | Path | PhasedExperts | DiffusionPipeline
 ) -> DiffusionPipeline:
-    """Make this pipeline sample with phased experts; it is changed in place and returned.
+    """Make a pipeline sample with phased experts.
 
-    experts: an experts folder, a Hub id, opened experts, or another phased pipeline whose experts are then shared (with
-             a pipeline that was made from it by ``from_pipe``, say).
+    The pipeline is changed in place. Its steps and guidance default to what the experts were distilled for, and
+    adapters of the user's own stay. A warning is logged when the base has other weights than the one that LoRA experts
+    were distilled from.
 
-    Steps and guidance default to what the experts were distilled for. Adapters of the user's own stay. Warns when the
-    base has other weights than the one that LoRA experts were distilled from. Raises ExpertsError when experts and
-    pipeline do not fit; the pipeline is then as it was.
+    Args:
+        pipe: A pipeline whose network is of the experts' architecture.
+        experts: An experts folder, a Hub id, opened experts, or another phased pipeline whose experts are then shared
+            (with a pipeline that was made from it by ``from_pipe``, for example).
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ExpertsError: If experts and pipeline do not fit. The pipeline is then as it was.
+
+    Examples:
+        >>> from diffusers import DiffusionPipeline
+        >>> pipe = DiffusionPipeline.from_pretrained("training/embedded/models/teacher")
+        >>> pipe = attach_experts(pipe, "training/embedded/models/experts")
+        >>> [phase.name for phase in pipe.phased.plan.phases]
+        ['high_noise', 'low_noise']
+        >>> type(detach_experts(pipe).scheduler).__name__  # as it was
+        'UniPCMultistepScheduler'
     """
     if isinstance(getattr(pipe, "phased", None), Attachment):
         raise ExpertsError("this pipeline already has phased experts: call detach_experts first")
@@ -92,7 +125,17 @@ def attach_experts(
 
 
 def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Give the pipeline back as it was before ``attach_experts``. Raises ExpertsError where that cannot be."""
+    """Take the experts out of a pipeline, which is then as it was before ``attach_experts``.
+
+    Args:
+        pipe: A phased pipeline.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ExpertsError: If the pipeline has no experts, or was loaded without the base's own network.
+    """
     attachment = getattr(pipe, "phased", None)
     if not isinstance(attachment, Attachment):
         raise ExpertsError("this pipeline has no phased experts to detach")
@@ -115,7 +158,7 @@ def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def _follow(network: Any, expert: Any) -> None:
-    """Move a network that was put aside to where the pipeline has gone with its experts since."""
+    """Move a network that was put aside to the device and dtype of the expert that stood in for it."""
     network.to(expert.device)
     if network.dtype != expert.dtype:
         network.to(expert.dtype)
@@ -159,7 +202,7 @@ def _attach(
     loaded: Sequence[nn.Module] | None = None,
     scheduler: PhasedDMDScheduler | None = None,
 ) -> DiffusionPipeline:
-    """loaded: full experts that took the place of the base's network when the pipeline was loaded."""
+    """Attach opened experts; ``loaded`` are full experts that the pipeline was loaded with in the base's place."""
     manifest = experts.manifest
     _check_fits(pipe, experts)
     scheduler = scheduler or _scheduler_of(pipe, manifest.plan)
@@ -197,7 +240,7 @@ def _attach(
 
 
 def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeline:
-    """Experts of another pipeline: full ones always, LoRA ones where the network is the same."""
+    """Share the experts of another pipeline: full ones always, LoRA ones where the network is the same."""
     shared = getattr(owner, "phased", None)
     if not isinstance(shared, Attachment):
         raise ExpertsError("the pipeline given as experts has none: pass an experts folder, a Hub id or a phased one")
@@ -221,14 +264,14 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeli
 
 
 def _scheduler_of(pipe: DiffusionPipeline, plan: PhasePlan) -> PhasedDMDScheduler:
-    """The pipeline's own where it walks this plan already (with options of the user's), a new one otherwise."""
+    """The pipeline's own scheduler where it walks this plan already (with options of the user's), or a new one."""
     if isinstance(pipe.scheduler, PhasedDMDScheduler) and pipe.scheduler.plan == plan:
         return pipe.scheduler
     return PhasedDMDScheduler.from_plan(plan)
 
 
 def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedDMDScheduler) -> None:
-    """Class, components and configuration of a phased pipeline."""
+    """Set class, components and configuration of a phased pipeline."""
     original = Original(type(pipe), pipe._internal_dict, {"scheduler": pipe.scheduler})
     plan, networks = attachment.plan, attachment.networks
     second = plan.boundaries[0] if len(networks) == 2 else None
@@ -253,6 +296,7 @@ def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedD
 
 
 def _kind(manifest: Manifest) -> str:
+    """Whether the experts are "lora" or "full"; a mixture is refused."""
     kinds = {expert.kind for expert in manifest.experts}
     if len(kinds) > 1:
         raise ExpertsError("these experts are partly LoRA, partly full: convert them to one kind for a pipeline")
@@ -260,6 +304,7 @@ def _kind(manifest: Manifest) -> str:
 
 
 def _check_fits(pipe: DiffusionPipeline, experts: PhasedExperts) -> None:
+    """Refuse experts of another architecture or of components that the pipeline does not have."""
     manifest, kind = experts.manifest, type(pipe).__name__
     network = network_of(pipe, COMPONENT)
     if network is None:
@@ -288,7 +333,7 @@ def _check_fits(pipe: DiffusionPipeline, experts: PhasedExperts) -> None:
 
 
 def _warn_of_other_weights(pipe: DiffusionPipeline, component: str, origin: BaseModel) -> None:
-    """Experts are put on fine-tunes on purpose, and by mistake."""
+    """Warn of a base with other weights: experts are put on fine-tunes on purpose, and by mistake."""
     network = network_of(pipe, component)
     if disk_files(network):
         return
@@ -307,7 +352,7 @@ def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _load_stock(source: str, **kwargs: Any) -> DiffusionPipeline:
-    """A stock pipeline of full experts, as ``save_pretrained`` of a phased pipeline writes it."""
+    """Load a stock pipeline of full experts, as ``save_pretrained`` of a phased pipeline writes it."""
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     index = load_index(source, hub)
     names = [name for name in component_names(99) if isinstance(index.get(name), list) and index[name][0]]

@@ -14,24 +14,52 @@ from ..experts import ExpertsError, PhasedExperts
 from ..experts.format.untrusted import shown
 
 COMPONENT = "transformer"
-"""The component of a pipeline that denoises; full experts are this one, ``transformer_2``, ... N."""
+"""The component of a pipeline that denoises. Full experts are this one, ``transformer_2``, ``transformer_3`` and so
+on."""
 
 
 def network_of(pipe: DiffusionPipeline, component: str) -> Any:
-    """A network of the pipeline, without the wrapper of ``torch.compile``."""
+    """Look up a network of a pipeline, without the wrapper of ``torch.compile``.
+
+    Args:
+        pipe: The pipeline.
+        component: The component's name.
+
+    Returns:
+        The network, or None where the pipeline has none of this name.
+    """
     network = getattr(pipe, component, None)
     return getattr(network, "_orig_mod", network)
 
 
 def component_names(count: int) -> list[str]:
-    """The components of this many full experts, in the order of their phases."""
+    """List the components that hold full experts, in the order of their phases.
+
+    Args:
+        count: The number of experts.
+
+    Returns:
+        ``transformer``, ``transformer_2`` and so on.
+    """
     return [COMPONENT, *(f"{COMPONENT}_{k}" for k in range(2, count + 1))]
 
 
 def full_networks(
     experts: PhasedExperts, empty: Callable[[str], nn.Module], dtype: torch.dtype | None
 ) -> list[nn.Module]:
-    """One network for each full expert, its weights from the expert's file. Raises ExpertsError."""
+    """Build one network for each full expert, with the weights from its file.
+
+    Args:
+        experts: Full experts.
+        empty: Makes a network without weights for a component of the base.
+        dtype: The dtype of the weights, except for parts that diffusers keeps in float32; None is float32.
+
+    Returns:
+        The networks in the order of the phases, frozen and in evaluation mode.
+
+    Raises:
+        ExpertsError: If a file cannot be read or does not fit the network.
+    """
     networks = []
     for expert in experts.manifest.experts:
         network = empty(expert.component)
@@ -51,12 +79,30 @@ def full_networks(
 
 
 def empty_like(network: Any) -> nn.Module:
-    """A network of the same class and config, without memory for its parameters."""
+    """Make a network of the same class and config, without memory for its parameters.
+
+    Args:
+        network: A network of diffusers.
+
+    Returns:
+        The empty network.
+    """
     return _without_weights(type(network), network.config)
 
 
 def load_index(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """``model_index.json`` of a pipeline folder or Hub id. Raises ExpertsError."""
+    """Read ``model_index.json`` of a pipeline.
+
+    Args:
+        source: A pipeline folder or a Hub id.
+        hub: Arguments for the Hub, such as ``token`` and ``revision``.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        ExpertsError: If there is none to read.
+    """  # noqa: DOC501
     try:
         return DiffusionPipeline.load_config(source, **hub)
     except (OSError, ValueError) as error:
@@ -64,13 +110,32 @@ def load_index(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def no_base(source: str, error: Exception) -> ExpertsError:
-    """The error for a base that cannot be loaded, in one line."""
+    """Make the error for a base that cannot be loaded, in one line.
+
+    Args:
+        source: The folder or Hub id that was tried.
+        error: What loading it raised.
+
+    Returns:
+        The error, to be raised.
+    """
     reason = " ".join(str(error).split())[:300]
     return ExpertsError(f"cannot load the base {source!r} of these experts: {reason}; pass another as base=")
 
 
 def pipeline_class(source: str, index: Mapping[str, Any]) -> Any:
-    """The class that model_index.json names; the general one where that is code of the base. Raises ExpertsError."""
+    """Find the pipeline class that a model_index.json names.
+
+    Args:
+        source: The folder or Hub id of the pipeline, for errors.
+        index: The content of its model_index.json.
+
+    Returns:
+        A class of diffusers; ``DiffusionPipeline`` where the class is code of the base.
+
+    Raises:
+        ExpertsError: If the installed diffusers has no such pipeline class.
+    """
     name = index.get("_class_name")
     if isinstance(name, list):  # which diffusers runs only with trust_remote_code
         return DiffusionPipeline
@@ -78,7 +143,20 @@ def pipeline_class(source: str, index: Mapping[str, Any]) -> Any:
 
 
 def empty_network(architecture: str, source: str, hub: Mapping[str, Any], component: str) -> nn.Module:
-    """A network of this class with the config of the base's component. Raises ExpertsError."""
+    """Make a network of a class with the config of the base's component, without memory for its parameters.
+
+    Args:
+        architecture: The name of the class in diffusers.
+        source: The folder or Hub id of the base.
+        hub: Arguments for the Hub, such as ``token`` and ``revision``.
+        component: The component whose config is read.
+
+    Returns:
+        The empty network.
+
+    Raises:
+        ExpertsError: If diffusers has no such network class, or if the config cannot be read.
+    """  # noqa: DOC501
     kind = _class(architecture, ModelMixin, "the manifest names its network")
     try:
         return _without_weights(kind, kind.load_config(source, subfolder=component, **hub))
@@ -87,7 +165,7 @@ def empty_network(architecture: str, source: str, hub: Mapping[str, Any], compon
 
 
 def _class(name: object, of: type, who: str) -> Any:
-    """The class of diffusers that a stranger's file names; of no other kind than ``of``."""
+    """Find the class of diffusers that an untrusted file names; of no other kind than ``of``."""
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, of)):
         raise ExpertsError(
@@ -98,7 +176,7 @@ def _class(name: object, of: type, who: str) -> Any:
 
 
 def _without_weights(kind: Any, config: Mapping[str, Any]) -> nn.Module:
-    """A network with its buffers but without memory for its parameters."""
+    """Make a network with its buffers but without memory for its parameters."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

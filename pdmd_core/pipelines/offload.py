@@ -19,7 +19,13 @@ _SIGNATURE = inspect.signature(DiffusionPipeline.enable_group_offload)
 
 @functools.wraps(DiffusionPipeline.enable_group_offload)
 def offload_groups(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
-    """As diffusers does it, but with a folder of its own on disk for each component."""
+    """Offload a pipeline in groups as diffusers does, with a folder on disk for each component.
+
+    Args:
+        pipe: The pipeline.
+        *args: Arguments of ``DiffusionPipeline.enable_group_offload``.
+        **kwargs: Arguments of ``DiffusionPipeline.enable_group_offload``.
+    """
     from diffusers.hooks import apply_group_offloading
 
     options = _SIGNATURE.bind(pipe, *args, **kwargs).arguments
@@ -36,7 +42,14 @@ def offload_groups(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> None:
 
 
 def check_disk_files(networks: Mapping[str, nn.Module]) -> None:
-    """Raise ExpertsError for networks that are offloaded to the same files on disk, where one would get the other's."""
+    """Check that no two networks are offloaded to the same files on disk, where one would get the other's weights.
+
+    Args:
+        networks: Networks by component name.
+
+    Raises:
+        ExpertsError: If two networks share a file.
+    """
     owner: dict[str, str] = {}
     for name, network in networks.items():
         for path in disk_files(network):
@@ -48,7 +61,14 @@ def check_disk_files(networks: Mapping[str, nn.Module]) -> None:
 
 
 def disk_files(network: nn.Module) -> set[str]:
-    """Where group offloading keeps weights, whose tensors then hold no values."""
+    """List the files in which group offloading keeps the weights of a network, whose tensors then hold no values.
+
+    Args:
+        network: A network of a pipeline.
+
+    Returns:
+        Paths of safetensors files; empty where nothing is offloaded to disk.
+    """
     groups = [getattr(hook, "group", None) for module in network.modules() for hook in _hooks(module).values()]
     return {group.safetensors_file_path for group in groups if group is not None and group.offload_to_disk_path}
 
@@ -58,14 +78,28 @@ def _hooks(module: Any) -> dict[str, Any]:
 
 
 def is_offloaded_in_parts(network: nn.Module) -> bool:
-    """Whether sequential or group offloading is on, whose hooks sit on the network's own layers."""
+    """Check whether sequential or group offloading is on, whose hooks sit on the network's own layers.
+
+    Args:
+        network: A network of a pipeline.
+
+    Returns:
+        Whether it is on.
+    """
     layers = list(network.modules())[1:]
     return any(hasattr(layer, "_hf_hook") or "group_offloading" in _hooks(layer) for layer in layers)
 
 
 @contextmanager
 def offloaded_again(pipe: Any) -> Iterator[None]:
-    """Model CPU offload is taken off while components change, and set up again."""
+    """Take model CPU offload off while components change, and set it up again afterwards.
+
+    Args:
+        pipe: The pipeline.
+
+    Yields:
+        Nothing; the components may be changed within the block.
+    """
     device = pipe._offload_device if getattr(pipe, "_all_hooks", None) else None
     if device is not None:
         pipe.remove_all_hooks()

@@ -30,22 +30,26 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 STOCK_SCHEDULER = ("diffusers", "FlowMatchEulerDiscreteScheduler")
-"""Written into model_index.json: ``from_pretrained`` cannot load a scheduler of a third package by its index."""
+"""What is written into model_index.json, since ``from_pretrained`` cannot load a scheduler of a third package by its
+index."""
 
 SCHEDULER_FOLDER = "phased_scheduler"
-"""Holds the phased scheduler of a saved pipeline with LoRA experts, whose own scheduler stays the base's."""
+"""The folder of the phased scheduler in a saved pipeline with LoRA experts, whose own scheduler stays the base's."""
 
 GUIDANCE = "_phased_guidance_scale"
-"""Key of model_index.json for the guidance of full experts."""
+"""The key of model_index.json for the guidance of full experts."""
 
 
 @dataclass
 class Original:
-    """A pipeline as it was: class, configuration, and the components that experts replaced (None where not loaded)."""
+    """A pipeline as it was before experts were attached."""
 
     kind: type[DiffusionPipeline]
+    """Its class."""
     config: Any
+    """Its configuration."""
     components: dict[str, Any]
+    """The components that experts replaced; None where one was not loaded, ``MISSING`` where there was none."""
 
 
 @dataclass
@@ -53,22 +57,34 @@ class Attachment:
     """What a phased pipeline carries as ``pipe.phased``."""
 
     plan: PhasePlan
+    """The plan that the experts were distilled for."""
     guidance_scale: float
+    """The guidance at which the experts sample; 1 is none."""
     route: Route
+    """Says which phase is current."""
     experts: PhasedExperts | None
-    """None for a pipeline loaded from a stock folder of full experts."""
+    """The opened experts; None for a pipeline that was loaded from a stock folder of full experts."""
     networks: tuple[nn.Module, ...] = ()
     """Full experts in the order of the phases; empty for LoRA experts."""
     switches: Mapping[str, AdapterSwitch] = field(default_factory=dict)
-    """Of LoRA experts, by component."""
+    """The switches of LoRA experts, by component; empty for full experts."""
     handles: list[RemovableHandle] = field(default_factory=list)
-    """Of the hooks on the networks; empty where the experts are shared from another pipeline."""
+    """Handles of the hooks on the networks; empty where the experts are shared from another pipeline."""
     original: Original | None = None
+    """The pipeline before the experts; None for one that was loaded from a stock folder of full experts."""
     running: bool = False
-    """Inside a call, when ``pipe.transformer`` is the expert on turn."""
+    """Whether the pipeline is inside a call, when ``pipe.transformer`` is the expert of the current phase."""
 
     def on_turn(self, component: str, components: Mapping[str, Any]) -> Any:
-        """What this component of a running pipeline is now; LoRA experts are switched."""
+        """Look up what a component of a running pipeline is in the current phase; LoRA experts are switched.
+
+        Args:
+            component: The component's name.
+            components: The pipeline's components by name.
+
+        Returns:
+            The network that runs now, or the component as it is where it holds no experts.
+        """
         phase = self.route.scheduler.phase
         if component in self.switches:
             self.switches[component].switch(phase)
@@ -77,7 +93,16 @@ class Attachment:
         return components.get(component)
 
     def check(self, pipe: DiffusionPipeline, given: Mapping[str, Any]) -> None:
-        """Raise ExpertsError where a call with these arguments would not sample with the experts."""
+        """Check that a call of the pipeline would sample with the experts.
+
+        Args:
+            pipe: The pipeline.
+            given: The arguments of the call by name.
+
+        Raises:
+            ExpertsError: If the experts were detached, the scheduler or a network was replaced, the arguments scale the
+                experts, or networks are offloaded to the same files.
+        """
         if not self.route.attached:
             raise ExpertsError("the experts were detached from the pipeline that loaded them: attach_experts again")
         scheduler = pipe.scheduler
@@ -99,10 +124,16 @@ class Attachment:
 
 @functools.cache
 def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[DiffusionPipeline]:
-    """A subclass of a pipeline class that samples with phased experts.
+    """Make a subclass of a pipeline class that samples with phased experts.
 
     It keeps the name of its base, by which diffusers looks up related pipelines.
-    networks: number of full experts, which become its components; 0 for LoRA experts.
+
+    Args:
+        base: The pipeline's own class.
+        networks: The number of full experts, which become components of the pipeline; 0 for LoRA experts.
+
+    Returns:
+        The subclass.
     """
     signature = inspect.signature(base.__call__)
 
@@ -164,6 +195,7 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
 
 
 def _attachment(pipe: Any) -> Attachment:
+    """What a phased pipeline carries; a pipeline that was made from a phased one carries nothing."""
     if "phased" not in pipe.__dict__:
         raise ExpertsError(
             "this pipeline was made from a phased one: call attach_experts(this_pipeline, that_pipeline)"
@@ -172,6 +204,8 @@ def _attachment(pipe: Any) -> Attachment:
 
 
 def _component(name: str) -> property:
+    """A property that is the expert of the current phase within a call, and the plain component otherwise."""
+
     def get(self: Any) -> Any:
         attachment = self.__dict__.get("phased")
         if attachment is not None and attachment.running:
@@ -201,7 +235,12 @@ def _as_it_was(pipe: Any) -> Iterator[None]:
 
 
 def restore(pipe: Any, original: Original) -> None:
-    """Class, configuration and components as they were."""
+    """Restore class, configuration and components of a pipeline.
+
+    Args:
+        pipe: A phased pipeline.
+        original: What it was before.
+    """
     del pipe.__dict__["phased"]
     pipe.__class__ = original.kind
     pipe._internal_dict = original.config

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class Route:
-    """Which phase is on turn: the scheduler that the hooks of one set of experts look at."""
+    """The source of the current phase: the scheduler that the hooks of one set of experts look at.
+
+    Args:
+        scheduler: The scheduler of the pipeline that runs.
+    """
 
     def __init__(self, scheduler: PhasedDMDScheduler) -> None:
         self.scheduler = scheduler
@@ -30,11 +34,15 @@ class Route:
 
 
 class PhaseGuard:
-    """Refuses a forward of a network that is not on turn, or at another sigma than the scheduler's current one.
+    """A hook that refuses a forward of a network in another phase or at another sigma than the scheduler's current one.
 
-    phases: those in which this network may run. A forward pre-hook (``register_forward_pre_hook(guard,
-    with_kwargs=True)``): such hooks run outside whatever replaces ``forward`` (offloading does) and stay when it goes.
-    Raises RuntimeError.
+    It is a forward pre-hook (``register_forward_pre_hook(guard, with_kwargs=True)``): such hooks run outside whatever
+    replaces ``forward``, as offloading does, and stay when that goes.
+
+    Args:
+        route: Says which phase is current.
+        network: The network that the hook is on.
+        phases: The indices of the phases in which this network may run.
     """
 
     def __init__(self, route: Route, network: nn.Module, phases: frozenset[int]) -> None:
@@ -43,12 +51,32 @@ class PhaseGuard:
         self.phases = phases
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check a call of the network.
+
+        Args:
+            network: The network that is called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            RuntimeError: As ``check`` does.
+        """
         if torch.compiler.is_compiling() and self.route.switched:
             return  # nothing to do inside the graph: the pipeline, which is outside, has switched
         self.check(args, kwargs)
 
     @torch.compiler.disable
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compare a call's timestep with the scheduler's sigma and switch to the current phase.
+
+        Args:
+            args: The positional arguments of the network's forward.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            RuntimeError: If the timestep is not at the scheduler's current sigma, or if the network has no turn in the
+                current phase.
+        """
         scheduler = self.route.scheduler
         timestep = _timestep(self.network, args, kwargs)
         if not _at_sigma(timestep, scheduler.sigma):
@@ -66,13 +94,20 @@ class PhaseGuard:
         self.switch(scheduler.phase)
 
     def switch(self, phase: int) -> None:
-        """Make the network that of this phase, where it can run in several."""
+        """Make the network that of a phase, where it can run in several.
+
+        Args:
+            phase: The index of the phase.
+        """
 
 
 class AdapterSwitch(PhaseGuard):
-    """Also activates the LoRA adapter of the phase; adapters of the user's own stay active beside it.
+    """A hook that also activates the LoRA adapter of the current phase; other adapters stay active beside it.
 
-    adapters: phase index to the name of its adapter on this network.
+    Args:
+        route: Says which phase is current.
+        network: The network that carries the adapters.
+        adapters: Phase index to the name of its adapter on this network.
     """
 
     def __init__(self, route: Route, network: nn.Module, adapters: Mapping[int, str]) -> None:
@@ -89,6 +124,14 @@ class AdapterSwitch(PhaseGuard):
 
     @torch.compiler.disable
     def switch(self, phase: int) -> None:
+        """Activate the adapter of a phase.
+
+        Args:
+            phase: The index of the phase; one without an adapter on this network is passed over.
+
+        Raises:
+            RuntimeError: If the adapter was unloaded, or if a LoRA is fused or disabled on the network.
+        """
         if phase not in self.phases:
             return
         adapter = self.adapters[phase]
@@ -117,7 +160,15 @@ class AdapterSwitch(PhaseGuard):
 
 
 def guard_networks(networks: Sequence[nn.Module], route: Route) -> list[RemovableHandle]:
-    """Full experts in the order of the phases: each may run in its own phase only."""
+    """Put a hook on each full expert, which may run in its own phase only.
+
+    Args:
+        networks: Full experts in the order of the phases.
+        route: Says which phase is current.
+
+    Returns:
+        Handles by which the hooks are removed.
+    """
     return [
         network.register_forward_pre_hook(PhaseGuard(route, network, frozenset({k})), with_kwargs=True)
         for k, network in enumerate(networks)

@@ -1,7 +1,5 @@
 import dataclasses
-import io
 import json
-import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,31 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdmd_core.noise_level import shift_sigma
 from pdmd_core.phases import (
     BOUNDARY_TOLERANCE,
     MAX_STEPS,
     Phase,
     PhasePlan,
     PhasePlanError,
-    shift_sigma,
-    signal_to_noise,
-    unshift_sigma,
 )
+from tests.helpers.phase_plans import plans
 
 ROOT = Path(__file__).parents[2]
-
-
-@st.composite
-def plans(draw) -> PhasePlan:
-    """Plans of 1 to 6 phases with any descending sigmas, as close to each other as a plan allows."""
-    steps = draw(st.lists(st.integers(1, 3), min_size=1, max_size=6))
-    ratios = draw(st.lists(st.floats(0.3, 0.9985), min_size=sum(steps) - 1, max_size=sum(steps) - 1))
-    flat = [1.0]
-    for ratio in ratios:
-        flat.append(flat[-1] * ratio)
-    groups = [[flat.pop(0) for _ in range(count)] for count in steps]
-    names = [f"{draw(st.sampled_from(['expert', 'noise_', 'p0']))}{k}" for k in range(len(steps))]
-    return PhasePlan.from_sigmas(groups, draw(st.sampled_from([None, names])))
 
 
 def through_thousand_in_float32(sigma: float) -> float:
@@ -201,22 +185,6 @@ def test_changing_the_dictionary_form_leaves_the_plan_alone():
 # Shift
 
 
-@given(st.floats(0, 1), st.floats(0.05, 20))
-def test_unshift_inverts_shift(raw, shift):
-    assert unshift_sigma(shift_sigma(raw, shift), shift) == pytest.approx(raw, abs=1e-12)
-
-
-@given(st.floats(0.01, 100))
-def test_shift_keeps_both_ends_exactly(shift):
-    assert shift_sigma(0.0, shift) == unshift_sigma(0.0, shift) == 0
-    assert shift_sigma(1.0, shift) == unshift_sigma(1.0, shift) == 1
-
-
-@given(st.floats(0, 1), st.floats(0.05, 20))
-def test_shift_is_the_documented_formula(raw, shift):
-    assert shift_sigma(raw, shift) == pytest.approx(shift * raw / (1 + (shift - 1) * raw), rel=1e-9)
-
-
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=6).filter(lambda s: sum(s) > 1), st.floats(0.2, 12))
 def test_shift_of_a_plan_is_the_shift_it_was_made_with(steps, shift):
     assert PhasePlan.from_steps(steps, shift=shift).shift == pytest.approx(shift, rel=1e-9)
@@ -229,55 +197,6 @@ def test_shift_is_one_for_a_single_step():
 @pytest.mark.parametrize("sigmas", [[[1.0, 0.9], [0.75, 0.4]], [[1.0], [0.9], [0.1]]])
 def test_shift_is_none_when_no_shift_makes_the_steps_uniform(sigmas):
     assert PhasePlan.from_sigmas(sigmas).shift is None
-
-
-def test_signal_to_noise():
-    assert signal_to_noise(0.5) == 1
-    assert signal_to_noise(0.2) == pytest.approx(16)
-    assert signal_to_noise(1.0) == 0
-    assert signal_to_noise(0.0) == math.inf
-
-
-# Shown to people
-
-
-@given(plans())
-def test_describe_has_one_line_for_each_step_with_its_expert_and_sigma(plan):
-    header, *lines, summary = plan.describe().splitlines()
-    assert header.split() == ["step", "expert", "sigma", "next", "raw", "time", "SNR", "log-SNR"]
-    expected = [(phase.name, sigma) for phase in plan.phases for sigma in phase.sigmas]
-    following = [*plan.sigmas[1:], 0.0]
-    assert len(lines) == len(expected)
-    for step, (line, (name, sigma), after) in enumerate(zip(lines, expected, following, strict=True)):
-        assert line.split()[:4] == [str(step), name, f"{sigma:.5f}", f"{after:.5f}"]
-    assert f"{len(plan)} phase(s), {len(expected)} step(s)" in summary
-
-
-def test_describe_tells_the_shift_and_raw_times():
-    lines = PhasePlan.from_steps([2, 2], shift=5.0).describe().splitlines()
-    assert lines[-1].endswith("raw time at shift 5")
-    assert [line.split()[4] for line in lines[1:-1]] == ["1.0000", "0.7500", "0.5000", "0.2500"]
-    assert [line.split()[6] for line in lines[1:-1]] == ["-inf", "-5.416", "-3.219", "-1.022"]
-
-
-def test_describe_says_when_no_shift_fits():
-    lines = PhasePlan.from_sigmas([[1.0, 0.9], [0.75, 0.4]]).describe().splitlines()
-    assert lines[-1].endswith("no single shift makes these steps uniform")
-    assert all(line.split()[4] == "-" for line in lines[1:-1])
-
-
-def test_plot_names_every_expert_at_its_place_and_every_sigma():
-    plan = PhasePlan.from_steps([1, 2, 1], shift=3.0, names=["first", "second", "third"])
-    figure = plan.plot()
-    axes = figure.axes[0]
-    texts = {text.get_text(): text.get_position()[0] for text in axes.texts}
-    for k, phase in enumerate(plan.phases):
-        assert texts[phase.name] == pytest.approx(sum(plan.interval(k)) / 2)
-    for sigma in plan.sigmas:
-        assert texts[f"{sigma:.4g}"] == sigma
-    assert list(axes.lines[0].get_xdata()) == list(plan.sigmas)
-    figure.savefig(picture := io.BytesIO(), format="png")
-    assert picture.getvalue().startswith(b"\x89PNG")
 
 
 def test_importing_phases_needs_neither_torch_nor_matplotlib():
