@@ -4,7 +4,7 @@ Importing this package needs nothing but the standard library: the names below a
 are first used, and each module imports what it needs. Inside ComfyUI the package is loaded under another name, so all
 imports within are relative.
 
-Example:
+Examples:
     >>> from pdmd_core import PhasePlan
     >>> PhasePlan.from_steps([2, 2], shift=5.0).boundaries
     (0.8333333333333334,)

@@ -28,14 +28,29 @@ class CommandParser(argparse.ArgumentParser):
         self.takes_others = takes_others
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse; an unknown option is refused with the nearest one (here, where a subcommand knows its own)."""
+        """Parse arguments; an unknown option is refused with the nearest one, where a subcommand knows its own.
+
+        Args:
+            args: The arguments; None takes those of the process.
+            namespace: Where options are put; None makes a new one.
+
+        Returns:
+            The options, and the arguments that are not known.
+        """
         options, rest = super().parse_known_args(args, namespace)
         if rest and not self.takes_others:
             self.error(self.unknown(rest[0]))
         return options, rest
 
     def unknown(self, found: str) -> str:
-        """The line about an argument that is not known, with the nearest option where it looks like one."""
+        """Write the line about an unknown argument, with the nearest option where it looks like one.
+
+        Args:
+            found: The argument.
+
+        Returns:
+            The line.
+        """
         if not found.startswith("-"):
             return f"unexpected argument {found!r}"
         name = found.partition("=")[0]
@@ -43,7 +58,11 @@ class CommandParser(argparse.ArgumentParser):
         return f"unknown option {name}" + (f", did you mean {near[0]}?" if near else "")
 
     def error(self, message: str) -> NoReturn:
-        """End with exit status 2 and one line on standard error."""
+        """Print one line on standard error and end with exit status 2.
+
+        Args:
+            message: What is wrong.
+        """
         line = " ".join(message.removeprefix("argument ").split())
         print(f"{self.prog}: {line} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
@@ -53,7 +72,15 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that is a whole number in a range, its ends included."""
+    """Make the type of an option that is a whole number in a range, its ends included.
+
+    Args:
+        least: The least value.
+        most: The largest value; None sets no limit.
+
+    Returns:
+        A function for ``type=`` of ``add_argument``.
+    """
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def parse(given: str) -> int:
@@ -73,7 +100,15 @@ SEED = whole_number(0, 2**63 - 1)
 
 
 def number(least: float, above: bool = False) -> Callable[[str], float]:
-    """The type of an option that is a finite number of at least ``least``, or above it."""
+    """Make the type of an option that is a finite number.
+
+    Args:
+        least: The least value.
+        above: Whether ``least`` itself is refused.
+
+    Returns:
+        A function for ``type=`` of ``add_argument``.
+    """
 
     def parse(given: str) -> float:
         try:
@@ -88,21 +123,51 @@ def number(least: float, above: bool = False) -> Callable[[str], float]:
 
 
 def text(given: str) -> str:
-    """The type of an option that is a text with something in it."""
+    """Read an option that is a text with something in it.
+
+    Args:
+        given: What the user typed.
+
+    Returns:
+        The text.
+
+    Raises:
+        ArgumentTypeError: If the text is empty.
+    """  # noqa: DOC501
     if not given.strip():
         raise _expected("some text", given)
     return given
 
 
 def path(given: str) -> Path:
-    """The type of an option that is a path. (Python takes the empty path for the current folder.)"""
+    """Read an option that is a path; Python itself takes the empty path for the current folder.
+
+    Args:
+        given: What the user typed.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentTypeError: If the text is empty.
+    """  # noqa: DOC501
     if not given.strip():
         raise _expected("a path", given)
     return Path(given)
 
 
 def output_folder(given: str) -> Path:
-    """The type of an option that is a folder to write, which need not be there."""
+    """Read an option that is a folder to write, which need not exist.
+
+    Args:
+        given: What the user typed.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArgumentTypeError: If a file stands in its way.
+    """
     folder = path(given)
     if (file := _file_above(folder)) is not None:
         raise argparse.ArgumentTypeError(f"expected a folder to write, found {given!r}, and {file} is a file")
@@ -110,7 +175,14 @@ def output_folder(given: str) -> Path:
 
 
 def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """The type of an option that is a file to write, whose name ends in one of these."""
+    """Make the type of an option that is a file to write.
+
+    Args:
+        *suffixes: What its name may end in, such as ``.json``.
+
+    Returns:
+        A function for ``type=`` of ``add_argument``.
+    """
 
     def parse(given: str) -> Path:
         file = path(given)
@@ -124,7 +196,7 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
 
 
 def _file_above(folder: Path) -> Path | None:
-    """What stands in the way of a folder: the path or one above it that is there and is no folder."""
+    """What stands in the way of a folder: the path or one above it that exists and is no folder."""
     nearest = next((place for place in (folder, *folder.parents) if place.exists()), None)
     return nearest if nearest is not None and not nearest.is_dir() else None
 

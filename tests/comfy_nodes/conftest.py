@@ -16,7 +16,7 @@ NAME = "/base/custom_nodes/phased-dmd"
 
 @pytest.fixture(scope="session")
 def part() -> Callable[[str], ModuleType]:
-    """``part("words")`` is the module ``comfy_nodes.widget_text`` of the pack."""
+    """``part("widget_text")`` is the module ``comfy_nodes.widget_text`` of the pack."""
     spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py")
     assert spec and spec.loader
     sys.modules[NAME] = importlib.util.module_from_spec(spec)

@@ -6,28 +6,28 @@ import pytest
 
 
 def test_steps(part) -> None:
-    assert part("words").read_steps(" 2,2 ,1") == [2, 2, 1]
+    assert part("widget_text").read_steps(" 2,2 ,1") == [2, 2, 1]
 
 
 @pytest.mark.parametrize("text", ["", "two", "2;2", "2,,2", "2.5"])
 def test_steps_that_are_none(part, text: str) -> None:
     with pytest.raises(part("errors").NodeError, match="steps are whole numbers with commas between"):
-        part("words").read_steps(text)
+        part("widget_text").read_steps(text)
 
 
 def test_sigmas_are_numbers_or_fractions(part) -> None:
-    assert part("words").read_sigmas("1, 0.9375 | 5/6, 0.625") == [[1.0, 0.9375], [5 / 6, 0.625]]
+    assert part("widget_text").read_sigmas("1, 0.9375 | 5/6, 0.625") == [[1.0, 0.9375], [5 / 6, 0.625]]
 
 
 @pytest.mark.parametrize("text", ["", "1, | 0.5", "1/0", "1, x", "nan", "1e9999/1"])
 def test_sigmas_that_are_none(part, text: str) -> None:
     with pytest.raises(part("errors").NodeError, match="sigmas are numbers or fractions"):
-        part("words").read_sigmas(text)
+        part("widget_text").read_sigmas(text)
 
 
 def test_names(part) -> None:
-    assert part("words").read_names("a, b") == ["a", "b"]
-    assert part("words").read_names("  ") is None
+    assert part("widget_text").read_names("a, b") == ["a", "b"]
+    assert part("widget_text").read_names("  ") is None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_names(part) -> None:
     ],
 )
 def test_cfgs(part, text: str, trained: float | None, expected: list[float | None]) -> None:
-    assert part("words").read_cfgs(text, ["high", "low"], trained) == expected
+    assert part("widget_text").read_cfgs(text, ["high", "low"], trained) == expected
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_cfgs(part, text: str, trained: float | None, expected: list[float | Non
 )
 def test_cfgs_that_are_none(part, text: str, message: str) -> None:
     with pytest.raises(part("errors").NodeError, match=message):
-        part("words").read_cfgs(text, ["high", "low"])
+        part("widget_text").read_cfgs(text, ["high", "low"])

@@ -29,7 +29,7 @@ CENTRAL = (
 
 def modules_with_examples() -> list[str]:
     files = (path for path in (ROOT / "pdmd_core").rglob("*.py") if ">>> " in path.read_text(encoding="utf-8"))
-    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files)
+    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files)
 
 
 @pytest.mark.parametrize("module", modules_with_examples())
