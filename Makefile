@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test audit test-long test-oldest test-comfyui test-comfyui-load test-matrix environment clean
+.PHONY: demo test docs audit test-long test-oldest test-comfyui test-comfyui-load test-matrix environment clean
 
 demo: $(VENV)/.training
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
@@ -17,6 +17,10 @@ test: environment
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 	$(MAKE) test-comfyui
+
+# The documentation site in build/site; a warning is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Known vulnerabilities in the pinned packages; without network only a warning
 audit: environment
@@ -64,6 +68,11 @@ $(VENV)/.training: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --editable ".[training]" -c constraints.txt
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]" -c constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.training

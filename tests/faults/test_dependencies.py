@@ -17,7 +17,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OURS = {"pdmd_core", "training", "benchmarks", "comfy_nodes", "tests"}
+OURS = {"pdmd_core", "training", "benchmarks", "comfy_nodes", "docs", "tests"}
 OF_COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "aiohttp"}
 """Modules of the program that loads the node pack, and what it brings itself."""
 
@@ -104,7 +104,7 @@ def test_each_third_package_that_is_imported_is_a_dependency() -> None:
     distributions = packages_distributions()
     known = {name for packages in declared().values() for name in packages}
     unknown = set()
-    for part in ("pdmd_core", "training", "benchmarks", "comfy_nodes"):
+    for part in ("pdmd_core", "training", "benchmarks", "comfy_nodes", "docs", "examples"):
         for path in (ROOT / part).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -113,6 +113,8 @@ def test_each_third_package_that_is_imported_is_a_dependency() -> None:
                 for name in (
                     {name.partition(".")[0] for name in names} - OURS - OF_COMFYUI - set(sys.stdlib_module_names)
                 ):
+                    if (path.parent / f"{name}.py").exists():
+                        continue  # a neighbour, in folders of scripts
                     if not known & {canonicalize_name(d) for d in distributions.get(name, ())}:
                         unknown.add(f"{path.relative_to(ROOT)}: {name}")
     assert not unknown

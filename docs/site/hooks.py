@@ -1,0 +1,47 @@
+"""What MkDocs builds beside the Markdown files of ``docs``: the API reference and the help of the ComfyUI nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from reference import ROOT, page, public_modules
+
+NODE_HELP = ROOT / "web" / "docs"
+
+
+def section(nav: list[Any], title: str) -> list[Any]:
+    """The list of the section with this title, at any depth."""
+    for item in nav:
+        if isinstance(item, dict):
+            ((name, content),) = item.items()
+            if name == title:
+                return content
+            if isinstance(content, list) and (found := section(content, title)) is not None:
+                return found
+    return None
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill the sections of the navigation that are made of sources."""
+    modules = public_modules()
+    tree: dict[str, list[Any]] = {"pdmd_core": section(config.nav, "API reference")}
+    for module in modules:
+        if module.is_package and module.name != "pdmd_core":
+            tree[module.name] = []
+            tree[module.name.rpartition(".")[0]].append({module.name.rpartition(".")[2]: tree[module.name]})
+        parent = module.name if module.is_package else module.name.rpartition(".")[0]
+        tree[parent].append(module.page if module.is_package else {module.name.rpartition(".")[2]: module.page})
+    section(config.nav, "Nodes").extend(f"nodes/{path.name}" for path in sorted(NODE_HELP.glob("*.md")))
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are not in ``docs``."""
+    modules = {module.name: module for module in public_modules()}
+    for module in modules.values():
+        files.append(File.generated(config, module.page, content=page(module, modules)))
+    for path in NODE_HELP.glob("*.md"):
+        files.append(File.generated(config, f"nodes/{path.name}", abs_src_path=str(path)))
+    return files
