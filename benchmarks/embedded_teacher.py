@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from training.data.buckets import SampleSize
 from training.embedded.emoji import BACKGROUNDS, EMOJI, EmojiScenes, caption
 from training.embedded.features import load_features, see
 from training.evaluation.measures import wanted_classes
 from training.evaluation.pictures import labelled_columns, save_samples
-from training.evaluation.sampler import Sampler, SampleSize
+from training.evaluation.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "training" / "embedded" / "models"

@@ -24,14 +24,14 @@ from .phases import PhasePlan
 
 
 @dataclass
-class PhasedDMDSchedulerOutput(BaseOutput):
+class PhasedDMDSchedulerOutput(BaseOutput):  # type: ignore[misc]
     """What ``PhasedDMDScheduler.step`` returns."""
 
     prev_sample: Tensor
     """The sample at the next sigma, of the dtype of the model output."""
 
 
-class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
+class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """A scheduler that steps over the sigmas that the experts were distilled for.
 
     Args:
@@ -67,7 +67,7 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):
     init_noise_sigma = 1.0
     """The standard deviation of the noise that sampling starts from."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         plan: dict[str, Any] | None = None,

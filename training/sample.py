@@ -80,9 +80,10 @@ def run(options: argparse.Namespace) -> int:
 
     from pdmd_core.experts import PhasedExperts
     from pdmd_core.phases import PhasePlan
+    from training.data.buckets import SampleSize
     from training.data.examples import PromptError, read_examples
     from training.evaluation.pictures import save_samples
-    from training.evaluation.sampler import Sampler, SampleSize
+    from training.evaluation.sampler import Sampler
 
     experts = PhasedExperts.open(options.experts) if options.experts else None
     examples = given_examples(options.prompt, options.image)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import __version__, arguments
 from ..phases import PhasePlanError
-from .format.manifest import ExpertsError
+from .errors import ExpertsError
 
 _EXAMPLES = """examples:
   phased-dmd inspect experts                      what these experts are; also any single .safetensors file

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..families import ModelFamily, family
+from .errors import ExpertsError
 from .format.fingerprint import Sampler, sampler_of_files
 from .format.lora_keys import matching
-from .format.manifest import BaseModel, ExpertsError
+from .format.manifest import BaseModel
 from .format.untrusted import read_json, shown
 from .format.weights import Weights, open_weights
 
@@ -67,7 +68,7 @@ class BaseFiles:
         """A network's config.json. Raises ExpertsError when it is not one of the family's."""
         path = self.folder / component / "config.json"
         try:
-            config = read_json(path)
+            config: dict[str, Any] = read_json(path)
         except ExpertsError as error:
             raise ExpertsError(f"base {self.folder}: {component} has no readable config.json ({error})") from None
         found = config.get("_class_name") if isinstance(config, dict) else None

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .convert.output import in_units
+from .errors import ExpertsError
 from .folder import PhasedExperts
 from .format.files import METADATA_KEY, read_expert_metadata
 from .format.header import read_header
 from .format.lora_report import lora_report
-from .format.manifest import ExpertsError, Manifest
+from .format.manifest import Manifest
 from .format.weights import Weights, dtype_name, open_weights
 
 

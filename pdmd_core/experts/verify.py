@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..hashing import sha256_of
 from .base_files import BaseFiles
+from .errors import ExpertsError
 from .folder import PhasedExperts
 from .format.files import read_expert_metadata
 from .format.fingerprint import base_warning, compare
 from .format.header import read_header
 from .format.lora_keys import lora_from_file
-from .format.manifest import BaseModel, Expert, ExpertsError, Manifest
+from .format.manifest import BaseModel, Expert, Manifest
 from .format.weights import Weights, is_finite, open_weights, progress
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
         return tensors
 
     use(manifest.experts[0])
-    output = pipeline(
+    output: Tensor = pipeline(
         **call,
         num_inference_steps=len(manifest.plan.sigmas),
         guidance_scale=1.0,

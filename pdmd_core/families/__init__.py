@@ -19,7 +19,8 @@ def family(name: str) -> ModelFamily:
     if name not in FAMILIES:
         raise ValueError(f"unknown model family {name!r}, expected one of: {', '.join(sorted(FAMILIES))}")
     module, attribute = FAMILIES[name]
-    return getattr(import_module(f".{module}", __name__), attribute)()
+    found: ModelFamily = getattr(import_module(f".{module}", __name__), attribute)()
+    return found
 
 
 def family_of(architecture: str) -> ModelFamily:

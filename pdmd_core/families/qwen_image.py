@@ -175,4 +175,5 @@ def _resized(pipeline: DiffusionPipeline, image: Image, pixels: int) -> Image:
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 
     width, height, _ = calculate_dimensions(pixels, image.width / image.height)
-    return pipeline.image_processor.resize(image, height, width)
+    resized: Image = pipeline.image_processor.resize(image, height, width)
+    return resized

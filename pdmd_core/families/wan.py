@@ -107,7 +107,7 @@ class WanFamily(ModelFamily):
         images = {}
         if "image_embeds" in conditioning:
             images["encoder_hidden_states_image"] = conditioning["image_embeds"].to(dtype)
-        velocity = wan(
+        velocity: Tensor = wan(
             hidden_states=sample.to(dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),

@@ -44,7 +44,7 @@ def decode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: Tensor) -> T
         torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    pixels = vae.decode(latents * std + mean, return_dict=False)[0]
+    pixels: Tensor = vae.decode(latents * std + mean, return_dict=False)[0]
     return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
 
 

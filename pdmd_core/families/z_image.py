@@ -72,7 +72,7 @@ class ZImageFamily(ModelFamily):
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         vae = pipeline.vae
         latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents, return_dict=False)[0]
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return (pixels.float().unsqueeze(1) / 2 + 0.5).clamp(0, 1)
 
     def native_module_name(self, diffusers_name: str) -> str:

@@ -25,7 +25,8 @@ def euclidean_distance(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         Distances of shape (pairs,), in units of the features.
     """
-    return (first.double() - second.double()).norm(dim=1)
+    distances: Tensor = (first.double() - second.double()).norm(dim=1)
+    return distances
 
 
 def cosine_distance(first: Tensor, second: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class EffLite0(nn.Module):
         Returns:
             Features of shape (count, 1280).
         """
-        features = self.head(self.blocks(self.stem(_normalised(pixels, self.SIDE))))
+        features: Tensor = self.head(self.blocks(self.stem(_normalised(pixels, self.SIDE))))
         return features.mean((2, 3))
 
 
@@ -156,7 +156,8 @@ class DinoV3:
         Returns:
             Features of shape (count, dimensions), on the network's device.
         """
-        return self.network(_normalised(pixels, self.SIDE).to(self.network.device)).pooler_output
+        features: Tensor = self.network(_normalised(pixels, self.SIDE).to(self.network.device)).pooler_output
+        return features
 
 
 def extract(extractor: Extractor, pixels: Tensor, batch: int = 32) -> Tensor:
@@ -246,4 +247,5 @@ class _Block(nn.Module):
         self.adds = stride == 1 and before == after
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.adds else self.layers(x)
+        y: Tensor = self.layers(x)
+        return x + y if self.adds else y

@@ -91,9 +91,11 @@ def frechet_estimate(
 
 def _of_seeds(features: Tensor, count: int, chosen: Tensor) -> Tensor:
     """Pick the samples of these seeds from features that are prompt by prompt with ``count`` seeds each."""
-    return features.unflatten(0, (-1, count))[:, chosen].flatten(0, 1)
+    by_prompt: Tensor = features.unflatten(0, (-1, count))
+    return by_prompt[:, chosen].flatten(0, 1)
 
 
 def _square_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root

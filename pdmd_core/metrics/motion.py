@@ -95,7 +95,8 @@ def flow_length(flow: Tensor) -> Tensor:
     Returns:
         Lengths of shape (clips, pairs, height, width), in pixels.
     """
-    return flow.norm(dim=2)
+    lengths: Tensor = flow.norm(dim=2)
+    return lengths
 
 
 def is_dynamic(flow: Tensor, threshold: float = DYNAMIC_THRESHOLD) -> Tensor:

@@ -265,9 +265,9 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeli
 
 def _scheduler_of(pipe: DiffusionPipeline, plan: PhasePlan) -> PhasedDMDScheduler:
     """The pipeline's own scheduler where it walks this plan already (with options of the user's), or a new one."""
-    if isinstance(pipe.scheduler, PhasedDMDScheduler) and pipe.scheduler.plan == plan:
-        return pipe.scheduler
-    return PhasedDMDScheduler.from_plan(plan)
+    own = isinstance(pipe.scheduler, PhasedDMDScheduler) and pipe.scheduler.plan == plan
+    scheduler: PhasedDMDScheduler = pipe.scheduler if own else PhasedDMDScheduler.from_plan(plan)
+    return scheduler
 
 
 def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedDMDScheduler) -> None:

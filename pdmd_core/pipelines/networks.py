@@ -104,9 +104,10 @@ def load_index(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
         ExpertsError: If there is none to read.
     """  # noqa: DOC501
     try:
-        return DiffusionPipeline.load_config(source, **hub)
+        index: dict[str, Any] = DiffusionPipeline.load_config(source, **hub)
     except (OSError, ValueError) as error:
         raise no_base(source, error) from None
+    return index
 
 
 def no_base(source: str, error: Exception) -> ExpertsError:
@@ -180,4 +181,5 @@ def _without_weights(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return kind.from_config(dict(config))
+        network: nn.Module = kind.from_config(dict(config))
+    return network

@@ -200,7 +200,8 @@ def _attachment(pipe: Any) -> Attachment:
         raise ExpertsError(
             "this pipeline was made from a phased one: call attach_experts(this_pipeline, that_pipeline)"
         )
-    return pipe.phased
+    attachment: Attachment = pipe.phased
+    return attachment
 
 
 def _component(name: str) -> property:

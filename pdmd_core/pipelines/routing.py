@@ -65,7 +65,7 @@ class PhaseGuard:
             return  # nothing to do inside the graph: the pipeline, which is outside, has switched
         self.check(args, kwargs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare a call's timestep with the scheduler's sigma and switch to the current phase.
 
@@ -122,7 +122,7 @@ class AdapterSwitch(PhaseGuard):
             if isinstance(module, BaseTunerLayer) and self.own & set(module._all_available_adapter_names())
         ]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def switch(self, phase: int) -> None:
         """Activate the adapter of a phase.
 

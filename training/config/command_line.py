@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from pdmd_core.experts.format.manifest import ExpertsError
+from pdmd_core.experts.errors import ExpertsError
 from pdmd_core.phases import PhasePlanError
 
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

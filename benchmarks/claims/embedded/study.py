@@ -34,9 +34,10 @@ from benchmarks.claims.embedded.training import (
 )
 from pdmd_core.distillation import expert_velocities
 from pdmd_core.rollout import route, sample
+from training.data.buckets import SampleSize
 from training.embedded.emoji import BACKGROUNDS, EMOJI, MOTIONS, EmojiScenes
 from training.embedded.train_autoencoder import one_frame_convolution
-from training.evaluation.sampler import Sampler, SampleSize
+from training.evaluation.sampler import Sampler
 
 _REFERENCE_SEED = 1_000_000
 """Noise of the reference starts here, that of rows at 0: a row of the teacher is not compared with itself."""

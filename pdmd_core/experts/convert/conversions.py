@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from ..base_files import WEIGHTS_NAME, BaseFiles, family_of_base
-from ..folder import PhasedExperts, expert_metadata, write_experts
+from ..errors import ExpertsError
+from ..folder import PhasedExperts, write_experts
+from ..format.files import expert_metadata
 from ..format.fingerprint import base_warning, take_fingerprint
 from ..format.lora_keys import lora_to_file
-from ..format.manifest import MANIFEST_NAME, BaseModel, Expert, ExpertsError, Manifest
+from ..format.manifest import MANIFEST_NAME, BaseModel, Expert, Manifest
 from ..format.weights import Weights, dtype_name, open_weights, write_weights
 from ..hub.card import card_text
 from .low_rank import extract, merged

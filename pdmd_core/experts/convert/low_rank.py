@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..format.manifest import ExpertsError
+from ..errors import ExpertsError
 from ..format.weights import Weights, progress
 
 EXACT_SIZE = 1024

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..format.manifest import MANIFEST_NAME, ExpertsError
+from ..errors import ExpertsError
+from ..format.manifest import MANIFEST_NAME
 
 
 def check_output(output: Path, overwrite: bool, sources: Sequence[Path], nbytes: int = 0) -> None:

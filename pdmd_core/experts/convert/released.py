@@ -11,10 +11,11 @@ from typing import Any
 from ...families import family
 from ...hashing import sha256_of
 from ...phases import PhasePlan
+from ..errors import ExpertsError
 from ..format.files import METADATA_KEY, RELEASED
 from ..format.header import read_header
 from ..format.lora_report import lora_report
-from ..format.manifest import BaseModel, Expert, ExpertsError, Manifest
+from ..format.manifest import BaseModel, Expert, Manifest
 from ..format.weights import Weights, open_weights
 
 DEFAULT_BASES = {"wan": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "qwen_image": "Qwen/Qwen-Image"}

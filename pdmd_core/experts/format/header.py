@@ -93,9 +93,10 @@ def _parsed(text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise ValueError(f"the header is a JSON object, found {shown(text[:20])}")
     try:
-        return parse_json(text)
+        entries: dict[str, Any] = parse_json(text)
     except ValueError as error:
         raise ValueError(f"the header is not JSON: {error}") from None
+    return entries
 
 
 def _header(entries: dict[str, Any], start: int, size: int) -> Header:

@@ -152,4 +152,5 @@ def progress(items: Sequence[T], title: str) -> Iterable[T]:
         from tqdm.auto import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=title, leave=False, disable=None)
+    shown: Iterable[T] = tqdm(items, desc=title, leave=False, disable=None)
+    return shown

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..format.manifest import Expert, ExpertsError, Manifest
+from ..errors import ExpertsError
+from ..format.manifest import Expert, Manifest
 from .ids import is_hub_id
 
 PROMPT = "a panda on a blue background"

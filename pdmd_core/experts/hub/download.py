@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ..errors import ExpertsError
 from ..format.files import SCHEDULER_CONFIG, check_folder, check_hash
-from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, ExpertsError, read_manifest
+from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manifest
 from .retries import explain, is_passing, one_line, patience, persistently
 
 MAX_EXPERT_BYTES = {"lora": 16 * 2**30, "full": 128 * 2**30}

@@ -9,8 +9,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..folder import SCHEDULER_CONFIG, PhasedExperts
-from ..format.manifest import MANIFEST_NAME, ExpertsError, Manifest
+from ..errors import ExpertsError
+from ..folder import PhasedExperts
+from ..format.files import SCHEDULER_CONFIG
+from ..format.manifest import MANIFEST_NAME, Manifest
 from .card import card_text, is_generated
 from .retries import explain, is_passing, one_line, patience, persistently
 

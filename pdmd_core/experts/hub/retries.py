@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ..format.manifest import ExpertsError
+from ..errors import ExpertsError
 
 ATTEMPTS = 4
 """How often a step is tried while server or network fail, with pauses of 1, 2, 4 s."""
