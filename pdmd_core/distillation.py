@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .families import Conditioning
 from .flow import Sigma, renoise
+from .noise_level import shift_sigma, unshift_sigma
 from .objectives import (
     FakeTarget,
     FakeWeighting,
@@ -23,7 +24,7 @@ from .objectives import (
     fake_score_loss,
     generator_direction,
 )
-from .phases import PhasePlan, shift_sigma, unshift_sigma
+from .phases import PhasePlan
 from .roles import FAKE, TEACHER
 from .rollout import Rollout, Velocity, simulate
 

@@ -95,7 +95,8 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Returns:
             The scheduler.
         """
-        return cls(plan=plan.to_dict(), **config)
+        scheduler: PhasedDMDScheduler = cls(plan=plan.to_dict(), **config)
+        return scheduler
 
     def _use(self, walked: PhasePlan | None, device: str | torch.device | None) -> None:
         self._walked = walked

@@ -28,7 +28,8 @@ from benchmarks.claims.mixture.training import NOTHING, MixtureNetworks, Setting
 from pdmd_core.distillation import expert_velocities
 from pdmd_core.flow import euler_step
 from pdmd_core.metrics import frechet_distance, manifold, pairwise_distance
-from pdmd_core.phases import PhasePlan, shift_sigma
+from pdmd_core.noise_level import shift_sigma
+from pdmd_core.phases import PhasePlan
 from pdmd_core.rollout import Velocity, route, sample, simulate
 
 REFERENCES = {
