@@ -133,7 +133,7 @@ def text(given: str) -> str:
 
     Raises:
         ArgumentTypeError: If the text is empty.
-    """  # noqa: DOC501
+    """
     if not given.strip():
         raise _expected("some text", given)
     return given
@@ -150,7 +150,7 @@ def path(given: str) -> Path:
 
     Raises:
         ArgumentTypeError: If the text is empty.
-    """  # noqa: DOC501
+    """
     if not given.strip():
         raise _expected("a path", given)
     return Path(given)

@@ -49,7 +49,11 @@ examples:
 
 
 def make_parser() -> arguments.CommandParser:
-    """The command line."""
+    """Make the parser of the command line.
+
+    Returns:
+        The parser, with one subcommand for each thing to do.
+    """
     parser = arguments.CommandParser(prog="phased-dmd", description=__doc__, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"phased-dmd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -124,7 +128,14 @@ def _size(given: str) -> tuple[int, int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Run the command ``phased-dmd``.
+
+    Args:
+        arguments: The arguments of the command line; None takes those of the process.
+
+    Returns:
+        The exit status: 0 when all is well, 1 for a failed check, 2 for wrong arguments or files.
+    """
     parser = make_parser()
     options = parser.parse_args(arguments)
     run: Callable[[argparse.ArgumentParser, argparse.Namespace], int] = options.run

@@ -20,8 +20,11 @@ from .format.untrusted import read_json, shown
 from .format.weights import Weights, open_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
+"""Name to shape of each weight of a network."""
 MAX_LAYERS = 1000
+"""The most layers that a config may ask for, since networks are built from configs of strangers."""
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+"""The file name under which diffusers saves the weights of a network."""
 
 _CONFIGS = ["model_index.json", "*/config.json"]
 _NETWORKS = ["transformer*/*.safetensors", "transformer*/*.index.json"]
@@ -33,13 +36,25 @@ class BaseFiles:
     """A pipeline folder whose networks are of the family that the experts name."""
 
     folder: Path
+    """The folder, which may lie in the Hub's cache."""
     family: ModelFamily
+    """The family of the experts' base."""
 
     @classmethod
     def find(cls, base: BaseModel, given: str | None, networks: bool, others: bool = False) -> BaseFiles:
-        """The base that the manifest names, or the folder or Hub id that the user gave. Raises ExpertsError.
+        """Find the base that the manifest names, or the one that the user gave, and download what is needed of it.
 
-        From the Hub come its configs, and when asked for the weights of its networks and all other components.
+        Args:
+            base: The base that the manifest names.
+            given: A folder or Hub id to use instead; None takes the manifest's.
+            networks: Whether the weights of its networks are needed, beside the configs.
+            others: Whether all other components are needed.
+
+        Returns:
+            The files of the base.
+
+        Raises:
+            ExpertsError: If there is no such folder or Hub model, or if its networks are of another family.
         """
         model = base.model if given is None else given
         if Path(model).is_dir():
@@ -53,7 +68,14 @@ class BaseFiles:
         return found
 
     def index(self) -> dict[str, Any]:
-        """The pipeline's model_index.json. Raises ExpertsError when the folder is not a pipeline's."""
+        """Read the pipeline's model_index.json.
+
+        Returns:
+            Its content.
+
+        Raises:
+            ExpertsError: If the folder is not that of a pipeline.
+        """
         try:
             index = read_json(self.folder / "model_index.json")
         except ExpertsError:
@@ -65,7 +87,17 @@ class BaseFiles:
         return index
 
     def config(self, component: str) -> dict[str, Any]:
-        """A network's config.json. Raises ExpertsError when it is not one of the family's."""
+        """Read a network's config.json.
+
+        Args:
+            component: The component's name, such as ``transformer``.
+
+        Returns:
+            Its content.
+
+        Raises:
+            ExpertsError: If there is none, or if the network is not one of the family's.
+        """
         path = self.folder / component / "config.json"
         try:
             config: dict[str, Any] = read_json(path)
@@ -82,7 +114,18 @@ class BaseFiles:
         return config
 
     def shapes(self, component: str) -> Shapes:
-        """Name to shape of every weight of a network, from its config; no weight is read."""
+        """Compute the shapes of a network's weights from its config; no weight is read.
+
+        Args:
+            component: The component's name, such as ``transformer``.
+
+        Returns:
+            Name to shape of every weight.
+
+        Raises:
+            ExpertsError: If the config makes no network.
+            ImportError: If diffusers is not installed.
+        """
         config = json.dumps(self.config(component))
         try:
             return _shapes(self.family.architecture, config)
@@ -95,15 +138,45 @@ class BaseFiles:
             ) from None
 
     def weights(self, component: str) -> Weights:
-        """A network's weights, in one file or in shards. Raises ExpertsError."""
+        """Open a network's weights, in one file or in shards.
+
+        Args:
+            component: The component's name, such as ``transformer``.
+
+        Returns:
+            The weights, which are read when they are asked for.
+
+        Raises:
+            ExpertsError: If the files are missing or unreadable.
+        """
         return open_weights(*self.weight_files(component))
 
     def sampler(self, component: str) -> tuple[list[str], Sampler]:
-        """Names of a network's weights, and their samples. Raises ExpertsError."""
+        """Prepare samples of a network's weights, by which fingerprints are taken and compared.
+
+        Args:
+            component: The component's name, such as ``transformer``.
+
+        Returns:
+            The names of the weights, and a function from a name to its sample.
+
+        Raises:
+            ExpertsError: If the files are missing or unreadable.
+        """
         return sampler_of_files(self.weight_files(component))
 
     def weight_files(self, component: str) -> list[Path]:
-        """The file of a network's weights, or its shards. Raises ExpertsError."""
+        """List the file of a network's weights, or its shards.
+
+        Args:
+            component: The component's name, such as ``transformer``.
+
+        Returns:
+            Paths of safetensors files, which may be missing.
+
+        Raises:
+            ExpertsError: If the config or the list of shards is unreadable.
+        """
         self.config(component)
         folder = self.folder / component
         index = folder / f"{WEIGHTS_NAME}.index.json"
@@ -125,7 +198,16 @@ class BaseFiles:
         return getattr(diffusers, self.family.architecture)._keep_in_fp32_modules or ()
 
     def check_full(self, file: str, component: str, found: Shapes) -> None:
-        """Raises ExpertsError unless these are exactly the weights of the network."""
+        """Check that these are exactly the weights of a network.
+
+        Args:
+            file: The name of the file that holds them, for errors.
+            component: The component that they belong to.
+            found: Name to shape of the weights.
+
+        Raises:
+            ExpertsError: If a weight is missing, unknown or of another shape.
+        """
         expected = self.shapes(component)
         for name in sorted(set(expected) ^ set(found)):
             what = "lacks" if name in expected else "has the unknown weight"
@@ -134,9 +216,16 @@ class BaseFiles:
             self._check_shape(file, component, name, shape, expected[name])
 
     def check_lora(self, file: str, component: str, found: Shapes, targets: Sequence[str] = ()) -> None:
-        """Raises ExpertsError unless the network has these modules, and no other that ends in one of ``targets``.
+        """Check that a network has the modules that a LoRA adapts, and no other module that it targets.
 
-        found: shapes of ``<module>.lora_A`` / ``.lora_B``.
+        Args:
+            file: The name of the LoRA's file, for errors.
+            component: The component that it belongs to.
+            found: Shapes of ``<module>.lora_A``, (rank, in), and ``<module>.lora_B``, (out, rank).
+            targets: Module names; each module that ends in one of them must be adapted.
+
+        Raises:
+            ExpertsError: If a module is missing in the network or left out by the LoRA, or if a shape does not fit.
         """
         expected = self.shapes(component)
         for name, shape in found.items():
@@ -164,7 +253,17 @@ class BaseFiles:
 
 
 def family_of_base(base: BaseModel) -> ModelFamily:
-    """The family that a manifest names. Raises ExpertsError when there is none or it has another architecture."""
+    """Look up the family that a manifest names.
+
+    Args:
+        base: The base of the experts.
+
+    Returns:
+        The family.
+
+    Raises:
+        ExpertsError: If there is no such family, or if it has another architecture.
+    """
     try:
         found = family(base.family)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is raised where experts cannot be used."""
+"""The error of experts that cannot be used."""
 
 
 class ExpertsError(ValueError):

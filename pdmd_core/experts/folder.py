@@ -28,9 +28,17 @@ if TYPE_CHECKING:
 def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mapping[str, Tensor]]) -> Manifest:
     """Write the files of all experts, then the manifest. All is written before any of it takes its place.
 
-    manifest: complete but for the hashes, which are filled in. weights: expert name to the tensors of its file
-    (``lora_to_file`` for LoRA experts). Returns the manifest that was written. Raises ExpertsError for what could not
-    be read back: an expert without weights, values that are not finite, a manifest that is none.
+    Args:
+        folder: The folder to write into; it is made where it does not exist.
+        manifest: The manifest, complete but for the hashes, which are filled in.
+        weights: Expert name to the tensors of its file (``lora_to_file`` for LoRA experts).
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ExpertsError: If it could not be read back: an expert has no weights, values are not finite, or the manifest is
+            not valid.
     """
     from .format.weights import weights_of, write_weights
 
@@ -60,16 +68,38 @@ def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mappin
 
 @dataclass(frozen=True)
 class PhasedExperts:
-    """An experts folder whose manifest is checked; weights are read, and their hashes verified, when asked for."""
+    """An experts folder whose manifest is checked; weights are read, and their hashes verified, when asked for.
+
+    Examples:
+        >>> experts = PhasedExperts.open("training/embedded/models/experts")
+        >>> [(expert.name, expert.kind, expert.rank) for expert in experts.manifest.experts]
+        [('high_noise', 'lora', 16), ('low_noise', 'lora', 16)]
+        >>> experts.manifest.plan.boundaries
+        (0.8333333333333334,)
+        >>> experts.lora_state("low_noise")["blocks.0.attn1.to_q.lora_A"].shape[0]
+        16
+    """
 
     folder: Path
+    """The folder of the manifest."""
     manifest: Manifest
+    """The checked manifest."""
     paths: Mapping[str, Path] = field(default_factory=dict)
     """Expert name to file, where the files do not lie in the folder under the manifest's names."""
 
     @classmethod
     def open(cls, folder: str | Path) -> PhasedExperts:
-        """Check the manifest and that every file is there, inside the folder. Raises ExpertsError."""
+        """Open a folder: check its manifest, and that every file is there and inside the folder.
+
+        Args:
+            folder: The experts folder.
+
+        Returns:
+            The opened experts.
+
+        Raises:
+            ExpertsError: If the manifest is missing or invalid, or if a file is missing.
+        """
         folder = Path(folder)
         manifest = read_manifest(folder)
         check_folder(folder, manifest)
@@ -84,12 +114,20 @@ class PhasedExperts:
         token: str | None = None,
         local_files_only: bool = False,
     ) -> PhasedExperts:
-        """Open an experts folder, or download one from the Hub. Raises ExpertsError.
+        """Open an experts folder, or download one from the Hub.
 
-        experts: a folder, or a Hub id ``user/name``. A folder of that name goes before a Hub id of the same text.
-        revision: branch, tag or commit hash on the Hub. cache_dir: the Hub client's own when None.
-        token: for private repositories; the one of ``hf auth login`` or HF_TOKEN when None.
-        local_files_only: use the cache alone, as HF_HUB_OFFLINE=1 does.
+        Args:
+            experts: A folder or a Hub id ``user/name``. A folder of that name goes before a Hub id of the same text.
+            revision: A branch, tag or commit hash on the Hub.
+            cache_dir: Where downloads are kept; None is the Hub client's own cache.
+            token: The token for private repositories; None takes the one of ``hf auth login`` or HF_TOKEN.
+            local_files_only: Whether only the cache is used, as with HF_HUB_OFFLINE=1.
+
+        Returns:
+            The opened experts.
+
+        Raises:
+            ExpertsError: If there are no such experts, or if they are damaged.
         """
         if str(experts) and Path(experts).is_dir():
             if revision is not None:
@@ -111,11 +149,21 @@ class PhasedExperts:
         components: Sequence[str] | None = None,
         **files: str | Path,
     ) -> PhasedExperts:
-        """Few-step LoRA files that other projects released, as the experts of a plan. Raises ExpertsError.
+        """Take few-step LoRA files that other projects released as the experts of a plan.
 
-        plan:  the sigmas that the files were distilled for: their authors' card says steps and shift.
-        high, low: the files of the first and of the last phase; ``files``: by phase name, for any plan.
-        base, components: see ``convert.released.manifest_of_lora_files``.
+        Args:
+            plan: The sigmas that the files were distilled for: their authors' card says steps and shift.
+            high: The file of the first phase.
+            low: The file of the last phase.
+            base: The base model; see ``convert.released.manifest_of_lora_files``.
+            components: The base's component of each expert; see there.
+            **files: More files by the name of their phase, for any plan.
+
+        Returns:
+            The experts.
+
+        Raises:
+            ExpertsError: If a file is unreadable, or if the files do not fit the plan.
         """
         ends = ((plan.phases[0].name, high), (plan.phases[-1].name, low))
         given = {name: path for name, path in ends if path is not None}
@@ -124,17 +172,41 @@ class PhasedExperts:
         return cls(paths[plan.phases[0].name].parent, manifest, paths)
 
     def path(self, name: str) -> Path:
-        """Where an expert's file lies."""
+        """Look up where an expert's file lies.
+
+        Args:
+            name: The expert's name.
+
+        Returns:
+            The path.
+
+        Raises:
+            ExpertsError: If there is no expert of this name.
+        """
         return self.paths.get(name, self.folder / self.manifest.expert(name).file)
 
     def verify(self, name: str) -> Path:
-        """The path of an expert's file, which has the manifest's hash. Raises ExpertsError when it has not."""
+        """Check that an expert's file has the manifest's hash.
+
+        Args:
+            name: The expert's name.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ExpertsError: If the hash is another, or if there is no expert of this name.
+        """
         path = self.path(name)
         check_hash(path, self.manifest.expert(name))
         return path
 
     def check_scheduler(self) -> None:
-        """Raises ExpertsError unless the folder's scheduler is there and has the manifest's plan."""
+        """Check that the folder's scheduler is there and has the manifest's plan.
+
+        Raises:
+            ExpertsError: If it is missing, or has another plan.
+        """
         path = self.folder / SCHEDULER_CONFIG
         check_inside(path, self.folder)
         config = read_json(path)
@@ -142,9 +214,16 @@ class PhasedExperts:
             raise ExpertsError(f"{path}: its plan is not the manifest's")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """All tensors of an expert's file, by its keys.
+        """Read all tensors of an expert's file.
 
-        Raises ExpertsError for another file than the manifest's, and for a LoRA of another rank or alpha.
+        Args:
+            name: The expert's name.
+
+        Returns:
+            The tensors by the keys of the file.
+
+        Raises:
+            ExpertsError: If the file is not the manifest's, or if it holds a LoRA of another rank or alpha.
         """
         from .format.weights import open_weights
 
@@ -157,7 +236,17 @@ class PhasedExperts:
         return tensors
 
     def lora_state(self, name: str) -> dict[str, Tensor]:
-        """A LoRA expert's weights as ``<diffusers module>.lora_A`` / ``.lora_B``. Raises ExpertsError."""
+        """Read the weights of a LoRA expert under diffusers' module names.
+
+        Args:
+            name: The expert's name.
+
+        Returns:
+            ``<module>.lora_A``, of shape (rank, in), and ``<module>.lora_B``, of shape (out, rank).
+
+        Raises:
+            ExpertsError: If the expert is a full one, or if its file is not the manifest's.
+        """
         expert = self.manifest.expert(name)
         if expert.kind != "lora":
             raise ExpertsError(f"expert {name!r} is a {expert.kind} expert, it has no LoRA weights")

@@ -1,4 +1,4 @@
-"""What an experts folder or a single safetensors file is, told from manifest and headers alone."""
+"""What an experts folder or a single safetensors file is, from manifest and headers alone."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ from .format.weights import Weights, dtype_name, open_weights
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """A report that ``json.dumps`` takes and ``report_text`` prints. Raises ExpertsError.
+    """Report what a folder or file is, without reading weights.
 
-    path: an experts folder; or a file: an expert's, another program's LoRA, or weights of any kind.
+    Args:
+        path: An experts folder, or a file: an expert's, another program's LoRA, or weights of any kind.
+
+    Returns:
+        A report that ``json.dumps`` takes and ``report_text`` prints.
+
+    Raises:
+        ExpertsError: If it is neither an experts folder nor a readable safetensors file.
     """
     if path.is_dir():
         experts = PhasedExperts.open(path)
@@ -67,7 +74,7 @@ def _expert_file_report(path: Path, metadata: Mapping[str, str]) -> dict[str, An
 
 
 def _contents(weights: Weights) -> dict[str, Any]:
-    """Counts over all tensors, the scalars that hold a LoRA's alpha left out of the parameters."""
+    """Count tensors, parameters and bytes; the scalars that hold a LoRA's alpha are no parameters."""
     counted = [spec for name, spec in weights.specs.items() if not name.endswith(".alpha")]
     dtypes = Counter({dtype_name(spec.dtype): 0 for spec in counted})
     for spec in counted:
@@ -82,7 +89,7 @@ def _contents(weights: Weights) -> dict[str, Any]:
 
 
 def _short(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Cut, and without what a terminal would obey."""
+    """Cut long values, and make what a terminal would obey visible."""
     return {_plain(key): _plain(value if len(value) <= 200 else value[:197] + "...") for key, value in metadata.items()}
 
 
@@ -91,7 +98,14 @@ def _plain(text: str) -> str:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Write a report for people.
+
+    Args:
+        report: What ``inspect`` returns.
+
+    Returns:
+        A table of names and values.
+    """
     if report["what"] in ("experts", "expert"):
         return _experts_text(report)
     rows = [("what", report["what"]), ("file", report["path"])]

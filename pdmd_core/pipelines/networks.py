@@ -102,7 +102,7 @@ def load_index(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ExpertsError: If there is none to read.
-    """  # noqa: DOC501
+    """
     try:
         index: dict[str, Any] = DiffusionPipeline.load_config(source, **hub)
     except (OSError, ValueError) as error:
@@ -157,7 +157,7 @@ def empty_network(architecture: str, source: str, hub: Mapping[str, Any], compon
 
     Raises:
         ExpertsError: If diffusers has no such network class, or if the config cannot be read.
-    """  # noqa: DOC501
+    """
     kind = _class(architecture, ModelMixin, "the manifest names its network")
     try:
         return _without_weights(kind, kind.load_config(source, subfolder=component, **hub))

@@ -25,26 +25,35 @@ from .low_rank import extract, merged
 from .output import check_output, new_folder
 
 MAX_SHARD_BYTES = 10 * 10**9
-"""Larger networks of a pipeline are written in shards, as diffusers does."""
+"""Networks of a pipeline that are larger are written in shards, as diffusers does."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert and where to. Every target writes a complete folder or nothing.
-
-    base: folder or Hub id in place of the one that the manifest names. dtype: how floating weights are stored; as in
-    the files they come from when None. warn: is told of a base with other weights than the experts' own.
-    """
+    """What to convert and where to. Every target writes a complete folder or nothing."""
 
     experts: PhasedExperts
+    """The experts to convert."""
     output: Path
+    """The folder to write."""
     base: str | None = None
+    """A folder or Hub id of the base, in place of the one that the manifest names."""
     dtype: torch.dtype | None = None
+    """How floating weights are stored; None keeps the dtype of the files they come from."""
     overwrite: bool = False
+    """Whether an output that is there may be replaced."""
     warn: Callable[[str], None] = warnings.warn
+    """A function that is told, in one line, of a base with other weights than the experts' own."""
 
     def to_full(self) -> Manifest:
-        """An experts folder of full experts; LoRA experts are merged into the base in float32."""
+        """Write an experts folder of full experts; LoRA experts are merged into the base in float32.
+
+        Returns:
+            The manifest that was written.
+
+        Raises:
+            ExpertsError: If experts and base do not fit, or if the output cannot be written.
+        """
         base, weights = self._all_weights()
         manifest = self._full_manifest(base, weights)
         with new_folder(self.output) as folder:
@@ -59,7 +68,18 @@ class Conversion:
         return manifest
 
     def to_lora(self, rank: int) -> Manifest:
-        """An experts folder of LoRA experts of this rank, the closest to the difference to the base (SVD)."""
+        """Write an experts folder of LoRA experts, each the closest of its rank to the difference to the base (SVD).
+
+        Args:
+            rank: The rank of the LoRA experts, at least 1.
+
+        Returns:
+            The manifest that was written; its training summary holds the errors.
+
+        Raises:
+            ExpertsError: If experts and base do not fit, a module cannot have the rank, or the output cannot be
+                written.
+        """
         base, weights = self._all_weights(networks=True, written=False)
         dtype, targets = self.dtype or torch.float32, base.family.lora_targets
         entries, tensors, errors = [], {}, {}
@@ -79,9 +99,13 @@ class Conversion:
         return manifest
 
     def to_comfyui(self) -> Manifest:
-        """One ComfyUI-native file for each expert, for its ``models/diffusion_models`` folder.
+        """Write one ComfyUI-native file for each expert, for its ``models/diffusion_models`` folder.
 
-        Returns the manifest that the files carry.
+        Returns:
+            The manifest that the files carry.
+
+        Raises:
+            ExpertsError: If experts and base do not fit, or if the output cannot be written.
         """
         base, weights = self._all_weights()
         manifest = self._full_manifest(base, weights)
@@ -99,9 +123,14 @@ class Conversion:
         return manifest
 
     def to_diffusers(self) -> Manifest:
-        """A stock pipeline folder: the base's, with the experts as ``transformer``, ``transformer_2``, ...
+        """Write a stock pipeline folder: the base's, with the experts as ``transformer``, ``transformer_2`` and so on.
 
-        Returns the manifest of these experts; the folder has none.
+        Returns:
+            The manifest of these experts; the folder has none.
+
+        Raises:
+            ExpertsError: If a stock pipeline cannot route by the plan, experts and base do not fit, or the output
+                cannot be written.
         """
         plan = self.experts.manifest.plan
         components = ["transformer", *(f"transformer_{n}" for n in range(2, len(plan) + 1))]
@@ -160,7 +189,7 @@ class Conversion:
         return full if self.dtype is None else full.stored_as(self.dtype, base.float32_modules)
 
     def _origin(self, base: BaseFiles, components: Set[str]) -> BaseModel:
-        """The manifest's base, with fingerprints of the networks that this conversion reads; warns of other weights."""
+        """The manifest's base with fingerprints of the networks that this conversion reads; warns of other weights."""
         origin = self.experts.manifest.base
         prints = dict(origin.fingerprints or {})
         for component in sorted(components):
@@ -185,7 +214,7 @@ class Conversion:
         return self._noted(manifest, note)
 
     def _noted(self, manifest: Manifest, note: Mapping[str, Any]) -> Manifest:
-        """The training summary says how these files were made from those of the distillation."""
+        """The manifest whose training summary says how these files were made from those of the distillation."""
         earlier = manifest.training.get("conversions")
         notes = [*(earlier if isinstance(earlier, list) else []), dict(note)]
         return replace(manifest, training={**manifest.training, "conversions": notes})
@@ -196,7 +225,14 @@ class Conversion:
 
 
 def write_network(folder: Path, weights: Weights, config: Mapping[str, Any], max_bytes: int | None = None) -> None:
-    """A component as diffusers' ``save_pretrained`` leaves it: config.json and safetensors, sharded when large."""
+    """Write a component as diffusers' ``save_pretrained`` does: config.json and safetensors, in shards when large.
+
+    Args:
+        folder: The folder to make.
+        weights: The weights of the network.
+        config: The content of config.json.
+        max_bytes: The most bytes in a file; None is ``MAX_SHARD_BYTES``.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     shards: list[list[str]] = [[]]

@@ -12,13 +12,20 @@ from ..errors import ExpertsError
 from ..format.weights import Weights, progress
 
 EXACT_SIZE = 1024
-"""Matrices with a side of at most this get a full SVD, larger ones the randomised one: minutes for hours."""
+"""Matrices with a side of at most this get a full SVD, larger ones the randomised one, which takes minutes instead of
+hours."""
 
 
 def merged(base: Weights, lora: Mapping[str, Tensor], scale: float) -> Weights:
-    """The base with ``scale * lora_B @ lora_A`` added to each adapted weight, in float32; stored as the base is.
+    """Add a LoRA to the weights of its base: ``base + scale * lora_B @ lora_A`` in float32, stored as the base is.
 
-    lora: ``<module>.lora_A`` of shape (rank, in) and ``<module>.lora_B`` of shape (out, rank).
+    Args:
+        base: The base's weights.
+        lora: ``<module>.lora_A``, of shape (rank, in), and ``<module>.lora_B``, of shape (out, rank).
+        scale: The factor of the product, alpha / rank.
+
+    Returns:
+        The merged weights, which are computed when they are read.
     """
 
     def read(name: str) -> Tensor:
@@ -43,7 +50,11 @@ class Extracted:
     """Weights that a LoRA does not hold, and how much they differ: ``|difference| / |base|``."""
 
     def summary(self) -> dict[str, object]:
-        """For people and for the manifest."""
+        """Summarise the errors for people and for the manifest.
+
+        Returns:
+            Mean and worst error, and how much was left out.
+        """
         worst = max(self.errors, key=lambda module: self.errors[module])
         return {
             "relative_error_mean": sum(self.errors.values()) / len(self.errors),
@@ -57,9 +68,21 @@ class Extracted:
 def extract(
     base: Weights, expert: Weights, targets: Iterable[str], rank: int, dtype: torch.dtype, title: str
 ) -> Extracted:
-    """The best LoRA of this rank for ``expert - base`` in every module that ends in one of ``targets``.
+    """Find the best LoRA of a rank for ``expert - base`` in the modules that end in one of ``targets``.
 
-    The errors are of the weights as stored in ``dtype``. Raises ExpertsError for a rank that a module cannot have.
+    Args:
+        base: The base's weights.
+        expert: The expert's weights, of the same names and shapes.
+        targets: Ends of module names, as peft reads them.
+        rank: The rank, at least 1.
+        dtype: The dtype of the LoRA; the errors are of the weights as stored in it.
+        title: The title of the progress bar.
+
+    Returns:
+        The LoRA and its errors.
+
+    Raises:
+        ExpertsError: If a module cannot have this rank, or if there is no such module.
     """
     endings = tuple(f".{target}.weight" for target in targets)
     modules = [name for name in base.specs if name.endswith(endings)]
@@ -89,7 +112,15 @@ def extract(
 
 
 def factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(down, up) of shapes (rank, in) and (out, rank): ``up @ down`` is the closest matrix of this rank, in float32."""
+    """Find the closest matrix of a rank, as a product ``up @ down`` (truncated SVD, in float32).
+
+    Args:
+        matrix: A matrix of shape (out, in).
+        rank: The rank, at most the smaller side.
+
+    Returns:
+        down, of shape (rank, in), and up, of shape (out, rank).
+    """
     if min(matrix.shape) <= EXACT_SIZE:
         u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
     else:

@@ -16,8 +16,15 @@ from ..format.manifest import MANIFEST_NAME
 def check_output(output: Path, overwrite: bool, sources: Sequence[Path], nbytes: int = 0) -> None:
     """Refuse, before any work, an output that would destroy something or that does not fit on the disk.
 
-    sources: folders that are read, none of which may be written into. nbytes: about what will be written. Raises
-    ExpertsError.
+    Args:
+        output: The folder to write.
+        overwrite: Whether an output that is there may be replaced.
+        sources: Folders that are read, none of which may be written into.
+        nbytes: About how many bytes will be written.
+
+    Raises:
+        ExpertsError: If the output exists without ``overwrite``, is no folder of experts or of a pipeline, overlaps a
+            source, or does not fit.
     """
     target = output.resolve()
     for source in sources:
@@ -46,10 +53,18 @@ def _ours(folder: Path) -> bool:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into; when the block ends it takes the name ``output``, replacing what is there.
+    """Make a folder to write into that takes its name when the block ends, replacing what is there.
 
-    After an error nothing of it stays and what was there is untouched. Raises ExpertsError when the disk is full or
-    cannot be written.
+    After an error nothing of it stays, and what was there is untouched.
+
+    Args:
+        output: The name that the folder takes.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        ExpertsError: If the disk is full or cannot be written.
     """
     staging: Path | None = None
     try:
@@ -76,7 +91,14 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def in_units(nbytes: int) -> str:
-    """1,500,000 bytes are ``1.5 MB``."""
+    """Write a size in the largest unit that fits: 1,500,000 bytes are ``1.5 MB``.
+
+    Args:
+        nbytes: The number of bytes.
+
+    Returns:
+        The size with its unit.
+    """
     size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size /= 1000

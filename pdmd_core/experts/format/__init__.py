@@ -1,1 +1,1 @@
-"""What expert files are: the manifest, headers, weights, LoRA keys, fingerprints."""
+"""What expert files are: the manifest, headers, weights, LoRA keys and fingerprints."""

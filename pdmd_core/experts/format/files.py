@@ -1,4 +1,4 @@
-"""What a manifest promises of its files: they are there, inside their folder, unchanged, and carry the manifest."""
+"""What a manifest promises of its files: they exist, inside their folder, unchanged, and carry the manifest."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ from .manifest import Expert, Manifest
 from .untrusted import check_inside, parse_json
 
 METADATA_KEY = "phased_experts"
+"""The key under which a file carries its manifest in its safetensors metadata."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+"""The path of the scheduler's config in an experts folder."""
 RELEASED = "files"
-"""Key of ``Manifest.training``: names of LoRA files that other projects released (``convert.released``)."""
+"""The key of ``Manifest.training`` for the names of LoRA files that other projects released (``convert.released``)."""
 
 
 def check_folder(folder: Path, manifest: Manifest) -> None:
-    """Raises ExpertsError unless every file of the manifest is there, inside the folder."""
+    """Check that every file of the manifest exists, inside the folder.
+
+    Args:
+        folder: The experts folder.
+        manifest: Its manifest.
+
+    Raises:
+        ExpertsError: If a file is missing, or is a link that leaves the folder.
+    """
     for expert in manifest.experts:
         path = folder / expert.file
         if not path.is_file():
@@ -27,7 +37,15 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
 
 
 def check_hash(path: Path, expert: Expert) -> None:
-    """Raises ExpertsError unless the file has the manifest's hash."""
+    """Check that a file has the manifest's hash.
+
+    Args:
+        path: The file.
+        expert: Its entry in the manifest.
+
+    Raises:
+        ExpertsError: If the hash is another.
+    """
     found = sha256_of(path)
     if found != expert.sha256:
         raise ExpertsError(
@@ -37,12 +55,30 @@ def check_hash(path: Path, expert: Expert) -> None:
 
 
 def expert_metadata(manifest: Manifest, expert: Expert) -> dict[str, str]:
-    """What makes a single file explain itself: the manifest without hashes, under one key."""
+    """Make the metadata by which a single file explains itself: the manifest without hashes, under one key.
+
+    Args:
+        manifest: The manifest.
+        expert: The expert whose file it is.
+
+    Returns:
+        Metadata for a safetensors file.
+    """
     return {METADATA_KEY: json.dumps({"expert": expert.name, "manifest": manifest.without_hashes().to_dict()})}
 
 
 def read_expert_metadata(metadata: Mapping[str, str]) -> tuple[Manifest, Expert]:
-    """The manifest that a file carries, and which of its experts the file is. Raises ValueError when there is none."""
+    """Read the manifest that a file carries.
+
+    Args:
+        metadata: The metadata of a safetensors file.
+
+    Returns:
+        The manifest, and the expert in it that the file is of.
+
+    Raises:
+        ValueError: If the metadata carries no manifest, or an invalid one.
+    """
     try:
         carried = parse_json(metadata[METADATA_KEY])
         manifest = Manifest.from_dict(carried["manifest"])

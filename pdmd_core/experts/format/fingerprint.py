@@ -24,17 +24,18 @@ from .manifest import MAX_SAMPLED_VALUES, MAX_SAMPLED_WEIGHTS, BaseModel
 from .untrusted import shown
 
 Sampler = Callable[[str], Tensor | None]
-"""Name of a weight, as diffusers has it, to what ``sample_of`` gives of it; None where it cannot be read."""
+"""A function from the name of a weight, in diffusers' naming, to what ``sample_of`` returns for it; None where it
+cannot be read."""
 
 SMALLEST = 1e-4
-"""Weights whose root mean square is below are left out: in float16 they may vanish."""
+"""Weights whose root mean square is smaller are left out: in float16 they may vanish."""
 _NUMBER = re.compile(r"\.(\d+)\.")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a base's weights with a fingerprint."""
+    """The result of comparing a base's weights with a fingerprint."""
 
     compared: int
     """How many weights could be compared."""
@@ -43,7 +44,15 @@ class Comparison:
 
 
 def take_fingerprint(names: Iterable[str], sampler: Sampler) -> dict[str, str]:
-    """Weight name to values, as manifests hold them; empty where no weight is stored in 16 bits or more."""
+    """Take the fingerprint of a network.
+
+    Args:
+        names: The names of its weights.
+        sampler: Reads samples of them.
+
+    Returns:
+        Weight name to values in base64, as manifests hold them; empty where no weight is stored in 16 bits or more.
+    """
     found = {}
     for name in _one_of_each_kind(names):
         values = sampler(name)
@@ -56,13 +65,28 @@ def take_fingerprint(names: Iterable[str], sampler: Sampler) -> dict[str, str]:
 
 
 def fingerprint_of(network: nn.Module) -> dict[str, str]:
-    """Of a network in memory."""
+    """Take the fingerprint of a network in memory.
+
+    Args:
+        network: The network.
+
+    Returns:
+        Weight name to values in base64.
+    """
     weights = network_weights(network)
     return take_fingerprint(weights, sampler_of(weights))
 
 
 def compare(fingerprint: Mapping[str, str], sampler: Sampler) -> Comparison:
-    """How a base's weights differ from those that the fingerprint was taken of."""
+    """Compare a base's weights with those that a fingerprint was taken of.
+
+    Args:
+        fingerprint: Weight name to values in base64.
+        sampler: Reads samples of the base's weights.
+
+    Returns:
+        How many weights were compared, and which differ.
+    """
     different, compared = {}, 0
     for name, text in fingerprint.items():
         expected = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).float()
@@ -75,9 +99,16 @@ def compare(fingerprint: Mapping[str, str], sampler: Sampler) -> Comparison:
 
 
 def base_warning(base: BaseModel, component: str, sampler: Sampler, found: str) -> str | None:
-    """One line for a base whose network is not the one that experts were distilled from; None where it is, or may be.
+    """Write one line about a base whose network is not the one that experts were distilled from.
 
-    found: what the weights of ``sampler`` are, in words.
+    Args:
+        base: The base that the manifest names.
+        component: The component that the network is.
+        sampler: Reads samples of the network's weights.
+        found: What the network is, in words, for the line.
+
+    Returns:
+        The line; None where the network is the right one, or may be.
     """
     prints = base.fingerprints or {}
     result = compare(prints.get(component, {}), sampler)
@@ -103,9 +134,15 @@ def base_warning(base: BaseModel, component: str, sampler: Sampler, found: str) 
 
 
 def sample_of(weight: Tensor, start: int = 0, rows: int | None = None) -> Tensor | None:
-    """The first values of a weight's middle row, on the CPU; None when they are not there or packed.
+    """Take the first values of a weight's middle row.
 
-    start, rows: where several weights are joined, the part to look at.
+    Args:
+        weight: A weight of any shape.
+        start: The first row of the part to look at, where several weights are joined in one.
+        rows: The number of rows of that part; None is all of them.
+
+    Returns:
+        The values, of shape (count,), on the CPU; None when they are elsewhere or packed.
     """
     if weight.is_meta or type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # offloaded elsewhere; a tensor that consists of others
@@ -115,19 +152,43 @@ def sample_of(weight: Tensor, start: int = 0, rows: int | None = None) -> Tensor
 
 
 def network_weights(network: nn.Module) -> dict[str, Tensor]:
-    """A network's weights under the names that they have without adapters and compiled parts."""
+    """List a network's weights under the names that they have without adapters and compiled parts.
+
+    Args:
+        network: The network.
+
+    Returns:
+        The weights by name.
+    """
     return {
         name.replace(".base_layer.", ".").replace("_orig_mod.", ""): value for name, value in network.named_parameters()
     }
 
 
 def sampler_of(weights: Mapping[str, Tensor]) -> Sampler:
-    """Of tensors in memory."""
+    """Make a sampler of tensors in memory.
+
+    Args:
+        weights: The weights by name.
+
+    Returns:
+        The sampler.
+    """
     return lambda name: sample_of(weights[name]) if name in weights else None
 
 
 def sampler_of_files(files: Sequence[Path]) -> tuple[list[str], Sampler]:
-    """Names and samples of the weights in safetensors files; headers and some bytes are read. Raises ExpertsError."""
+    """Make a sampler of the weights in safetensors files; headers and some bytes are read.
+
+    Args:
+        files: Safetensors files.
+
+    Returns:
+        The names of the weights, and the sampler.
+
+    Raises:
+        ExpertsError: If a file is missing or unreadable.
+    """
     headers = {path: read_header(path) for path in files}
     places = {name: path for path, header in headers.items() for name in header.specs}
 
@@ -156,8 +217,10 @@ def sampler_of_files(files: Sequence[Path]) -> tuple[list[str], Sampler]:
 
 
 def _one_of_each_kind(names: Iterable[str]) -> list[str]:
-    """Of the weights that repeat from block to block one of each kind: the first kind of the first block, the last kind
-    of the last block, those between in between."""
+    """Pick one of each kind of the weights that repeat from block to block, spread over the depth of the network.
+
+    The first kind is taken from the first block, the last kind from the last block, those between from in between.
+    """
     kinds: dict[str, dict[int, str]] = {}
     for name in names:
         if match := _NUMBER.search(name):
@@ -194,5 +257,5 @@ def _difference(expected: Tensor, found: Tensor) -> float | None:
 
 
 def _size(values: Tensor) -> float:
-    """Root mean square."""
+    """The root mean square."""
     return float(values.square().mean().sqrt())

@@ -18,8 +18,11 @@ from ..errors import ExpertsError
 from .untrusted import parse_json, shown
 
 MAX_HEADER_BYTES = 16 * 2**20
+"""The most bytes of a header."""
 MAX_TENSORS = 100_000
+"""The most tensors in a file."""
 MAX_DIMENSIONS = 8
+"""The most dimensions of a tensor."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,7 +38,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of safetensors to those of torch."""
+"""The dtypes that are read: the names of safetensors to those of torch."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,18 @@ class TensorSpec:
     """How a tensor is stored."""
 
     dtype: torch.dtype
+    """Its dtype in the file."""
     shape: tuple[int, ...]
+    """Its shape."""
 
     @property
     def numel(self) -> int:
-        """Number of values."""
+        """The number of values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size in a file."""
+        """The size in a file, in bytes."""
         return self.numel * self.dtype.itemsize
 
 
@@ -61,15 +66,27 @@ class Header:
     """What is in a file, and at which byte each tensor starts."""
 
     specs: Mapping[str, TensorSpec]
+    """Name to how the tensor is stored."""
     starts: Mapping[str, int]
+    """Name to the first byte of the tensor, counted from the start of the file."""
     metadata: Mapping[str, str]
+    """The texts under ``__metadata__``."""
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a file. Raises ExpertsError in one line.
+    """Read and check the header of a file.
 
     Checked are its length, names (printable, none twice), dtypes, shapes, and that the tensors lie one after the other
     from the end of the header to the end of the file.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        The header.
+
+    Raises:
+        ExpertsError: If the file is missing, or if its header is not valid.
     """
     if not path.exists():
         raise ExpertsError(f"{path}: no such file")

@@ -18,11 +18,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "diffusion_model."
+"""What every key of a LoRA file starts with."""
 _PARTS = {".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha"}
 
 
 def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) -> dict[str, Tensor]:
-    """A LoRA role's weights (``<module>.lora_A`` / ``.lora_B``, diffusers module names) under the file's keys."""
+    """Put the weights of a LoRA role under the keys of a file.
+
+    Args:
+        state: ``<module>.lora_A``, of shape (rank, in), and ``<module>.lora_B``, of shape (out, rank), by diffusers'
+            module names.
+        alpha: The LoRA's alpha; its product is scaled by alpha / rank.
+        names: The family, which knows the native module names.
+
+    Returns:
+        The tensors of the file, on the CPU.
+    """
     import torch
 
     tensors: dict[str, Tensor] = {}
@@ -35,7 +46,19 @@ def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) 
 
 
 def lora_from_file(tensors: Mapping[str, Tensor], expert: Expert, names: ModelFamily) -> dict[str, Tensor]:
-    """Inverse of ``lora_to_file``, checked against the manifest's rank, alpha and targets. Raises ExpertsError."""
+    """Read a LoRA file back, the inverse of ``lora_to_file``.
+
+    Args:
+        tensors: The tensors of the file by its keys.
+        expert: The manifest's entry, against whose rank, alpha and targets they are checked.
+        names: The family, which knows diffusers' module names.
+
+    Returns:
+        ``<module>.lora_A`` and ``<module>.lora_B`` by diffusers' module names.
+
+    Raises:
+        ExpertsError: If a key, rank, alpha or module is not what the manifest says.
+    """
     state: dict[str, Tensor] = {}
     modules: dict[str, str] = {}
     for module, parts in check_lora(tensors, expert).items():
@@ -49,10 +72,17 @@ def lora_from_file(tensors: Mapping[str, Tensor], expert: Expert, names: ModelFa
 
 
 def check_lora(tensors: Mapping[str, Tensor], expert: Expert) -> dict[str, dict[str, Tensor]]:
-    """Native module name to its ``lora_A`` and ``lora_B``.
+    """Check a LoRA file against the manifest, so that nothing is scaled wrongly or left out without a word.
 
-    Raises ExpertsError unless every module has both, of the manifest's rank, and the manifest's alpha: what would be
-    scaled wrongly, or left out, without a word.
+    Args:
+        tensors: The tensors of the file by its keys.
+        expert: The manifest's entry.
+
+    Returns:
+        Native module name to its ``lora_A`` and ``lora_B``.
+
+    Raises:
+        ExpertsError: If a module lacks a part, or if a rank or alpha is not the manifest's.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -78,7 +108,7 @@ def check_lora(tensors: Mapping[str, Tensor], expert: Expert) -> dict[str, dict[
 
 
 def _check_targets(modules: Mapping[str, str], expert: Expert) -> None:
-    """Native to diffusers names of what a file adapts: just the modules that end in one of the manifest's targets."""
+    """Check that the file (native to diffusers names) adapts just the modules that the manifest targets."""
     if expert.targets is None:
         return
     unused = set(expert.targets)
@@ -94,7 +124,15 @@ def _check_targets(modules: Mapping[str, str], expert: Expert) -> None:
 
 
 def matching(module: str, targets: Iterable[str]) -> set[str]:
-    """The targets that a module ends in, as peft reads them."""
+    """Find the targets that a module ends in, as peft reads them.
+
+    Args:
+        module: A module name with dots.
+        targets: Ends of module names.
+
+    Returns:
+        Those of the targets that match.
+    """
     return {target for target in targets if module == target or module.endswith(f".{target}")}
 
 

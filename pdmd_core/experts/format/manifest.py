@@ -12,26 +12,33 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ...phases import PhasePlan, PhasePlanError
 from ..errors import ExpertsError
+from .fields import are_sizes, check_field, check_object, is_json, is_number, is_text, matches
 from .untrusted import MAX_JSON_BYTES, check_inside, parse_json, read_json, shown
 
 FORMAT_VERSION = 1
+"""The version of the format that this package writes, and the newest that it reads."""
 MANIFEST_NAME = "phased_experts.json"
+"""The file name of the manifest in an experts folder."""
 MAX_MANIFEST_BYTES = MAX_JSON_BYTES
+"""The most bytes of a manifest."""
 MAX_RANK = 2**16
+"""The largest rank of a LoRA expert."""
 MAX_TARGETS = 10_000
+"""The most target modules of a LoRA expert."""
 MAX_SAMPLED_WEIGHTS, MAX_SAMPLED_VALUES = 200, 32
-"""Of each network's fingerprint, and of each weight in it."""
+"""The most weights in a network's fingerprint, and the most values of each."""
 MAX_GUIDANCE = 100
-"""As ComfyUI's cfg."""
+"""The largest guidance scale, as for ComfyUI's cfg."""
 
 ExpertKind = Literal["lora", "full"]
+"""Whether an expert is a LoRA on the base or a full copy of its network."""
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,119}")
@@ -43,44 +50,64 @@ class BaseModel:
     """The model that the experts were distilled from."""
 
     model: str
-    """Hub id or folder name."""
+    """The Hub id or folder name."""
     architecture: str
-    """Class name of the network in diffusers."""
+    """The class name of the network in diffusers."""
     family: str
-    """Name in ``families.FAMILIES``."""
+    """The name in ``families.FAMILIES``."""
     revision: str | None = None
+    """The branch, tag or commit on the Hub; None is the main branch."""
     fingerprints: Mapping[str, Mapping[str, str]] | None = None
     """Component to what ``fingerprint.take_fingerprint`` found in it: weight name to values in bfloat16, in base64."""
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert's file. ``rank``, ``alpha`` and ``targets`` are set for LoRA experts only."""
+    """One expert's file."""
 
     name: str
+    """The name of the phase that it runs in."""
     file: str
+    """The file name in the experts folder."""
     kind: ExpertKind
+    """Whether the file holds a LoRA or a full network."""
     sha256: str
+    """The SHA-256 of the file, 64 hexadecimal digits."""
     component: str = "transformer"
-    """The base component it belongs to: transformer, or transformer_2 of a two-network base."""
+    """The base's component that it belongs to: transformer, or transformer_2 of a base with two networks."""
     rank: int | None = None
+    """The rank of a LoRA expert; None for a full one."""
     alpha: float | None = None
+    """The alpha of a LoRA expert, whose product is scaled by alpha / rank; None for a full one."""
     targets: tuple[str, ...] | None = None
+    """Ends of the names of the modules that a LoRA expert adapts; None for a full one."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``phased_experts.json`` holds. Raises ExpertsError when the parts do not fit each other."""
+    """What ``phased_experts.json`` holds.
+
+    Raises:
+        ExpertsError: If the parts do not fit each other.
+    """
 
     base: BaseModel
+    """The model that the experts were distilled from."""
     plan: PhasePlan
+    """The plan that they were distilled for."""
     experts: tuple[Expert, ...]
+    """One expert for each phase, in the same order."""
     guidance_scale: float = 1.0
-    """Guidance at inference; 1 is none (the teacher's guidance is distilled into the experts)."""
+    """The guidance at inference; 1 is none (the teacher's guidance is distilled into the experts)."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Summary of the distillation: free-form JSON."""
+    """A summary of the distillation: free-form JSON."""
 
     def __post_init__(self) -> None:
+        """Check that there is one expert for each phase, each with a file of its own.
+
+        Raises:
+            ExpertsError: If the parts do not fit each other.
+        """
         phases, experts = [p.name for p in self.plan.phases], [e.name for e in self.experts]
         if phases != experts:
             found = shown(", ".join(map(str, experts))) if experts else "none"
@@ -93,18 +120,36 @@ class Manifest:
             raise ExpertsError(f"every expert has a file of its own, found {shown(', '.join(files))}")
 
     def expert(self, name: str) -> Expert:
-        """The entry of this name. Raises ExpertsError."""
+        """Look up an expert.
+
+        Args:
+            name: The expert's name.
+
+        Returns:
+            Its entry.
+
+        Raises:
+            ExpertsError: If there is no expert of this name.
+        """
         for expert in self.experts:
             if expert.name == name:
                 return expert
         raise ExpertsError(f"no expert {shown(name)} here, expected one of: {', '.join(e.name for e in self.experts)}")
 
     def without_hashes(self) -> Manifest:
-        """As each expert's file carries it: a file cannot hold its own hash."""
+        """Blank out the hashes, for the copy in each expert's file, which cannot hold its own hash.
+
+        Returns:
+            The manifest with zeros in place of the hashes.
+        """
         return replace(self, experts=tuple(replace(expert, sha256="0" * 64) for expert in self.experts))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; ``from_dict`` reads it back. Numbers of ``training`` that are not finite become null."""
+        """Write the manifest in its JSON form; numbers of ``training`` that are not finite become null.
+
+        Returns:
+            What ``from_dict`` reads back.
+        """
         base = asdict(self.base)
         if base["fingerprints"] is None:
             del base["fingerprints"]
@@ -121,13 +166,27 @@ class Manifest:
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as indented text."""
+        """Write the manifest as indented JSON text.
+
+        Returns:
+            ``to_dict`` as text.
+        """
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, data: object) -> Manifest:
-        """Read and check every field. Raises ExpertsError."""
-        top = _object(
+        """Read a manifest from its JSON form and check every field.
+
+        Args:
+            data: What ``to_dict`` returns.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ExpertsError: If a field is missing, unknown or not valid.
+        """
+        top = check_object(
             data,
             "the manifest",
             required={"format_version", "base", "plan", "experts"},
@@ -137,29 +196,35 @@ class Manifest:
             plan = PhasePlan.from_dict(top["plan"])
         except PhasePlanError as error:
             raise ExpertsError(f"plan: {error}") from None
-        base = _object(top["base"], "base", {"model", "architecture", "family"}, {"revision", "fingerprints"})
+        base = check_object(top["base"], "base", {"model", "architecture", "family"}, {"revision", "fingerprints"})
         for key in ("model", "family"):
-            _check(base[key], f"base.{key}", "a text of 1 to 500 printable characters", lambda v: _text(v) and bool(v))
-        _check(base["architecture"], "base.architecture", "the name of a class", lambda v: _matches(_CLASS, v))
+            check_field(
+                base[key], f"base.{key}", "a text of 1 to 500 printable characters", lambda v: is_text(v) and bool(v)
+            )
+        check_field(base["architecture"], "base.architecture", "the name of a class", lambda v: matches(_CLASS, v))
         revision = base.get("revision")
-        _check(revision, "base.revision", "a text of printable characters or null", lambda v: v is None or _text(v))
+        check_field(
+            revision, "base.revision", "a text of printable characters or null", lambda v: v is None or is_text(v)
+        )
         _check_fingerprints(base.get("fingerprints"))
-        _check(top["experts"], "experts", "a list", lambda v: isinstance(v, list))
+        check_field(top["experts"], "experts", "a list", lambda v: isinstance(v, list))
         guidance = top.get("guidance_scale", 1.0)
-        _check(
+        check_field(
             guidance,
             "guidance_scale",
             f"a number from 0 to {MAX_GUIDANCE}",
-            lambda v: _number(v) and 0 <= v <= MAX_GUIDANCE,
+            lambda v: is_number(v) and 0 <= v <= MAX_GUIDANCE,
         )
         training = top.get("training", {})
-        _check(training, "training", "an object", lambda v: isinstance(v, dict))
-        _check(training, "training", "an object of JSON", _is_json)
+        check_field(training, "training", "an object", lambda v: isinstance(v, dict))
+        check_field(training, "training", "an object of JSON", is_json)
         size, length = training.get("size"), training.get("max_sequence_length")  # what is sampled by default
         three = "null or three whole numbers from 1 to 16384"
-        _check(size, "training.size", three, lambda v: v is None or (isinstance(v, list | tuple) and _are_sizes(v, 3)))
+        check_field(
+            size, "training.size", three, lambda v: v is None or (isinstance(v, list | tuple) and are_sizes(v, 3))
+        )
         one = "null or a whole number from 1 to 16384"
-        _check(length, "training.max_sequence_length", one, lambda v: v is None or _are_sizes([v], 1))
+        check_field(length, "training.max_sequence_length", one, lambda v: v is None or are_sizes([v], 1))
         return cls(
             base=BaseModel(**base),
             plan=plan,
@@ -170,7 +235,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Inverse of ``to_json``. Raises ExpertsError."""
+        """Read a manifest from JSON text and check every field.
+
+        Args:
+            text: What ``to_json`` returns.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ExpertsError: If the text is not JSON or not that of a manifest.
+        """
         try:
             data = parse_json(text)
         except ValueError as error:  # also for numbers of thousands of digits
@@ -179,7 +254,7 @@ class Manifest:
 
     @classmethod
     def _of_json(cls, data: object) -> Manifest:
-        """A newer format is told first: what else is in it is not known here."""
+        """Read parsed JSON; a newer format is reported first, since what else is in it is not known here."""
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ExpertsError(
@@ -191,7 +266,17 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``folder/phased_experts.json``. Raises ExpertsError with the folder in front."""
+    """Read and check the manifest of an experts folder.
+
+    Args:
+        folder: The experts folder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ExpertsError: If it is missing or not valid; the line starts with the path.
+    """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise ExpertsError(f"{folder}: no such folder; an experts folder holds {MANIFEST_NAME}")
@@ -207,18 +292,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_fingerprints(data: Any) -> None:
     where = "base.fingerprints"
-    _check(data, where, "an object or null", lambda v: v is None or isinstance(v, dict))
+    check_field(data, where, "an object or null", lambda v: v is None or isinstance(v, dict))
     for component, weights in (data or {}).items():
-        _check(component, f"a key of {where}", "transformer or transformer_N", lambda v: _matches(_COMPONENT, v))
-        _check(
+        check_field(component, f"a key of {where}", "transformer or transformer_N", lambda v: matches(_COMPONENT, v))
+        check_field(
             weights,
             f"{where}.{component}",
             f"an object of 1 to {MAX_SAMPLED_WEIGHTS} weight names",
-            lambda v: isinstance(v, dict) and 1 <= len(v) <= MAX_SAMPLED_WEIGHTS and all(map(_text, v)),
+            lambda v: isinstance(v, dict) and 1 <= len(v) <= MAX_SAMPLED_WEIGHTS and all(map(is_text, v)),
         )
         expected = f"1 to {MAX_SAMPLED_VALUES} finite values of bfloat16 in base64"
         for name, values in weights.items():
-            _check(values, f"{where}.{component}[{shown(name)}]", expected, _is_sample)
+            check_field(values, f"{where}.{component}[{shown(name)}]", expected, _is_sample)
 
 
 def _is_sample(value: object) -> bool:
@@ -235,45 +320,47 @@ def _is_sample(value: object) -> bool:
 
 def _expert(data: object, index: int) -> Expert:
     where = f"experts[{index}]"
-    entry = _object(data, where, {"name", "file", "kind", "sha256"}, {"component", "rank", "alpha", "targets"})
-    _check(entry["name"], f"{where}.name", "a text of printable characters", _text)
-    _check(
+    entry = check_object(data, where, {"name", "file", "kind", "sha256"}, {"component", "rank", "alpha", "targets"})
+    check_field(entry["name"], f"{where}.name", "a text of printable characters", is_text)
+    check_field(
         entry["file"],
         f"{where}.file",
         "a plain file name that ends in .safetensors, without folders",
-        lambda v: _matches(_FILE, v),
+        lambda v: matches(_FILE, v),
     )
-    _check(entry["kind"], f"{where}.kind", "lora or full", lambda v: v in ("lora", "full"))
-    _check(
+    check_field(entry["kind"], f"{where}.kind", "lora or full", lambda v: v in ("lora", "full"))
+    check_field(
         entry["sha256"],
         f"{where}.sha256",
         "64 hexadecimal digits",
-        lambda v: _matches(_SHA256, v),
+        lambda v: matches(_SHA256, v),
     )
     component = entry.get("component", "transformer")
-    _check(
+    check_field(
         component,
         f"{where}.component",
         "transformer or transformer_N",
-        lambda v: _matches(_COMPONENT, v),
+        lambda v: matches(_COMPONENT, v),
     )
     rank, alpha, targets = entry.get("rank"), entry.get("alpha"), entry.get("targets")
     if entry["kind"] == "lora":
-        _check(
+        check_field(
             rank,
             f"{where}.rank",
             f"a whole number from 1 to {MAX_RANK}",
             lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MAX_RANK,
         )
-        _check(alpha, f"{where}.alpha", "a positive number", lambda v: _number(v) and v > 0)
-        _check(
+        check_field(alpha, f"{where}.alpha", "a positive number", lambda v: is_number(v) and v > 0)
+        check_field(
             targets,
             f"{where}.targets",
             f"a list of 1 to {MAX_TARGETS} module names",
-            lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_TARGETS and all(_text(name) and name for name in v),
+            lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_TARGETS and all(is_text(name) and name for name in v),
         )
     else:
-        _check([rank, alpha, targets], where, "no rank, alpha or targets for a full expert", lambda v: v == [None] * 3)
+        check_field(
+            [rank, alpha, targets], where, "no rank, alpha or targets for a full expert", lambda v: v == [None] * 3
+        )
     return Expert(
         name=entry["name"],
         file=entry["file"],
@@ -286,56 +373,9 @@ def _expert(data: object, index: int) -> Expert:
     )
 
 
-def _object(data: object, what: str, required: set[str], optional: set[str]) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise ExpertsError(f"{what} is an object, found {type(data).__name__}")
-    missing, unknown = required - set(data), set(data) - required - optional
-    if missing:
-        raise ExpertsError(f"{what} lacks {', '.join(sorted(missing))}")
-    if unknown:
-        first, *others = sorted(map(shown, unknown))
-        more = f" and {len(others)} more" if others else ""
-        raise ExpertsError(f"{what} has unknown field(s) {first}{more}: remove or upgrade")
-    return data
-
-
-def _check(value: object, where: str, expected: str, accept: Callable[[Any], bool]) -> None:
-    if not accept(value):
-        raise ExpertsError(f"{where} is {expected}, found {shown(value)}")
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str) and value.isprintable() and len(value) <= 500
-
-
-def _matches(pattern: re.Pattern[str], value: object) -> bool:
-    return isinstance(value, str) and bool(pattern.fullmatch(value))
-
-
-def _are_sizes(values: Sequence[object], count: int) -> bool:
-    return len(values) == count and all(type(value) is int and 1 <= value <= 2**14 for value in values)
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False

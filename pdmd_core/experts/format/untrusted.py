@@ -1,4 +1,7 @@
-"""Files that strangers wrote: JSON without surprises, and no way out of a folder. (Standard library only.)"""
+"""Files of unknown origin: JSON without surprises, and no way out of a folder.
+
+(Standard library only.)
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,25 @@ from typing import Any, NoReturn
 from ..errors import ExpertsError
 
 MAX_DEPTH = 32
-"""Of objects and lists in each other; a manifest needs five."""
+"""The most objects and lists within each other; a manifest needs five."""
 MAX_JSON_BYTES = 4 * 2**20
+"""The most bytes of a JSON file."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as the standard has it: no key twice, no NaN or infinity, at most ``MAX_DEPTH`` levels.
+    """Parse JSON as the standard defines it: no key twice, no NaN or infinity, at most ``MAX_DEPTH`` levels.
 
-    Raises ValueError in one line that goes on from "it is not JSON: ".
+    Args:
+        text: JSON text, or its bytes in UTF-8.
+
+    Returns:
+        The parsed data.
+
+    Raises:
+        ValueError: If it is anything else; the message continues a line that says that it is not JSON.
     """
     try:
         if isinstance(text, bytes):  # json itself guesses UTF-16 and UTF-32 as well
@@ -65,7 +76,14 @@ def _finite(text: str) -> float:
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: in one line of at most 80 characters, nothing that a terminal obeys."""
+    """Write a value for an error message: one line of at most 80 characters, with nothing that a terminal obeys.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        The line.
+    """
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists in lists
@@ -74,7 +92,18 @@ def shown(value: object) -> str:
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
-    """The content of a JSON file. Raises ExpertsError, also for one of more than ``most`` bytes."""
+    """Read and parse a JSON file.
+
+    Args:
+        path: The file.
+        most: The most bytes that it may have.
+
+    Returns:
+        The parsed data.
+
+    Raises:
+        ExpertsError: If the file is missing, unreadable, too large or not JSON.
+    """
     try:
         if not path.is_file():
             raise ExpertsError(f"{path}: no such file")
@@ -93,9 +122,14 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Raises ExpertsError when ``path`` leads, over links, out of ``folder``.
+    """Check that a path does not lead, over links, out of a folder; links of the Hub's cache are followed.
 
-    Links of the Hub's cache are followed: see ``_is_hub_blob``.
+    Args:
+        path: A path in the folder.
+        folder: The folder.
+
+    Raises:
+        ExpertsError: If the path leaves the folder.
     """
     try:
         inside = folder.resolve() in path.resolve().parents or _is_hub_blob(path)
@@ -106,9 +140,10 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def _is_hub_blob(path: Path) -> bool:
-    """The Hub's download cache links snapshots/<revision>/<file> to blobs/<hash> of the same repository.
+    """Whether a path is a link of the Hub's download cache to a blob of the same repository.
 
-    That may be a link itself, to blobs/<two digits>/<hash>, which all repositories of the cache share.
+    The cache links snapshots/<revision>/<file> to blobs/<hash>. That may be a link itself, to blobs/<two
+    digits>/<hash>, which all repositories of the cache share.
     """
     if not path.is_symlink():
         return False

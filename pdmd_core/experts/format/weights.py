@@ -22,33 +22,50 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors that are read when they are asked for.
-
-    specs: how each is stored. read: name to tensor, of that shape, perhaps in a wider dtype.
-    """
+    """Named tensors that are read when they are asked for."""
 
     specs: Mapping[str, TensorSpec]
+    """Name to how the tensor is stored."""
     read: Callable[[str], Tensor]
+    """A function from a name to the tensor, of the shape in ``specs`` and perhaps in a wider dtype."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape."""
+        """Name to shape of each tensor."""
         return {name: spec.shape for name, spec in self.specs.items()}
 
     @property
     def nbytes(self) -> int:
-        """Size in a file."""
+        """The size in a file, in bytes."""
         return sum(spec.nbytes for spec in self.specs.values())
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
-        """The same tensors under other names. Raises ValueError when two would get the same."""
+        """Give the same tensors other names.
+
+        Args:
+            rename: A function from the old name to the new one.
+
+        Returns:
+            The renamed weights.
+
+        Raises:
+            ValueError: If two tensors would get the same name.
+        """
         old = {rename(name): name for name in self.specs}
         if len(old) != len(self.specs):
             raise ValueError("two weights would get one name")
         return Weights({new: self.specs[name] for new, name in old.items()}, lambda name: self.read(old[name]))
 
     def stored_as(self, dtype: torch.dtype, keep: Sequence[str] = ()) -> Weights:
-        """Floating weights stored in ``dtype``; in float32 where one of ``keep`` is a dotted part of the name."""
+        """Store floating weights in another dtype.
+
+        Args:
+            dtype: The dtype.
+            keep: Parts of names, between dots, whose weights are stored in float32 instead.
+
+        Returns:
+            The weights with other specs.
+        """
 
         def stored(name: str, spec: TensorSpec) -> TensorSpec:
             if not spec.dtype.is_floating_point:
@@ -59,7 +76,17 @@ class Weights:
 
 
 def open_weights(*files: Path) -> Weights:
-    """The tensors of safetensors files; only headers are read. Raises ExpertsError."""
+    """Open the tensors of safetensors files; only headers are read.
+
+    Args:
+        *files: Safetensors files with different tensors.
+
+    Returns:
+        The weights.
+
+    Raises:
+        ExpertsError: If a file is missing or not valid, or if two files hold a tensor of one name.
+    """
     specs: dict[str, TensorSpec] = {}
     places: dict[str, tuple[Path, int]] = {}
     for path in files:
@@ -89,15 +116,31 @@ def open_weights(*files: Path) -> Weights:
 
 
 def weights_of(tensors: Mapping[str, Tensor]) -> Weights:
-    """Tensors that are there already."""
+    """Take tensors in memory as weights.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        The weights.
+    """
     specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     return Weights(specs, lambda name: tensors[name])
 
 
 def write_weights(path: Path, weights: Weights, metadata: Mapping[str, str]) -> str:
-    """Write a safetensors file, tensor by tensor; equal weights make equal files. Returns its SHA-256.
+    """Write a safetensors file, tensor by tensor; equal weights make equal files.
 
-    Raises ExpertsError for a value that is not finite in the dtype in which it is to be stored.
+    Args:
+        path: The file to write.
+        weights: The weights.
+        metadata: Texts for ``__metadata__``.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        ExpertsError: If a value is not finite in the dtype in which it is to be stored.
     """
     # widest first, as the library writes them: every tensor starts at a multiple of its own size
     order = sorted(weights.specs, key=lambda name: (-weights.specs[name].dtype.itemsize, name))
@@ -135,19 +178,41 @@ def _bytes(name: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Check that no value is NaN or infinite.
+
+    Args:
+        tensor: A tensor of any dtype.
+
+    Returns:
+        Whether all values are finite.
+    """
     if not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` and so on."""
+    """Name a dtype without "torch.", as in ``float32``.
+
+    Args:
+        dtype: The dtype.
+
+    Returns:
+        Its name.
+    """
     return str(dtype).removeprefix("torch.")
 
 
 def progress(items: Sequence[T], title: str) -> Iterable[T]:
-    """The items, with a progress bar on a terminal where tqdm is installed."""
+    """Show a progress bar on a terminal where tqdm is installed.
+
+    Args:
+        items: What to go through.
+        title: The title of the bar.
+
+    Returns:
+        The items.
+    """
     try:
         from tqdm.auto import tqdm
     except ImportError:

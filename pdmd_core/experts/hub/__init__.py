@@ -1,4 +1,4 @@
-"""Experts on the Hugging Face Hub: ``push_experts``, ``check_push``, ``download_experts`` (imported when used)."""
+"""Experts on the Hugging Face Hub: ``push_experts``, ``check_push`` and ``download_experts``, imported when used."""
 
 from __future__ import annotations
 

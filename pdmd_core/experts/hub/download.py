@@ -16,7 +16,7 @@ from ..format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manifest
 from .retries import explain, is_passing, one_line, patience, persistently
 
 MAX_EXPERT_BYTES = {"lora": 16 * 2**30, "full": 128 * 2**30}
-"""Larger files are not downloaded."""
+"""The most bytes of an expert's file, by its kind; larger files are not downloaded."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -29,10 +29,23 @@ def download_experts(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder in the Hub's cache that holds manifest, expert files and scheduler of a repository.
+    """Download manifest, expert files and scheduler of a repository.
 
-    The manifest is downloaded and checked first, then only the files that it names; sizes and hashes are looked at
-    before and after. Without a connection, a copy in the cache is used. Raises ExpertsError.
+    The manifest is downloaded and checked first, then only the files that it names; sizes and hashes are checked before
+    and after. Without a connection, a copy in the cache is used.
+
+    Args:
+        repo_id: The repository, ``user/name``.
+        revision: A branch, tag or commit hash.
+        cache_dir: Where downloads are kept; None is the Hub client's own cache.
+        token: The token for private repositories; None takes the one of ``hf auth login`` or HF_TOKEN.
+        local_files_only: Whether only the cache is used.
+
+    Returns:
+        The folder in the Hub's cache.
+
+    Raises:
+        ExpertsError: If there is no such repository or cached copy, or if a file is damaged, too large or missing.
     """
     from huggingface_hub import constants
 
@@ -57,7 +70,14 @@ def download_experts(
 
 
 class _Download:
-    """One repository at one revision."""
+    """The download of one repository at one revision.
+
+    Args:
+        repo_id: The repository, ``user/name``.
+        revision: A branch, tag or commit hash.
+        cache_dir: Where downloads are kept.
+        token: The token for private repositories.
+    """
 
     def __init__(self, repo_id: str, revision: str | None, cache_dir: str | Path | None, token: str | None) -> None:
         from huggingface_hub import HfApi, constants
@@ -66,6 +86,17 @@ class _Download:
         self.api, self.timeout = HfApi(token=token), float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     def from_hub(self, manifest_size: dict[str, tuple[int, str | None]]) -> Path:
+        """Download the files and check them against the manifest.
+
+        Args:
+            manifest_size: Size and SHA-256 of the manifest, as ``sizes`` returns them.
+
+        Returns:
+            The folder in the cache.
+
+        Raises:
+            ExpertsError: If a file is missing, damaged or too large.
+        """
         if MANIFEST_NAME not in manifest_size:
             raise ExpertsError(f"{self.repo_id!r} holds no {MANIFEST_NAME}: it is not a repository of phased experts")
         self.check_size(MANIFEST_NAME, manifest_size[MANIFEST_NAME][0], MAX_MANIFEST_BYTES)
@@ -99,6 +130,14 @@ class _Download:
         return folder
 
     def from_cache(self) -> Path:
+        """Find the files in the cache and check them against the manifest.
+
+        Returns:
+            The folder in the cache.
+
+        Raises:
+            ExpertsError: If a file is missing or damaged.
+        """
         from huggingface_hub.errors import EntryNotFoundError
 
         def cached(file: str, revision: str | None) -> Path:
@@ -123,7 +162,15 @@ class _Download:
         return folder
 
     def sizes(self, paths: list[str], revision: str | None) -> dict[str, tuple[int, str | None]]:
-        """Path to size in bytes and, where the Hub knows it, SHA-256; without those that are not there."""
+        """Ask the Hub for sizes and hashes.
+
+        Args:
+            paths: Files of the repository.
+            revision: A branch, tag or commit hash.
+
+        Returns:
+            Path to size in bytes and, where the Hub knows it, SHA-256; without files that are not there.
+        """
         from huggingface_hub.hf_api import RepoFile
 
         found = self.api.get_paths_info(self.repo_id, paths, revision=revision)
@@ -134,10 +181,30 @@ class _Download:
         }
 
     def check_size(self, file: str, size: int, most: int) -> None:
+        """Refuse a file that is too large.
+
+        Args:
+            file: Its path in the repository.
+            size: Its size in bytes.
+            most: The most bytes that such a file has.
+
+        Raises:
+            ExpertsError: If it is larger.
+        """
         if size > most:
             raise ExpertsError(f"{self.repo_id!r}: {file} has {size} bytes, such a file has at most {most}")
 
     def fetch(self, file: str, revision: str | None, force_download: bool = False) -> Path:
+        """Download one file.
+
+        Args:
+            file: Its path in the repository.
+            revision: A branch, tag or commit hash.
+            force_download: Whether a copy in the cache is replaced.
+
+        Returns:
+            The path in the cache.
+        """
         path = self.persistently(
             lambda: self.api.hf_hub_download(
                 self.repo_id, file, revision=revision, cache_dir=self.cache_dir, force_download=force_download
@@ -146,4 +213,12 @@ class _Download:
         return Path(path)
 
     def persistently(self, call: Callable[[], T]) -> T:
+        """Call with retries; see ``retries.persistently``.
+
+        Args:
+            call: What to do.
+
+        Returns:
+            What the call returns.
+        """
         return persistently("downloading", self.timeout, call)

@@ -1,4 +1,4 @@
-"""What a repository on the Hugging Face Hub is called. (Standard library only.)"""
+"""Names of repositories on the Hugging Face Hub, checked with the standard library alone."""
 
 from __future__ import annotations
 
@@ -8,5 +8,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form ``user/name`` of a repository's id."""
+    """Check whether a text has the form ``user/name`` of a repository's id.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        Whether it has that form; the Hub is not asked.
+    """
     return bool(_HUB_ID.fullmatch(text))

@@ -33,17 +33,31 @@ def push_experts(
     commit_message: str = "Phased experts",
     timeout: float = 120.0,
 ) -> str:
-    """Check an experts folder and put it on the Hub as one commit; returns the URL. Raises ExpertsError.
+    """Check an experts folder and put it on the Hub as one commit.
 
     Manifest, expert files, scheduler, samples/, report.json and licence files are pushed with a model card that loads
-    the experts from there (a README.md of your own is kept). Files that the Hub already has are not sent again, so a
-    push that failed goes on where it was.
+    the experts from there (a README.md of your own is kept). Files that the Hub already has are not sent again, so that
+    a push that failed continues where it was.
 
-    repo_id: ``user/name``; created when it does not exist.
-    private: the repository is made private; refused for one that exists and is public.
-    token: with write access; the one of ``hf auth login`` or HF_TOKEN when None.
-    revision: branch for the commit, created when it does not exist.
-    timeout: seconds without any answer after which an attempt is given up.
+    Args:
+        folder: The experts folder.
+        repo_id: The repository, ``user/name``; it is created when it does not exist.
+        private: Whether the repository is made private; refused for one that exists and is public.
+        token: A token with write access; None takes the one of ``hf auth login`` or HF_TOKEN.
+        revision: A branch for the commit, created when it does not exist; None is the main branch.
+        commit_message: The message of the commit.
+        timeout: Seconds without any answer after which an attempt is given up.
+
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        ExpertsError: If the folder is not valid, the Hub refuses the token or the id, or the push fails after retries.
+
+    Examples:
+        >>> url = push_experts("training/embedded/models/experts", "user/my-experts")
+        >>> url.endswith("/user/my-experts")
+        True
     """
     from huggingface_hub import HfApi
 
@@ -74,9 +88,16 @@ def push_experts(
 
 
 def check_push(repo_id: str, token: str | None = None) -> None:
-    """What can be known before there is anything to push: a valid id and a token that the Hub takes.
+    """Check what can be known before there is anything to push: the id, and that the Hub accepts the token.
 
-    Raises ExpertsError. A Hub that does not answer now is only logged.
+    A Hub that does not answer is only logged.
+
+    Args:
+        repo_id: The repository, ``user/name``.
+        token: A token with write access; None takes the one of ``hf auth login`` or HF_TOKEN.
+
+    Raises:
+        ExpertsError: If the id is not valid, or if there is no token that the Hub accepts.
     """
     from huggingface_hub import HfApi
 
@@ -133,7 +154,7 @@ def _card(experts: PhasedExperts, repo: str, api: HfApi) -> bytes:
 
 
 def _licence_of_base(manifest: Manifest, api: HfApi) -> dict[str, str]:
-    """Licence fields of the base's own card, in its folder or on the Hub; empty where there is none to read."""
+    """The licence fields of the base's own card, in its folder or on the Hub; empty where there is none to read."""
     from huggingface_hub import ModelCard
 
     base, own = manifest.base, Path(manifest.base.model) / "README.md"

@@ -1,4 +1,4 @@
-"""Failures of Hub and network: what may pass is tried again, the rest is one line (ExpertsError) with what to do."""
+"""Failures of Hub and network: passing ones are tried again, the rest become one line that says what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from ..errors import ExpertsError
 
 ATTEMPTS = 4
-"""How often a step is tried while server or network fail, with pauses of 1, 2, 4 s."""
+"""How often a step is tried while server or network fail, with pauses of 1, 2 and 4 s."""
 
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 
@@ -21,7 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def persistently(what: str, timeout: float, call: Callable[[], T]) -> T:
-    """Call, again after a failure of server or network, at most ATTEMPTS times."""
+    """Call, and call again after a passing failure of server or network, at most ``ATTEMPTS`` times.
+
+    Args:
+        what: What is done, for the log.
+        timeout: Seconds to wait for each answer or packet.
+        call: What to do.
+
+    Returns:
+        What the call returns.
+    """
     for attempt in range(1, ATTEMPTS):
         try:
             with patience(timeout):
@@ -40,7 +49,14 @@ def persistently(what: str, timeout: float, call: Callable[[], T]) -> T:
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """The client waits for ever on most requests; within this block, so long for each answer or packet."""
+    """Limit, within the block, how long the Hub's client waits; by itself it waits for ever on most requests.
+
+    Args:
+        seconds: Seconds to wait for each answer or packet.
+
+    Yields:
+        Nothing.
+    """
     from huggingface_hub.utils import get_session
 
     session: Any = get_session()
@@ -52,7 +68,14 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """A failure of server or network that another attempt may not meet."""
+    """Check whether an error is a failure of server or network that another attempt may not meet.
+
+    Args:
+        error: What the client raised.
+
+    Returns:
+        Whether another attempt makes sense.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
@@ -66,7 +89,18 @@ def is_passing(error: BaseException) -> bool:
 
 @contextmanager
 def one_line(doing: str, revision: str | None) -> Iterator[None]:
-    """What the client raises, in words. Bugs of this package are not hidden: other types pass."""
+    """Turn what the Hub's client raises within the block into one line; bugs of this package are not hidden.
+
+    Args:
+        doing: What is done, as the start of the line.
+        revision: The revision that was asked for, for the line.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ExpertsError: If the client raised an error of the Hub, the network or the disk.
+    """
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -78,7 +112,15 @@ def one_line(doing: str, revision: str | None) -> Iterator[None]:
 
 
 def explain(error: BaseException, revision: str | None) -> str:
-    """What was found and what to do."""
+    """Say what an error of the Hub's client means and what to do.
+
+    Args:
+        error: What the client raised.
+        revision: The revision that was asked for.
+
+    Returns:
+        One line.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -14,7 +14,7 @@ from pdmd_core.experts import MANIFEST_NAME
 from pdmd_core.phases import PhasePlan
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.hub import READER, Hub
-from tests.helpers.hub_client import Client, Outcome
+from tests.helpers.hub_client import ROOT, Client, Outcome
 from tests.helpers.pushed_experts import FILES, HIGH, PLAN, done, flip, push, refusal
 from tests.helpers.tiny import lora_roles, write_lora_experts
 
@@ -239,3 +239,12 @@ def test_what_can_be_known_before_there_is_anything_to_push(hub: Hub, client: Cl
     hub.fail("whoami", value=503)
     outcome = check(client, "user/x")
     assert outcome.error is None and "will be tried all the same" in outcome.said
+
+
+def test_the_example_of_the_docstring_runs(hub: Hub, client: Client) -> None:
+    outcome = client.run(
+        "import contextlib, doctest\nfrom pdmd_core.experts.hub import push\n"
+        f"with contextlib.chdir({str(ROOT)!r}):\n    result = list(doctest.testmod(push))"
+    )
+    assert outcome.error is None and outcome.result == [0, 2], outcome.said
+    assert MANIFEST_NAME in hub.files("user/my-experts")
