@@ -28,16 +28,19 @@ from .model_options import copied, with_added_options
 from .notices import tell_of_sigmas
 
 KEY = "phased_dmd"
+"""The key of attachment, wrappers and run state."""
 _BOUND_TO_RUN = frozenset({"to_load_options", "registered_hooks"})
 _BOUND_TO_MODULES = frozenset({"torch.compile"})  # compiled blocks of one network must not run in another's place
 
 
 @dataclass(frozen=True)
 class Expert:
-    """What runs in one phase. ``cfg`` takes the place of the sampler's cfg there; None leaves the sampler's."""
+    """The MODEL that runs in one phase, and its guidance."""
 
     model: Any
+    """The MODEL, as it is without the other experts."""
     cfg: float | None = None
+    """What takes the place of the sampler's cfg in this phase; None leaves the sampler's."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +48,39 @@ class Made:
     """The first expert's patches when the composite was made; what is there beyond them is meant for all experts."""
 
     options: dict[str, Any]
+    """Its model options."""
     wrappers: dict[str, Any]
+    """Its wrappers."""
     callbacks: dict[str, Any]
+    """Its callbacks."""
     patches: dict[Any, list[Any]]
+    """Its weight patches."""
 
     @classmethod
     def of(cls, model: Any) -> Made:
+        """Take a copy of a MODEL's patches."""
         return cls(*(copied(part) for part in (model.model_options, model.wrappers, model.callbacks, model.patches)))
 
 
 class Composite:
-    """The attachment: plan, experts (the first one's ``model`` is only its origin), state when made.
+    """The attachment of a MODEL that carries phased experts.
 
-    warnings: what was found about the experts then, for the report.
+    Args:
+        plan: The phase plan.
+        experts: One for each phase; of the first one, ``model`` is only the origin of the carrier.
+        made: The state of the first expert when the composite was made.
+        warnings: What was found about the experts then, for the report.
     """
 
     def __init__(self, plan: PhasePlan, experts: Sequence[Expert], made: Made, warnings: Sequence[str] = ()) -> None:
         self.plan, self.experts, self.made, self.warnings = plan, tuple(experts), made, tuple(warnings)
 
     def on_model_patcher_clone(self) -> Composite:
-        """ComfyUI calls this for the attachment of a clone. Experts are never changed, so they can be shared."""
+        """Return the attachment of a clone, which is this one: experts are never changed."""
         return self
 
     def patcher(self, carrier: Any, k: int) -> Any:
-        """Expert k as this MODEL uses it: what was patched onto the MODEL after it was made goes to every expert."""
+        """Make expert k as a MODEL uses it: what was patched onto the MODEL after it was made goes to every expert."""
         if k == 0:
             return carrier
         expert = self.experts[k].model.clone()
@@ -87,7 +99,12 @@ class Composite:
 
 
 class Run:
-    """The state of one sampler run; lives on its guider."""
+    """The state of one sampler run, which lives on its guider.
+
+    Args:
+        guider: ComfyUI's guider of the run.
+        composite: What its MODEL carries.
+    """
 
     def __init__(self, guider: Any, composite: Composite) -> None:
         self.guider, self.composite, self.carrier = guider, composite, guider.model_patcher
@@ -97,11 +114,11 @@ class Run:
         self._options: dict[int, dict[str, Any]] = {}
 
     def index(self, sigma: float) -> int:
-        """The plan's rule; samplers may step to exactly 0, where the last expert ends."""
+        """Look up the expert of a sigma by the plan; samplers may step to exactly 0, where the last expert ends."""
         return self.composite.plan.phase_index(sigma) if sigma > 0 else len(self.composite.plan) - 1
 
     def start(self, sigma: float) -> None:
-        """Before ComfyUI loads the guider's model: only the expert that is needed first is to be loaded."""
+        """Put the expert of the first sigma in place before ComfyUI loads anything, so that it alone is loaded."""
         self.active = self.index(sigma)
         self.guider.model_patcher = self._patcher(self.active)
 
@@ -121,13 +138,13 @@ class Run:
         self.active = k
 
     def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
-        """Of the active expert: its own, and what the sampler has set for this run."""
+        """Return the options of the active expert: its own, and what the sampler has set for this run."""
         if self.active == 0:
             return model_options
         return with_added_options(self._own_options(self.active), model_options, self.options_at_start, _BOUND_TO_RUN)
 
     def cfg(self) -> float | None:
-        """Of the active expert; None is the sampler's."""
+        """Return the cfg of the active expert; None is the sampler's."""
         cfg = self.composite.experts[self.active].cfg
         if cfg is None:
             return None
@@ -144,7 +161,7 @@ class Run:
         return cfg
 
     def wrappers(self) -> list[Callable[..., Any]]:
-        """Around the prediction of the active expert alone: what was on its MODEL before it was made an expert."""
+        """Return what wraps the prediction of the active expert alone: what its MODEL had before it was an expert."""
         return self.composite.experts[self.active].model.get_all_wrappers(WrappersMP.PREDICT_NOISE)
 
     def end(self) -> None:
@@ -173,10 +190,20 @@ class Run:
 
 
 def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True, warnings: Sequence[str] = ()) -> Any:
-    """One MODEL of these experts, one for each phase of the plan, high noise first.
+    """Make one MODEL of experts, one for each phase of the plan, high noise first.
 
-    set_shift: give the MODEL the plan's shift, so that the scheduler ``simple`` with the plan's number of steps gives
-    exactly the plan's sigmas. Raises NodeError when the MODELs do not fit the plan or each other.
+    Args:
+        plan: The phase plan.
+        experts: One for each phase.
+        set_shift: Whether to give the MODEL the plan's shift, so that the scheduler ``simple`` with the plan's number
+            of steps gives exactly the plan's sigmas.
+        warnings: What is known about the experts, for the report.
+
+    Returns:
+        A MODEL for any sampler node.
+
+    Raises:
+        NodeError: If the MODELs do not fit the plan or each other.
     """
     check(plan, experts)
     model = experts[0].model.clone()
@@ -190,12 +217,20 @@ def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True, 
 
 
 def composite_of(model: Any) -> Composite | None:
-    """What a MODEL carries; None when it is no composite."""
+    """Return what a MODEL carries; None when it carries no phased experts."""
     return model.get_attachment(KEY)
 
 
 def check(plan: PhasePlan, experts: Sequence[Expert]) -> None:
-    """Raises NodeError unless the MODELs fit the plan and each other."""
+    """Check that the MODELs fit the plan and each other.
+
+    Args:
+        plan: The phase plan.
+        experts: The experts.
+
+    Raises:
+        NodeError: If they do not.
+    """
     if len(experts) != len(plan):
         names = ", ".join(phase.name for phase in plan.phases)
         raise NodeError(f"the plan has {len(plan)} phase(s) ({names}), found {len(experts)} MODEL(s): connect one each")
@@ -236,7 +271,7 @@ def _described(model: Any) -> str:
 
 
 def _set_shift(model: Any, plan: PhasePlan, shift: float) -> None:
-    """As ModelSamplingSD3 and ModelSamplingAuraFlow do, but exact for any number of steps.
+    """Set the shift as ModelSamplingSD3 and ModelSamplingAuraFlow do, but exactly for any number of steps.
 
     The scheduler ``simple`` picks from a table. One of a thousand entries holds no thirds, and just above a boundary
     the wrong expert would run.

@@ -25,19 +25,20 @@ from ..pdmd_core.families.wan_autoencoder import autoencoder_to_native
 from .errors import NodeError
 
 FOLDER = "diffusers"
+"""The kind of ComfyUI's model folders in which pipelines lie."""
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
-"""Of transformers, under the name that ComfyUI has for it."""
+"""Activations of transformers, under the names that ComfyUI has for them."""
 
 
 def register_folder() -> None:
-    """``models/diffusers`` is ComfyUI's own; a clone of this repository adds the teacher that it ships."""
+    """Add the teacher that a clone of this repository ships to ComfyUI's own ``models/diffusers``."""
     if (_REPOSITORY / "training/embedded/models").is_dir():
         folder_paths.add_model_folder_path(FOLDER, str(_REPOSITORY / "training/embedded/models"))
 
 
 def folder_names() -> list[str]:
-    """Folders with a model_index.json of a WanPipeline."""
+    """List the folders with a model_index.json of a pipeline."""
     return sorted(_folders())
 
 
@@ -50,7 +51,19 @@ def _folders() -> dict[str, Path]:
 
 
 def load(name: str, tokens: int) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) of a folder. tokens: to which prompts are padded. Raises NodeError, ExpertsError."""
+    """Load MODEL, CLIP and VAE of a pipeline folder.
+
+    Args:
+        name: The folder's name, as ``folder_names`` lists it.
+        tokens: The number of tokens to which prompts are padded.
+
+    Returns:
+        MODEL, CLIP and VAE.
+
+    Raises:
+        NodeError: If the folder is not that of a WanPipeline with one network, or if ComfyUI cannot load a part of it.
+        ExpertsError: If a file in it is not readable.
+    """
     folder = _folders().get(name)
     if folder is None:
         raise NodeError(f"no pipeline folder {name!r} with a model_index.json in models/diffusers")

@@ -9,8 +9,11 @@ from .schema import schema
 
 
 class LoadDiffusersFolder(io.ComfyNode):
+    """The node that loads a Wan pipeline in diffusers' layout."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDLoadDiffusersFolder",
             display_name="Load Wan Pipeline (diffusers folder)",
@@ -39,4 +42,5 @@ class LoadDiffusersFolder(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str, tokens: int) -> io.NodeOutput:
+        """Load the folder."""
         return io.NodeOutput(*load(folder, tokens))

@@ -1,4 +1,4 @@
-"""What users can solve."""
+"""The error of what users can solve themselves."""
 
 
 class NodeError(ValueError):

@@ -23,8 +23,11 @@ _MODEL = "Carries all experts and switches between them by sigma inside one samp
 
 
 class LoadExperts(io.ComfyNode):
+    """The node that loads an experts folder, or experts of the Hub, onto their base."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDLoadExperts",
             display_name="Load Phased Experts",
@@ -69,11 +72,12 @@ class LoadExperts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, experts: str, **inputs: Any) -> str:
+        """Return what changes when the folder does, so that ComfyUI runs the node again."""
         return fingerprint(experts)
 
     @classmethod
     def validate_inputs(cls, experts: str, hub_id: str) -> bool | str:
-        """Taking ``experts`` in turns off the check against a list that is older than the folder."""
+        """Check the choice; taking ``experts`` in turns off the check against a list that is older than the folder."""
         if experts == FROM_HUB and not hub_id.strip():
             return "give a Hub id (user/name) or pick an experts folder in models/phased_experts"
         return True
@@ -89,6 +93,7 @@ class LoadExperts(io.ComfyNode):
         base_1: Any = None,
         base_2: Any = None,
     ) -> io.NodeOutput:
+        """Load the experts and compose them."""
         opened = open_experts(experts, hub_id)
         manifest = opened.manifest
         cfgs = read_cfgs(cfg, [phase.name for phase in manifest.plan.phases], manifest.guidance_scale)
@@ -105,8 +110,11 @@ class LoadExperts(io.ComfyNode):
 
 
 class ExpertsFromModels(io.ComfyNode):
+    """The node that composes MODELs of any kind."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         models = [
             io.Model.Input(
                 f"model_{k}",
@@ -128,6 +136,7 @@ class ExpertsFromModels(io.ComfyNode):
 
     @classmethod
     def execute(cls, plan: PhasePlan, cfg: str, set_shift: bool, **models: Any) -> io.NodeOutput:
+        """Compose the connected MODELs."""
         connected = [models.get(f"model_{k}") for k in range(1, MAX_MODELS + 1)]
         names = [phase.name for phase in plan.phases]
         if len(names) > MAX_MODELS:
@@ -144,8 +153,11 @@ class ExpertsFromModels(io.ComfyNode):
 
 
 class ExpertsFromLoRAs(io.ComfyNode):
+    """The node that composes LoRAs on one base."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         files = [NO_LORA, *folder_paths.get_filename_list("loras")]
         loras = []
         for k in range(1, MAX_LORAS + 1):
@@ -178,6 +190,7 @@ class ExpertsFromLoRAs(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, plan: PhasePlan, cfg: str, set_shift: bool, **loras: Any) -> io.NodeOutput:
+        """Put the LoRAs onto the base and compose them."""
         names = [phase.name for phase in plan.phases]
         if len(names) > MAX_LORAS:
             raise NodeError(

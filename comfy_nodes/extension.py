@@ -1,4 +1,4 @@
-"""What ComfyUI asks the pack for: the nodes; and one route, on which the front end asks for the plan of widgets."""
+"""What ComfyUI asks the pack for: the nodes, and a route on which the front end asks for the plan of widgets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from .errors import NodeError
 from .timeline import timeline
 
 PLAN_ROUTE = "/phased_dmd/plan"
+"""The route on which the front end asks for the plan of widgets."""
 
 
 class PhasedDMDExtension(ComfyExtension):
+    """The node pack."""
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Called once; older versions of ComfyUI have no other call at start."""
+        """Register folders and the route, and list the nodes; ComfyUI calls this once at start."""
         from server import PromptServer
 
         loading.register_folder()

@@ -24,14 +24,16 @@ from ..pdmd_core.hashing import sha256_of
 from .errors import NodeError
 
 FOLDER = "phased_experts"
+"""The kind of ComfyUI's model folders in which experts lie."""
 FROM_HUB = "(Hub id)"
+"""What users pick to load experts from the Hub."""
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _EXACT = (torch.float32, torch.float16, torch.bfloat16)
 _TEXT_ENCODER = ("lora_te", "text_encoders.", "text_encoder.")
 
 
 def register_folder() -> None:
-    """``models/phased_experts``, and what this repository ships or distils, when it is a clone."""
+    """Add ``models/phased_experts`` and, in a clone of this repository, what it ships or distils."""
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     for part in ("training", "runs"):
         if (_REPOSITORY / part).is_dir():
@@ -49,12 +51,24 @@ def _folders() -> dict[str, Path]:
 
 
 def experts_names(hub: bool = False) -> list[str]:
-    """The folders to pick from."""
+    """List the folders to pick from."""
     return [*sorted(_folders()), *([FROM_HUB] if hub else [])]
 
 
 def open_experts(name: str, hub_id: str = "") -> PhasedExperts:
-    """A folder by its name, or from the Hub. Raises ExpertsError and NodeError."""
+    """Open a folder by its name, or experts of the Hub.
+
+    Args:
+        name: A name that ``experts_names`` lists.
+        hub_id: The repository ``user/name``, where the name is ``FROM_HUB``.
+
+    Returns:
+        The opened experts.
+
+    Raises:
+        NodeError: If there is no such folder, or if the Hub cannot be asked.
+        ExpertsError: If the experts are damaged.
+    """
     if name == FROM_HUB:
         if not hub_id.strip():
             raise NodeError("give a Hub id (user/name) or pick an experts folder in models/phased_experts")
@@ -72,13 +86,26 @@ def open_experts(name: str, hub_id: str = "") -> PhasedExperts:
 
 
 def fingerprint(name: str) -> str:
-    """Changes when the manifest does, which has the hashes of all files."""
+    """Return a text that changes when the manifest does, which has the hashes of all files."""
     folder = _folders().get(name)
     return sha256_of(folder / MANIFEST_NAME) if folder else name
 
 
 def expert_model(experts: PhasedExperts, expert: Expert, bases: Mapping[str, Any], strength: float = 1.0) -> Any:
-    """The MODEL of one expert. bases: component of the base (``transformer``, ``transformer_2``) to its MODEL."""
+    """Make the MODEL of one expert.
+
+    Args:
+        experts: The opened experts.
+        expert: The manifest's entry of the expert.
+        bases: The base's MODELs by component, ``transformer`` and ``transformer_2``.
+        strength: The strength of a LoRA expert.
+
+    Returns:
+        The MODEL.
+
+    Raises:
+        NodeError: If the base is missing or does not fit.
+    """
     what = f"{expert.file} of {experts.folder.name}"
     base = bases.get(expert.component)
     if expert.kind == "full":
@@ -97,7 +124,7 @@ def expert_model(experts: PhasedExperts, expert: Expert, bases: Mapping[str, Any
 
 
 def base_warnings(experts: PhasedExperts, bases: Mapping[str, Any]) -> list[str]:
-    """A line for each base with other weights than the one that LoRA experts were distilled from."""
+    """Write a line for each base with other weights than the one that LoRA experts were distilled from."""
     origin, texts = experts.manifest.base, []
     for component in dict.fromkeys(expert.component for expert in experts.manifest.experts if expert.kind == "lora"):
         if component in bases:
@@ -107,7 +134,7 @@ def base_warnings(experts: PhasedExperts, bases: Mapping[str, Any]) -> list[str]
 
 
 def _sampler(model: Any, family_name: str) -> Sampler:
-    """Of a MODEL's weights as they are without what is patched onto it."""
+    """Sample a MODEL's weights as they are without what is patched onto it."""
     keys, weights = comfy.lora.model_lora_keys_unet(model.model, {}), model.model_state_dict()
 
     def sample(name: str) -> torch.Tensor | None:
@@ -123,7 +150,20 @@ def _sampler(model: Any, family_name: str) -> Sampler:
 
 
 def apply_lora(model: Any, tensors: Mapping[str, Any], strength: float, what: str) -> Any:
-    """A clone of the MODEL with this LoRA on it. Raises NodeError unless every key of the file finds its place."""
+    """Put a LoRA onto a clone of a MODEL.
+
+    Args:
+        model: The MODEL.
+        tensors: The LoRA's tensors by the keys of its file.
+        strength: The strength.
+        what: What the file is, for errors.
+
+    Returns:
+        The clone.
+
+    Raises:
+        NodeError: If a key of the file finds no place in the network.
+    """
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     lora = comfy.lora_convert.convert_lora({k: v for k, v in tensors.items() if not k.startswith(_TEXT_ENCODER)})
     unknown = sorted(key for key in lora if not _known(key, keys))
@@ -157,7 +197,7 @@ def _known(key: str, keys: Mapping[str, Any]) -> bool:
 
 
 def _check_shapes(model: Any, patches: Mapping[Any, Any], what: str) -> None:
-    """ComfyUI would log a LoRA weight of another shape and go on without it."""
+    """Refuse a LoRA weight of another shape, which ComfyUI would log and go on without."""
     weights = model.model.state_dict()
     for target, patch in patches.items():
         key, part = (target, None) if isinstance(target, str) else (target[0], target[1])
@@ -206,7 +246,7 @@ def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) ->
 
 
 def _names_in_comfyui(state: Mapping[str, Any]) -> set[str]:
-    """Of these weights after ComfyUI's own conversion from diffusers' layout; those that it does not know stay."""
+    """The names of weights after ComfyUI's own conversion from diffusers' layout; unknown ones stay."""
     rest = {key: value.to("meta") for key, value in state.items()}
     return {*(comfy.model_detection.convert_diffusers_mmdit(rest, "") or {}), *rest}
 

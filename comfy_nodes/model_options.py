@@ -1,7 +1,7 @@
-"""What was patched onto a MODEL after a certain moment, and putting it onto another one. (Standard library only.)
+"""Find what was patched onto a MODEL after a certain moment, and put it onto another one.
 
 ComfyUI's options are nested dicts and lists of functions and other leaves; copies share the leaves, so that identity
-tells what was there before.
+tells what was there before. (Standard library only.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def copied(options: Any) -> Any:
-    """The same nested dicts and lists, new containers, shared leaves."""
+    """Copy nested dicts and lists: new containers, shared leaves."""
     if isinstance(options, dict):
         return {key: copied(value) for key, value in options.items()}
     return [copied(value) for value in options] if isinstance(options, list) else options
@@ -20,9 +20,16 @@ def copied(options: Any) -> Any:
 def with_added_options(
     own: Mapping[Any, Any], now: Mapping[Any, Any], then: Mapping[Any, Any], skip: Collection[Any] = ()
 ) -> dict[Any, Any]:
-    """``own`` plus all that ``now`` has and ``then`` had not: new keys, other leaves, further entries of lists.
+    """Add to ``own`` all that ``now`` has and ``then`` had not: new keys, other leaves, further entries of lists.
 
-    skip: keys, at any depth, that stay as they are in ``own``.
+    Args:
+        own: The options to add to.
+        now: The options with what was added.
+        then: The options before.
+        skip: Keys, at any depth, that stay as they are in ``own``.
+
+    Returns:
+        New options.
     """
     result = copied(own)
     for key, value in now.items():

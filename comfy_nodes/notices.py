@@ -1,4 +1,4 @@
-"""What an artist should know of a run: a line in ComfyUI's log, and on the node that it is about."""
+"""What users should know of a run: a line in ComfyUI's log, and on the node that it is about."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..pdmd_core.sampling import sigma_warnings
 logger = logging.getLogger(__name__)
 
 _warned: set[str] = set()
-"""Nodes on which a warning stands: the front end keeps the last text of a node."""
+"""The nodes on which a warning stands: the front end keeps the last text of a node."""
 
 
 def tell_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:

@@ -25,21 +25,26 @@ _NAMES = {
 
 
 class PlanNode(io.ComfyNode):
-    """A plan from widgets alone; ``plan`` is also what the front end asks for while widgets move."""
+    """A node that makes a plan from widgets alone; the front end asks for it while widgets move."""
 
     @classmethod
     def plan(cls, *args: Any, **inputs: Any) -> PhasePlan:
+        """Make the plan of these widget values."""
         raise NotImplementedError
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
+        """Make the plan, and show it on the node."""
         plan = cls.plan(**inputs)
         return io.NodeOutput(plan, ui={"phase_plan": [timeline(plan)]})
 
 
 class PlanFromSteps(PlanNode):
+    """The node that makes a plan from steps and shift."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDPlanFromSteps",
             display_name="Phase Plan (steps)",
@@ -68,12 +73,16 @@ class PlanFromSteps(PlanNode):
 
     @classmethod
     def plan(cls, steps: str, shift: float, names: str = "") -> PhasePlan:
+        """Make the plan of these widget values."""
         return PhasePlan.from_steps(read_steps(steps), shift, read_names(names))
 
 
 class PlanFromSigmas(PlanNode):
+    """The node that makes a plan from sigmas."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDPlanFromSigmas",
             display_name="Phase Plan (sigmas)",
@@ -93,12 +102,16 @@ class PlanFromSigmas(PlanNode):
 
     @classmethod
     def plan(cls, sigmas: str, names: str = "") -> PhasePlan:
+        """Make the plan of these widget values."""
         return PhasePlan.from_sigmas(read_sigmas(sigmas), read_names(names))
 
 
 class PlanFromExperts(PlanNode):
+    """The node that reads the plan of an experts folder."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDPlanFromExperts",
             display_name="Phase Plan (experts folder)",
@@ -114,16 +127,21 @@ class PlanFromExperts(PlanNode):
 
     @classmethod
     def fingerprint_inputs(cls, experts: str) -> str:
+        """Return what changes when the folder does, so that ComfyUI runs the node again."""
         return fingerprint(experts)
 
     @classmethod
     def plan(cls, experts: str) -> PhasePlan:
+        """Read the plan of the folder."""
         return open_experts(experts).manifest.plan
 
 
 class Sigmas(io.ComfyNode):
+    """The node that makes the sigmas of a run under a plan."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDSigmas",
             display_name="Phased Sigmas",
@@ -152,13 +170,17 @@ class Sigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, plan: PhasePlan, steps: int, denoise: float) -> io.NodeOutput:
+        """Compute the sigmas."""
         sigmas = sampling_sigmas(plan, steps or None, denoise)
         return io.NodeOutput(torch.tensor(sigmas, dtype=torch.float32), ui={"phase_plan": [timeline(plan)]})
 
 
 class PlanReport(io.ComfyNode):
+    """The node that shows a plan, and what is wrong with sigmas under it."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDPlanReport",
             display_name="Phase Plan Report",
@@ -183,6 +205,7 @@ class PlanReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, plan: PhasePlan | None = None, model: Any = None, sigmas: Any = None) -> io.NodeOutput:
+        """Draw and describe the plan, then the warnings."""
         carried = composite_of(model) if model is not None else None
         if model is not None and carried is None and plan is None:
             raise NodeError(

@@ -17,8 +17,11 @@ from .timeline import timeline
 
 
 class PhasedSampler(io.ComfyNode):
+    """The node that samples a MODEL of phased experts on the sigmas they were trained on."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
+        """Declare the node."""
         return schema(
             "PhasedDMDSampler",
             display_name="Phased Sampler",
@@ -84,6 +87,7 @@ class PhasedSampler(io.ComfyNode):
         latent_image: dict[str, Any],
         denoise: float,
     ) -> io.NodeOutput:
+        """Sample."""
         composite = composite_of(model)
         if composite is None:
             raise NodeError(

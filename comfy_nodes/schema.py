@@ -8,11 +8,13 @@ from typing import Any
 from comfy_api.latest import io
 
 CATEGORY = "phased dmd"
+"""Where the nodes stand in ComfyUI's menu."""
 Plan = io.Custom("PHASE_PLAN")
+"""The socket type of phase plans."""
 
 
 def schema(node_id: str, **values: Any) -> io.Schema:
-    """An ``io.Schema`` in our category, without the fields that this version of ComfyUI does not have yet."""
+    """Make an ``io.Schema`` in our category, without the fields that this version of ComfyUI does not have yet."""
     known = {field.name for field in fields(io.Schema)}
     return io.Schema(
         node_id=node_id, category=CATEGORY, **{key: value for key, value in values.items() if key in known}
@@ -20,13 +22,14 @@ def schema(node_id: str, **values: Any) -> io.Schema:
 
 
 def plan_input(**values: Any) -> Any:
+    """Declare the socket of a plan."""
     return Plan.Input(
         "plan", tooltip="Which expert runs at which sigma; from a Phase Plan or Load Phased Experts node.", **values
     )
 
 
 def cfg_input(default: str = "") -> Any:
-    """The widget of ``words.read_cfgs``."""
+    """Declare the widget whose text ``widget_text.read_cfgs`` reads."""
     trained = " trained: the guidance that the experts were distilled for." if default else ""
     return io.String.Input(
         "cfg",
@@ -37,6 +40,7 @@ def cfg_input(default: str = "") -> Any:
 
 
 def shift_input() -> Any:
+    """Declare the switch that says whether a MODEL gets the plan's shift."""
     return io.Boolean.Input(
         "set_shift",
         default=True,

@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
 COLOURS = ("#3b6fb6", "#c9762b", "#3f9b6e", "#9a57a8", "#b64646", "#6b7a1f", "#2b8c99", "#8a6d3b")
-"""Of phases, in order."""
+"""Colours of the phases, in order."""
 _BACKGROUND, _INK, _FAINT, _WARNING = "#1f2227", "#f2f2f2", "#9aa0a8", "#ffb454"
 _WIDTH, _MARGIN, _BAR, _LINE, _FONT = 960, 36, 92, 26, 17
 
 
 def timeline(plan: PhasePlan, cfgs: Sequence[float | None] | None = None) -> dict[str, Any]:
-    """Phases with their interval (end, start], sigmas, colour and cfg (None: the sampler's), as JSON."""
+    """Describe a plan as JSON for the front end.
+
+    Args:
+        plan: The plan.
+        cfgs: The cfg of each phase, where None is the sampler's; None for all.
+
+    Returns:
+        Phases with name, interval (end, start], sigmas, colour and cfg; the number of steps; the shift.
+    """
     phases = []
     for k, phase in enumerate(plan.phases):
         end, start = plan.interval(k)
@@ -38,7 +46,17 @@ def report(
     warnings: Sequence[str] = (),
     cfgs: Sequence[float | None] | None = None,
 ) -> str:
-    """Which expert runs which step at which sigma and SNR, then the warnings. sigmas: of a run; None is the plan's."""
+    """Say in words which expert runs which step at which sigma and SNR, then the warnings.
+
+    Args:
+        plan: The plan.
+        sigmas: The sigmas of a run, in [0, 1]; None takes the plan's.
+        warnings: What is wrong with the run.
+        cfgs: The cfg of each phase, where None is the sampler's; None for all.
+
+    Returns:
+        One line for each step, a summary and the warnings.
+    """
     steps = list(sigmas) if sigmas is not None else [*plan.sigmas, 0.0]
     lines = []
     for step, (sigma, after) in enumerate(pairwise(steps)):
@@ -55,7 +73,16 @@ def report(
 
 
 def draw(plan: PhasePlan, text: str, sigmas: Sequence[float] | None = None) -> Image.Image:
-    """The time line from noise (left) to data (right), trained sigmas as dots, sigmas of a run as ticks, then text."""
+    """Draw the time line from noise (left) to data (right), with a text below.
+
+    Args:
+        plan: The plan, whose trained sigmas are dots.
+        text: The text.
+        sigmas: The sigmas of a run, in [0, 1], which are ticks.
+
+    Returns:
+        The picture.
+    """
     from PIL import Image, ImageDraw
 
     font, small = _font(_FONT), _font(14)
@@ -100,7 +127,7 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def _wrapped(line: str, font: Any, width: float) -> list[str]:
-    """At spaces; what follows is indented, which also marks it as the rest of a warning."""
+    """Break a line at spaces; what follows is indented, which also marks it as the rest of a warning."""
     lines, indent = [line], " " * 4
     while font.getlength(lines[-1]) > width and " " in lines[-1].strip():
         words, rest = lines[-1].split(" "), list[str]()
@@ -113,7 +140,7 @@ def _wrapped(line: str, font: Any, width: float) -> list[str]:
 
 
 def _shortened(text: str, font: Any, width: float) -> str:
-    """Ends in an ellipsis where it has no room; nothing where even that has none."""
+    """Shorten a text to an ellipsis where it has no room; nothing where even that has none."""
     short = text
     while short and font.getlength(short) > width:
         text = text[:-1]

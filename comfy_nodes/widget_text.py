@@ -9,10 +9,21 @@ from fractions import Fraction
 from .errors import NodeError
 
 TRAINED = "trained"
+"""The word for the guidance that the experts were distilled for."""
 
 
 def read_steps(text: str) -> list[int]:
-    """``"2, 2"`` to ``[2, 2]``."""
+    """Read the steps of each phase: ``"2, 2"`` is ``[2, 2]``.
+
+    Args:
+        text: What the user typed.
+
+    Returns:
+        Whole numbers, one for each phase.
+
+    Raises:
+        NodeError: If the text is anything else.
+    """
     try:
         return [int(word) for word in _split(text, ",")]
     except ValueError:
@@ -22,7 +33,17 @@ def read_steps(text: str) -> list[int]:
 
 
 def read_sigmas(text: str) -> list[list[float]]:
-    """``"1, 0.9375 | 5/6, 0.625"`` to ``[[1.0, 0.9375], [0.8333..., 0.625]]``."""
+    """Read sigmas: ``"1, 0.9375 | 5/6, 0.625"`` is ``[[1.0, 0.9375], [0.8333..., 0.625]]``.
+
+    Args:
+        text: What the user typed: numbers or fractions.
+
+    Returns:
+        The sigmas of each phase.
+
+    Raises:
+        NodeError: If the text is anything else.
+    """
     try:
         return [[float(Fraction(word)) for word in _split(group, ",")] for group in _split(text, "|")]
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -33,15 +54,26 @@ def read_sigmas(text: str) -> list[list[float]]:
 
 
 def read_names(text: str) -> list[str] | None:
-    """``"high_noise, low_noise"`` to its names; nothing at all is None (default names)."""
+    """Read names with commas between; nothing at all is None, which stands for the default names."""
     return _split(text, ",") if text.strip() else None
 
 
 def read_cfgs(text: str, names: Sequence[str], trained: float | None = None) -> list[float | None]:
-    """One cfg for each phase; None is the sampler's.
+    """Read one cfg for each phase.
 
-    ``""``: the sampler's for all. ``"trained"``: the guidance that the experts were distilled for, where it is known.
-    ``"3.5"``: the same for all. ``"3.5, -, 1"``: one each, ``-`` is the sampler's.
+    An empty text is the sampler's cfg for all; "trained" is the guidance that the experts were distilled for; "3.5" is
+    the same for all; "3.5, -, 1" is one each, where - is the sampler's.
+
+    Args:
+        text: What the user typed.
+        names: The names of the phases.
+        trained: The guidance that the experts were distilled for; None where it is not known.
+
+    Returns:
+        The cfgs, where None is the sampler's.
+
+    Raises:
+        NodeError: If the text is anything else.
     """
     words = _split(text, ",") if text.strip() else ["-"]
     if len(words) == 1:
