@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, AnyStr
 
+from pdmd_core.experts.hub.ids import is_hub_id
 from training.config.command_line import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 FORMATS = "a text file with one prompt a line, .csv, .tsv, .jsonl, .parquet, a dataset's folder or its Hub id"
 LONGEST_LINE = 2**20
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet"}
+"""Names that end in one of these are files, and no ids of the Hub, which may have dots too."""
 
 
 class PromptError(UserError):
@@ -64,12 +65,20 @@ class ExampleSource:
     def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Place and values of every row."""
         path = Path(self.location)
+        self._check_unheard(path)
         if path.is_file() and path.suffix != ".parquet":
             reader = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}.get(path.suffix)
             return reader(path) if reader else _text_lines(path, self.prompt_column)
-        if path.exists() or (_HUB_ID.fullmatch(self.location) and not path.suffix):
+        if path.exists() or (is_hub_id(self.location) and path.suffix not in _FILES):
             return self._dataset_rows(path)
         raise PromptError(f"{self.location}: no such prompt file; expected {FORMATS}")
+
+    def _check_unheard(self, path: Path) -> None:
+        """Raises PromptError for a subset or a revision of what has none."""
+        if self.revision is not None and path.exists():
+            raise PromptError(f"data.revision is for a dataset on the Hub, {path} lies here: leave it out")
+        if self.subset is not None and (path.is_file() or _is_saved(path)):
+            raise PromptError(f"data.subset is for a dataset of several, {path} is one: leave it out")
 
     def _dataset_rows(self, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         rows = self._open_dataset(path)
@@ -99,7 +108,7 @@ class ExampleSource:
                 "pip install 'phased-dmd[data]'"
             ) from None
         try:
-            if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
+            if _is_saved(path):
                 saved = datasets.load_from_disk(str(path))
                 rows = saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
@@ -152,6 +161,11 @@ class ExampleSource:
             found = f"{width!r}, {height!r} and {frames!r}"
             raise PromptError(f"{where}: expected whole numbers in width and height, and in frames if any: {found}")
         return size
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether ``Dataset.save_to_disk`` wrote this folder."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -80,15 +80,29 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(hub_module, "ROUTES", [*hub_module.ROUTES, *DATASETS])
     lines = "".join(json.dumps({"caption": row["prompt"]}) + "\n" for row in ROWS)
     with Hub() as hub, Client(hub.url, tmp_path) as client:
-        hub.put("user/prompts", {"train.jsonl": lines.encode(), "test.jsonl": b'{"caption": "other"}\n'})
+        hub.put("user/prompts.v2", {"train.jsonl": lines.encode(), "test.jsonl": b'{"caption": "other"}\n'})
         read = "from training.data.examples import ExampleSource; result = [e.prompt for e in ExampleSource({})]"
-        found = client.run(read.format("'user/prompts', 'caption'"))
+        found = client.run(read.format("'user/prompts.v2', 'caption'"))
         assert found.error is None and found.result == [row["prompt"] for row in ROWS]
-        assert client.run(read.format("'user/prompts', 'caption', split='test'")).result == ["other"]
+        assert client.run(read.format("'user/prompts.v2', 'caption', split='test'")).result == ["other"]
         refused = client.run(read.format("'user/nothing'"))
         assert refused.kind == "PromptError" and "user/nothing" in str(refused.error)
         assert "\n" not in str(refused.error)
     assert not list(tmp_path.rglob("*.jsonl")), "nothing is kept of what is streamed"
+
+
+def test_a_file_that_is_not_there_is_not_sought_on_the_hub() -> None:
+    for location in ("prompts/missing.txt", "prompts/missing.jsonl", "missing", "a/b/c", "-x/y"):
+        with mock.patch("datasets.load_dataset", side_effect=AssertionError("asked the Hub")):
+            assert f"{location}: no such prompt file" in refused(ExampleSource(location))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_subset_and_a_revision_are_of_data_that_has_them(kind: str, tmp_path: Path) -> None:
+    location = write(tmp_path, kind, ROWS)
+    assert "data.revision is for a dataset on the Hub" in refused(ExampleSource(location, revision="main"))
+    if kind != "folder":
+        assert "data.subset is for a dataset of several" in refused(ExampleSource(location, subset="english"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
