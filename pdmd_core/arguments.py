@@ -54,8 +54,9 @@ class CommandParser(argparse.ArgumentParser):
         if not found.startswith("-"):
             return f"unexpected argument {found!r}"
         name = found.partition("=")[0]
-        near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
-        return f"unknown option {name}" + (f", did you mean {near[0]}?" if near else "")
+        known = {option.strip("-"): option for option in self._option_string_actions}
+        near = difflib.get_close_matches(name.strip("-"), list(known), n=1)
+        return f"unknown option {name}" + (f", did you mean {known[near[0]]}?" if near else "")
 
     def error(self, message: str) -> NoReturn:
         """Print one line on standard error and end with exit status 2.

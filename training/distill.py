@@ -1,15 +1,8 @@
 """Distil a diffusion model into few-step phase experts.
 
-    python training/distill.py --config training/configs/embedded_demo.yaml
-    python training/distill.py --config training/configs/embedded_demo.yaml plan.steps=[1,1,1,1] generator.lr=2e-4
-    python training/distill.py --config training/configs/embedded_demo.yaml --dry-run
-    python training/distill.py --config training/configs/embedded_demo.yaml --encode_prompts
-
-Overrides are ``key.inner=value`` after the options. SIGINT (Ctrl-C) and SIGTERM end a run after the update in progress,
-with a checkpoint and exit status 130 or 143; it goes on with --resume. --push_to_hub uploads the experts at the end;
-of a run that is finished, it does so without --config:
-
-    python training/distill.py --push_to_hub user/experts --output_dir runs/demo
+Configuration values are replaced by key.inner=value anywhere after the name of the program; the keys are listed below.
+SIGINT (Ctrl-C) and SIGTERM end a run after the update in progress, with a checkpoint and exit status 130 or 143; it
+goes on with --resume.
 """
 
 from __future__ import annotations
@@ -19,63 +12,127 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pdmd_core import arguments
 from training.config.command_line import UserError, exit_status
 from training.config.schema import DistillConfig, fields_of, load_config
 
+_EXAMPLES = """examples:
+  python training/distill.py --config training/configs/embedded_demo.yaml
+  python training/distill.py --config training/configs/embedded_demo.yaml --output_dir runs/demo --resume
+  python training/distill.py --config training/configs/embedded_demo.yaml plan.steps=[1,1,1,1] generator.lr=2e-4
+  python training/distill.py --config training/configs/embedded_demo.yaml --dry-run --gpus 8 --memory-per-gpu 80
+  python training/distill.py --config training/configs/embedded_demo.yaml --encode_prompts
+  python training/distill.py --push_to_hub user/experts --output_dir runs/demo
+"""
+_UNHEARD = {"--resume": ("--dry-run", "--encode_prompts"), "--push_to_hub": ("--dry-run", "--encode_prompts")}
+"""Options of a run to those that are done instead of one."""
+_NEEDS = {"--private": "--push_to_hub", "--memory-per-gpu": "--dry-run", "--gpus": "--dry-run"}
+"""Options that say nothing without another."""
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line; the epilog lists every configuration key."""
+
+def make_parser() -> arguments.CommandParser:
+    """The command line; the epilog has examples and lists every configuration key."""
     rows = [f"  {name} ({default})\n      {description}" for name, default, description in fields_of(DistillConfig)]
-    parser = argparse.ArgumentParser(
+    parser = arguments.CommandParser(
         prog="distill.py",
+        usage="distill.py --config FILE [options] [key.inner=value ...]\n       "
+        "distill.py --push_to_hub ID --output_dir FOLDER [--private]",
         description=__doc__,
-        epilog="configuration keys (default):\n" + "\n".join(rows),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXAMPLES + "\nconfiguration keys (default):\n" + "\n".join(rows),
+        takes_others=True,
     )
-    parser.add_argument("--config", type=Path, help="YAML file; training/configs/ has examples")
-    parser.add_argument("--output_dir", type=Path, help="where to write; replaces output_dir of the config")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    parser.add_argument(
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--config", type=arguments.path, metavar="FILE", help="YAML file of the run; training/configs/ has examples"
+    )
+    run.add_argument(
+        "--output_dir",
+        type=arguments.output_folder,
+        metavar="FOLDER",
+        help="where to write; replaces output_dir of the config",
+    )
+    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parts = parser.add_argument_group("instead of a run")
+    instead = parts.add_mutually_exclusive_group()
+    instead.add_argument(
         "--encode_prompts", action="store_true", help="encode prompts and images, which a run then finds, and end"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
-    parser.add_argument(
-        "--memory-per-gpu", type=float, metavar="GIB", help="with --dry-run: fail when the run needs more than this"
+    instead.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
+    parts.add_argument(
+        "--memory-per-gpu",
+        type=arguments.number(0, above=True),
+        metavar="GIB",
+        help="with --dry-run: fail when the run needs more than this",
     )
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="with --dry-run: how many GPUs share the run")
-    parser.add_argument("--push_to_hub", metavar="ID", help="upload experts/ to this Hub repository at the end")
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace configuration values")
+    parts.add_argument(
+        "--gpus",
+        type=arguments.whole_number(1),
+        metavar="N",
+        help="with --dry-run: how many GPUs share the run (default: 1)",
+    )
+    hub = parser.add_argument_group("the Hugging Face Hub")
+    hub.add_argument(
+        "--push_to_hub",
+        type=arguments.text,
+        metavar="ID",
+        help="upload experts/ to this repository at the end; without --config, those of a finished run",
+    )
+    hub.add_argument("--private", action="store_true", help="with --push_to_hub: make the repository private")
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
+def main(given: list[str] | None = None) -> int:
+    """Run the command with these arguments, those of the process when None; returns the exit status."""
     parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
-    overrides = [*options.overrides, *rest]
-    if options.output_dir:
-        overrides.append(f"output_dir={options.output_dir}")
+    options, overrides = parser.parse_known_args(given)
 
     def run() -> int:
+        for override in overrides:
+            if "=" not in override:
+                keys = {name for name, _, _ in fields_of(DistillConfig)}
+                key = override.lstrip("-")
+                if key in keys:
+                    raise UserError(f"{key} is a configuration key: write it as {key}=value")
+                raise UserError(f"{parser.unknown(override)} (configuration values are key.inner=value, see --help)")
+        refuse_unheard(options, overrides)
         if options.config is None:
-            if not (options.push_to_hub and options.output_dir):
-                raise UserError("give --config, or --push_to_hub with the --output_dir of a finished run")
             push(options.output_dir, options.push_to_hub, options.private)
             return 0
         config = load_config(options.config, overrides)
+        if options.output_dir is not None:  # as it is, where an override is YAML
+            config = config.model_copy(update={"output_dir": options.output_dir})
         if options.dry_run:
-            return dry_run(config, options.memory_per_gpu, options.gpus)
+            return dry_run(config, options.memory_per_gpu, 1 if options.gpus is None else options.gpus)
         if options.encode_prompts:
             return encode_prompts(config)
         return distill(config, options.resume, options.push_to_hub, options.private)
 
     return exit_status("distill.py", run)
+
+
+def refuse_unheard(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Raise UserError for an argument that nothing would come of."""
+
+    def is_given(option: str) -> bool:
+        return getattr(options, option.lstrip("-").replace("-", "_")) not in (None, False)
+
+    for option, other in _NEEDS.items():
+        if is_given(option) and not is_given(other):
+            raise UserError(f"{option} is for {other}: leave it out, or give both")
+    for option, others in _UNHEARD.items():
+        if is_given(option) and (unheard := [other for other in others if is_given(other)]):
+            raise UserError(f"{option} is for a run, {unheard[0]} is not one: leave one of them out")
+    if options.config is None:
+        if not (is_given("--push_to_hub") and is_given("--output_dir")):
+            raise UserError("give --config, or --push_to_hub with the --output_dir of a finished run")
+        if unheard := [*(["--resume"] if options.resume else []), *overrides]:
+            raise UserError(f"{unheard[0]} is for a run, which needs --config: leave it out to push a finished one")
 
 
 def dry_run(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1) -> int:
