@@ -1,10 +1,6 @@
-"""Sample phase experts, or their teacher, into a picture.
+"""Sample phase experts, or a teacher alone, into a picture: rows are prompts, columns are seeds.
 
-    python training/sample.py --experts runs/demo/experts --prompt "a panda on a blue background" --seeds 0 1 2 3
-    python training/sample.py --teacher training/embedded/models/teacher --steps 40 --guidance_scale 4 --prompts p.txt
-    python training/sample.py --experts runs/i2v/experts --prompt "a boat sails away" --image boat.jpg --dtype bfloat16
-
-Rows are prompts, columns are seeds. Clips are written as a filmstrip (PNG) and an animation (GIF).
+Clips are written as a filmstrip (PNG) and an animation (GIF) beside it.
 """
 
 from __future__ import annotations
@@ -18,62 +14,136 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pdmd_core import arguments
+
 if TYPE_CHECKING:
+    from pdmd_core.experts import PhasedExperts
+    from pdmd_core.phases import PhasePlan
     from training.data.examples import Example
 
+_EXAMPLES = """examples:
+  python training/sample.py --experts runs/demo/experts --prompt "a panda on a blue background" --seeds 0 1 2 3
+  python training/sample.py --experts runs/demo/experts --prompts prompts.txt --steps 8 --output more_steps.png
+  python training/sample.py --teacher training/embedded/models/teacher --steps 40 --guidance_scale 4 --prompts p.txt
+  python training/sample.py --experts runs/i2v/experts --prompt "a boat sails away" --image boat.jpg --dtype bfloat16
+"""
+_TEACHER_STEPS, _SHIFT, _GUIDANCE = 40, 3.0, 4.0
 
-def make_parser() -> argparse.ArgumentParser:
+
+def make_parser() -> arguments.CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = arguments.CommandParser(prog="sample.py", description=__doc__, epilog=_EXAMPLES)
+    what = parser.add_argument_group("what samples")
+    what.add_argument(
+        "--experts", type=arguments.path, metavar="FOLDER", help="experts folder; without it the teacher samples alone"
     )
-    parser.add_argument("--experts", type=Path, help="experts folder; without it the teacher samples")
-    parser.add_argument("--teacher", help="diffusers pipeline; the base named by the experts when left out")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument("--prompts", type=Path, help="a prompt a line; or .jsonl with a prompt and an image a line")
-    parser.add_argument(
+    what.add_argument(
+        "--teacher",
+        type=arguments.text,
+        metavar="FOLDER_OR_ID",
+        help="diffusers pipeline, folder or Hub id (default: the base that the experts name)",
+    )
+    what.add_argument(
+        "--pipeline",
+        type=arguments.text,
+        metavar="CLASS",
+        help="diffusers class, if not the one that the teacher names",
+    )
+
+    of_what = parser.add_argument_group("of what")
+    of_what.add_argument(
+        "--prompt", type=arguments.text, action="append", default=[], help="a prompt; may be given several times"
+    )
+    of_what.add_argument(
+        "--prompts",
+        type=arguments.text,
+        metavar="FILE",
+        help="a prompt a line; .jsonl with a prompt and an image a line; a table, a dataset's folder or its Hub id",
+    )
+    of_what.add_argument(
         "--image",
-        type=Path,
+        type=arguments.path,
         action="append",
         default=[],
         help="for teachers that take one: one for each --prompt in their order, or one for all of them",
     )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="one sample for each (default: 0..3)"
+    of_what.add_argument(
+        "--seeds",
+        type=arguments.SEED,
+        nargs="+",
+        default=[0, 1, 2, 3],
+        metavar="SEED",
+        help="one sample of each prompt for each (default: 0 1 2 3)",
     )
-    parser.add_argument("--steps", type=int, default=40, help="steps of the teacher (default: 40)")
-    parser.add_argument("--shift", type=float, default=3.0, help="shift of the teacher's steps (default: 3)")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="guidance of the teacher (default: 4)")
-    parser.add_argument("--negative_prompt", default="", help="what the teacher's guidance moves away from")
-    parser.add_argument("--pipeline", help="diffusers class, if not the one that the teacher names")
-    parser.add_argument("--height", type=int, help="pixels (default: as distilled)")
-    parser.add_argument("--width", type=int, help="pixels (default: as distilled)")
-    parser.add_argument("--frames", type=int, help="frames (default: as distilled)")
-    parser.add_argument("--max_sequence_length", type=int, help="prompt padding (default: as distilled)")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
-    parser.add_argument("--batch_size", type=int, help="samples at once (default: 1 for large samples, up to 64)")
-    parser.add_argument(
+
+    size = parser.add_argument_group("size (default: as the experts were distilled; 64x64 pixels for a teacher alone)")
+    size.add_argument("--height", type=arguments.whole_number(1), metavar="PIXELS", help="height of a sample")
+    size.add_argument("--width", type=arguments.whole_number(1), metavar="PIXELS", help="width of a sample")
+    size.add_argument("--frames", type=arguments.whole_number(1), metavar="N", help="frames of a clip, 1 for a picture")
+    size.add_argument(
+        "--max_sequence_length",
+        type=arguments.whole_number(1),
+        metavar="TOKENS",
+        help="tokens to which prompts are padded (default for a teacher alone: 512)",
+    )
+
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--steps",
+        type=arguments.whole_number(1),
+        metavar="N",
+        help="of a teacher alone (default: 40); of experts at least those of their plan, which all stay: further ones "
+        "are put between them (default: the plan)",
+    )
+    how.add_argument(
+        "--shift",
+        type=arguments.number(0, above=True),
+        help=f"of a teacher alone: shift of its steps (default: {_SHIFT:g})",
+    )
+    how.add_argument(
+        "--guidance_scale",
+        type=arguments.number(0),
+        metavar="SCALE",
+        help=f"of a teacher alone: classifier-free guidance, 1 is none (default: {_GUIDANCE:g})",
+    )
+    how.add_argument(
+        "--negative_prompt", metavar="PROMPT", help="of a teacher alone: what guidance moves away from (default: '')"
+    )
+
+    machine = parser.add_argument_group("machine and output")
+    machine.add_argument("--device", type=arguments.text, help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
+    machine.add_argument(
+        "--batch_size",
+        type=arguments.whole_number(1),
+        metavar="N",
+        help="samples at once (default: 1 for large samples, up to 64)",
+    )
+    machine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the networks (default: float32; large teachers take bfloat16)",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("samples.png"), help="where to write (default: samples.png)"
+    machine.add_argument(
+        "--output",
+        type=arguments.output_file(".png"),
+        default=Path("samples.png"),
+        metavar="FILE.png",
+        help="where to write (default: samples.png)",
     )
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    options = make_parser().parse_args(arguments)
+def main(given: list[str] | None = None) -> int:
+    """Run the command with these arguments, those of the process when None; returns the exit status."""
+    options = make_parser().parse_args(given)
     from training.config.command_line import exit_status
 
     return exit_status("sample.py", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Sample and write."""
+    """Sample and write; what is wrong is said before any network is loaded."""
     import tempfile
 
     import torch
@@ -82,53 +152,83 @@ def run(options: argparse.Namespace) -> int:
     from pdmd_core.phases import PhasePlan
     from training.data.buckets import SampleSize
     from training.data.examples import PromptError, read_examples
+    from training.evaluation.distilled import GivenSize, teacher_source
     from training.evaluation.pictures import save_samples
     from training.evaluation.sampler import Sampler
 
-    experts = PhasedExperts.open(options.experts) if options.experts else None
+    experts = PhasedExperts.open(options.experts) if options.experts is not None else None
+    refuse_unheard(options)
     examples = given_examples(options.prompt, options.image)
-    examples += read_examples(options.prompts) if options.prompts else []
+    examples += read_examples(options.prompts) if options.prompts is not None else []
     if not examples:
         raise PromptError("nothing to sample: give --prompt or --prompts")
-    teacher = options.teacher or (experts.manifest.base.model if experts else None)
-    if teacher is None:
-        raise PromptError("nothing to sample with: give --experts or --teacher")
-    if experts:  # what is wrong is said before the encoders are loaded
+    source = teacher_source(experts.manifest if experts else None, options.teacher, options.pipeline)
+    size = GivenSize(options.width, options.height, options.frames, options.max_sequence_length)
+    sample_size = size.complete({"experts": experts} if experts else {})
+    steps = _TEACHER_STEPS if options.steps is None else options.steps
+    shift = _SHIFT if options.shift is None else options.shift
+    if experts:
+        plan = plan_of(experts, options.steps)
         for expert in experts.manifest.experts:
             experts.verify(expert.name)
     else:
-        PhasePlan.from_steps([options.steps], options.shift)
-    training = experts.manifest.training if experts else {}
-    width, height, frames = training.get("size", (64, 64, 1))
-    size = SampleSize(
-        options.height or height,
-        options.width or width,
-        options.frames or frames,
-        options.max_sequence_length or training.get("max_sequence_length", 512),
-    )
+        PhasePlan.from_steps([steps], shift)
     pairs = [(prompt, seed) for prompt in range(len(examples)) for seed in options.seeds]
-    pipeline = options.pipeline or training.get("pipeline")
-    dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # prompts are read as they are needed
         sampler = Sampler(
-            teacher,
-            size,
+            source.path,
+            sample_size,
             examples,
             Path(cache),
             experts,
             options.batch_size,
             options.device,
-            pipeline,
-            dtype,
-            options.negative_prompt,
+            source.pipeline,
+            getattr(torch, options.dtype),
+            options.negative_prompt or "",
+            source.revision,
         )
         if experts:
-            latents = sampler.with_experts(pairs)
+            latents = sampler.with_experts(pairs, plan=plan)
         else:
-            latents = sampler.with_teacher(pairs, options.steps, options.shift, options.guidance_scale)
+            guidance = _GUIDANCE if options.guidance_scale is None else options.guidance_scale
+            latents = sampler.with_teacher(pairs, steps, shift, guidance)
     for path in save_samples(options.output, sampler.decode(latents), columns=len(options.seeds)):
         print(path)
     return 0
+
+
+def refuse_unheard(options: argparse.Namespace) -> None:
+    """Raise UserError for an option that nothing would come of."""
+    from training.config.command_line import UserError
+
+    if options.experts is not None:
+        for name in ("shift", "guidance_scale", "negative_prompt"):
+            if getattr(options, name) is not None:
+                raise UserError(
+                    f"--{name} is for a teacher alone: experts walk the sigmas of their plan without guidance; leave "
+                    "it out, or leave out --experts"
+                )
+    elif options.negative_prompt is not None and options.guidance_scale == 1:
+        raise UserError("--negative_prompt is for guidance, and --guidance_scale 1 is none: leave one of them out")
+
+
+def plan_of(experts: PhasedExperts, steps: int | None) -> PhasePlan:
+    """The plan of experts, refined to so many steps when given, with a note on standard error about further ones.
+
+    Raises PhasePlanError for fewer steps than were trained.
+    """
+    trained = experts.manifest.plan
+    if steps is None or steps == len(trained.sigmas):
+        return trained
+    plan = trained.refined(steps)
+    own = len(trained.sigmas)
+    print(
+        f"sample.py: these experts were trained on {own} sigmas, the other {steps - own} of the {steps} steps lie "
+        "between them: compare with a sample of the plan's own steps",
+        file=sys.stderr,
+    )
+    return plan
 
 
 def given_examples(prompts: list[str], images: list[Path]) -> list[Example]:
@@ -142,8 +242,10 @@ def given_examples(prompts: list[str], images: list[Path]) -> list[Example]:
     missing = [image for image in images if not image.is_file()]
     if missing:
         raise PromptError(f"--image: there is no image {missing[0]}")
-    each: list[Path | None] = [*images] * (len(prompts) if len(images) == 1 else 1)
-    return [Example(prompt, image) for prompt, image in zip(prompts, each or [None] * len(prompts), strict=True)]
+    if not images:
+        return [Example(prompt) for prompt in prompts]
+    each = images * len(prompts) if len(images) == 1 else images
+    return [Example(prompt, image) for prompt, image in zip(prompts, each, strict=True)]
 
 
 if __name__ == "__main__":

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
 
+from pdmd_core.experts import PhasedExperts
 from tests.helpers import tiny_families
 from tests.helpers.tiny_experts import save_experts
 from training import sample
+from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 from training.data.examples import Example, PromptError
 from training.data.teacher import TeacherSource
+from training.evaluation.pictures import save_samples
 from training.evaluation.sampler import Decoder, Sampler, default_device
 
 
@@ -66,6 +72,130 @@ def test_images_of_the_command_line_are_those_of_a_jsonl_file(
     three = [word for image in (*images, images[0]) for word in ("--image", str(image))]
     assert "one for each --prompt (2) or one for all of them, found 3" in refused(*one_for_all[:4], *three)
     assert not (tmp_path / "d.png").exists()
+
+
+def edited(experts: Path, folder: Path, **changes: Any) -> str:
+    """A copy of an experts folder with other fields in its manifest: of ``base``, of ``training``, of its own."""
+    shutil.copytree(experts, folder)
+    path = folder / "phased_experts.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        section, _, inner = name.partition("__")
+        (manifest[section] if inner else manifest)[inner or section] = value
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    return str(folder)
+
+
+def test_the_teacher_is_loaded_at_the_revision_that_the_experts_name(
+    experts: Path, images: list[Path], tmp_path: Path
+) -> None:
+    named, found = edited(experts, tmp_path / "named", base__model="user/base", base__revision="v2"), []
+
+    def load(source: TeacherSource, *rest: Any) -> None:
+        found.append((source.path, source.revision))
+        raise UserError("seen")
+
+    common = ["--experts", named, "--prompt", "x", "--image", str(images[0]), "--device", "cpu"]
+    with mock.patch("training.evaluation.sampler.load_image_side", load):
+        for more in ([], ["--teacher", "user/base"], ["--teacher", "user/fine-tune"]):
+            assert sample.main([*common, *more]) == 2
+    assert found == [("user/base", "v2"), ("user/base", "v2"), ("user/fine-tune", None)]
+
+
+def test_more_steps_refine_the_plan_of_the_experts(
+    experts: Path, teacher: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--experts", str(experts), "--prompt", "a boat", "--image", str(images[0]), "--seeds", "1"]
+
+    def sampled(name: str, *more: str) -> bytes:
+        assert sample.main([*common, "--device", "cpu", "--output", str(tmp_path / f"{name}.png"), *more]) == 0
+        return (tmp_path / f"{name}.png").read_bytes()
+
+    plain, same = sampled("plain"), sampled("same", "--steps", "2")
+    assert plain == same and "trained on" not in capsys.readouterr().err
+    four = sampled("four", "--steps", "4")
+    assert "trained on 2 sigmas, the other 2 of the 4 steps lie between them" in capsys.readouterr().err
+    own = PhasedExperts.open(experts)
+    sampler = Sampler(
+        str(teacher), SampleSize(16, 32, 5, 12), [Example("a boat", images[0])], tmp_path, own, device="cpu"
+    )
+    plan = own.manifest.plan.refined(4)
+    save_samples(tmp_path / "expected.png", sampler.decode(sampler.with_experts([(0, 1)], None, plan=plan), None), 1)
+    assert four == (tmp_path / "expected.png").read_bytes() != plain
+    assert sample.main([*common, "--steps", "1"]) == 2
+    assert "at least the 2 steps of the plan, found 1" in capsys.readouterr().err
+
+
+def test_what_experts_do_not_say_is_asked_for(
+    experts: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--prompt", "a boat", "--image", str(images[0]), "--seeds", "1", "--device", "cpu"]
+    unsized = edited(experts, tmp_path / "unsized", training__size=None, training__max_sequence_length=None)
+    assert sample.main(["--experts", unsized, *common]) == 2
+    assert "do not say what size they were distilled for: give --width and --height" in capsys.readouterr().err
+    given = ["--width", "32", "--height", "16", "--output", str(tmp_path / "a.png")]
+    assert sample.main(["--experts", unsized, *common, *given]) == 0
+    assert not (tmp_path / "a.gif").exists(), "one frame"
+    capsys.readouterr()
+    for changes, says in (
+        ({"guidance_scale": 1.5}, "sample with guidance 1.5, here experts sample without"),
+        ({"training__pipeline": ["x"]}, "training.pipeline cannot be ['x']"),
+    ):
+        other = edited(experts, tmp_path / next(iter(changes)), **changes)
+        assert sample.main(["--experts", other, *common]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("sample.py: ") and says in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--experts", "{experts}", "--shift", "5"], "--shift is for a teacher alone"),
+        (["--experts", "{experts}", "--guidance_scale", "1"], "--guidance_scale is for a teacher alone"),
+        (["--experts", "{experts}", "--negative_prompt", ""], "--negative_prompt is for a teacher alone"),
+        (["--teacher", "x", "--guidance_scale", "1", "--negative_prompt", "blurry"], "--guidance_scale 1 is none"),
+        (["--teacher", "nowhere"], "the teacher 'nowhere' is neither a folder"),
+        (["--teacher", "{teacher}", "--pipeline", "NoPipeline"], "'NoPipeline' is not a pipeline class of diffusers"),
+        (["--teacher", "x", "--shift", "0"], "--shift: expected a number above 0, found '0'"),
+        (["--teacher", "x", "--shift", "nan"], "--shift: expected a number above 0, found 'nan'"),
+        (["--teacher", "x", "--guidance_scale", "-1"], "--guidance_scale: expected a number of at least 0"),
+        (["--teacher", "x", "--steps", "0"], "--steps: expected a whole number of at least 1"),
+        (["--teacher", "x", "--frames", "0"], "--frames: expected a whole number of at least 1, found '0'"),
+        (["--teacher", "x", "--width", "0"], "--width: expected"),
+        (["--teacher", "x", "--height", "-16"], "--height: expected"),
+        (["--teacher", "x", "--max_sequence_length", "0"], "--max_sequence_length: expected"),
+        (["--teacher", "x", "--batch_size", "0"], "--batch_size: expected"),
+        (["--teacher", "x", "--seeds", "1", "-1"], "--seeds: expected a whole number from 0"),
+        (["--teacher", "x", "--seeds", "one"], "found 'one'"),
+        (["--teacher", "x", "--seeds"], "--seeds: expected at least one argument"),
+        (["--teacher", "x", "--prompt", ""], "--prompt: expected some text"),
+        (["--teacher", "x", "--prompts", ""], "--prompts: expected some text"),
+        (["--teacher", "", "--device", "cpu"], "--teacher: expected some text"),
+        (["--experts", ""], "--experts: expected a path"),
+        (["--teacher", "x", "--output", "a.jpg"], "--output: expected a file name that ends in .png, found 'a.jpg'"),
+        (["--teacher", "x", "--output", f"{__file__}/a.png"], "is a file"),
+        (["--teacher", "x", "--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
+        (["--teacher", "x", "--step", "3"], "unknown option --step, did you mean --steps?"),
+        (["--teacher", "x", "a boat"], "unexpected argument 'a boat'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_one_line(
+    arguments: list[str], says: str, experts: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [word.format(experts=experts, teacher=teacher) for word in arguments]
+    try:
+        status = sample.main([*filled, "--prompt", "x"])
+    except SystemExit as ended:
+        status = ended.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and line.startswith("sample.py: ") and says in line
+
+
+def test_a_file_without_prompts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("# nothing\n\n", encoding="utf-8")
+    assert sample.main(["--teacher", "x", "--prompts", str(tmp_path / "p.txt")]) == 2
+    assert "no prompts in it" in capsys.readouterr().err
 
 
 def test_images_without_prompts_belong_to_nothing(images: list[Path]) -> None:

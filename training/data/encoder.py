@@ -52,7 +52,8 @@ class Encoder:
             )
         if with_image and not self.takes_image:
             raise PromptError(
-                f"{kind} takes no images, {with_image} prompts have one; set model.pipeline to one that does"
+                f"{kind} takes no images, {with_image} prompts have one; leave them out, or name a pipeline class that "
+                "takes images"
             )
 
     def texts(self, examples: Sequence[Example], bucket: Bucket | None) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ class ExampleSource:
         if missing:
             raise PromptError(
                 f"{self.location}: there is no column {self.prompt_column!r}, its columns are "
-                f"{', '.join(map(repr, rows.features))}: set data.prompt_column"
+                f"{', '.join(map(repr, rows.features))}: set data.prompt_column, or rename one"
             )
         number = 0
         try:
@@ -128,7 +128,7 @@ class ExampleSource:
             found = f"columns {', '.join(map(repr, row))}" if prompt is None else repr(prompt)[:60]
             raise PromptError(
                 f"{where}: expected a prompt in {self.prompt_column!r}, found {found}; "
-                "data.prompt_column says which column holds it"
+                "data.prompt_column of a training says which column holds it"
             )
         return Example(prompt.strip(), self._image(where, row), self._size(where, row) if self.sizes else None)
 

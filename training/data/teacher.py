@@ -37,7 +37,7 @@ class TeacherSource:
     def index(self) -> dict[str, Any]:
         """The pipeline's model_index.json. Raises TeacherError."""
         if ("/" not in self.path or self.path.startswith((".", "/"))) and not Path(self.path).is_dir():
-            raise TeacherError(f"model.path: {self.path!r} is neither a folder with a diffusers pipeline nor a Hub id")
+            raise TeacherError(f"the teacher {self.path!r} is neither a folder with a diffusers pipeline nor a Hub id")
         try:
             return DiffusionPipeline.load_config(self.path, revision=self.revision)
         except (OSError, ValueError) as error:
@@ -48,7 +48,9 @@ class TeacherSource:
         name = self.pipeline or self.index().get("_class_name")
         found = getattr(diffusers, str(name), None)
         if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
-            raise TeacherError(f"model.pipeline: {name!r} is not a pipeline class of diffusers {diffusers.__version__}")
+            raise TeacherError(
+                f"the teacher {self.path!r}: {name!r} is not a pipeline class of diffusers {diffusers.__version__}"
+            )
         return found
 
     def load(self, dtype: torch.dtype, wanted: Callable[[str], bool]) -> DiffusionPipeline:
@@ -67,7 +69,7 @@ class TeacherSource:
     def cannot_load(self, error: Exception) -> TeacherError:
         """What to tell the user."""
         reason = " ".join(str(error).split())
-        return TeacherError(f"model.path: cannot load a pipeline from {self.path!r}: {reason}")
+        return TeacherError(f"the teacher {self.path!r} cannot be loaded as a pipeline: {reason}")
 
 
 def load_text_side(source: TeacherSource, images: bool = False) -> DiffusionPipeline:
@@ -94,7 +96,7 @@ def family_of_pipeline(pipeline: DiffusionPipeline) -> ModelFamily:
     try:
         return family_of(type(pipeline.transformer).__name__)
     except ValueError as error:
-        raise TeacherError(f"model.path: {error}") from None
+        raise TeacherError(f"the teacher's network: {error}") from None
 
 
 def networks_of(pipeline: DiffusionPipeline, family: ModelFamily) -> dict[str, nn.Module]:

@@ -33,7 +33,7 @@ _PIXELS_AT_ONCE = 2**22
 def default_device(device: str | None = None) -> torch.device:
     """The device of this name; a GPU where there is one when None. Raises UserError."""
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -63,6 +63,13 @@ class Sampler:
         negative_prompt: str = "",
         revision: str | None = None,
     ) -> None:
+        if batch is not None and batch < 1:
+            raise UserError(f"expected at least 1 sample at once, found {batch}")
+        if experts and (guidance := experts.manifest.guidance_scale) > 1:
+            raise UserError(
+                f"{experts.folder}: these experts sample with guidance {guidance:g}, here experts sample without: use "
+                "load_phased_pipeline, or the ComfyUI nodes"
+            )
         self.device = default_device(device)
         source = TeacherSource(teacher, revision, pipeline)
         precision: Any = {"default": dtype, "vae": torch.float32}  # by component, as diffusers takes it
@@ -74,7 +81,7 @@ class Sampler:
         except ValueError as error:
             raise UserError(str(error)) from None
         numbers = torch.Size(self.shape).numel()
-        self.batch = batch or max(1, min(64, _LATENTS_AT_ONCE // numbers))
+        self.batch = max(1, min(64, _LATENTS_AT_ONCE // numbers)) if batch is None else batch
         examples = [prompt if isinstance(prompt, Example) else Example(prompt) for prompt in prompts]
         # before the networks: the encoders are gone from the device when these come
         self.prompts: PromptCache = encode_examples(
@@ -99,14 +106,16 @@ class Sampler:
         pairs: Sequence[tuple[int, int]],
         progress: str | None = "experts",
         on_step: Callable[[], object] | None = None,
+        plan: PhasePlan | None = None,
     ) -> Tensor:
-        """Latents of (prompt index, seed) pairs through the experts, as their plan says, without guidance.
+        """Latents of (prompt index, seed) pairs through the experts, without guidance.
 
-        progress: label of a bar, None for no bar. on_step: called after each step of each batch.
+        progress: label of a bar, None for no bar. on_step: called after each step of each batch. plan: a refinement of
+        the experts' own (``PhasePlan.refined``); their own when None.
         """
-        plan = self.plan
-        if plan is None:
+        if self.plan is None:
             raise ValueError("this sampler was made without experts")
+        plan = self.plan if plan is None else plan
 
         def velocity(indices: Tensor, conditioning: dict[str, Tensor]) -> Velocity:
             return route(expert_velocities(self.roles, plan, conditioning), plan)
@@ -170,7 +179,7 @@ class Decoder:
         try:
             self.family = family_of(str((source.index().get("transformer") or [None, None])[1]))
         except ValueError as error:
-            raise TeacherError(f"model.path: {error}") from None
+            raise TeacherError(f"the teacher {source.path!r}: {error}") from None
         self.pipeline = move(source.load(torch.float32, lambda name: name == "vae"), default_device(device))
         self.batch = decoded_at_once(size)
 

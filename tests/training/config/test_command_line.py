@@ -101,7 +101,7 @@ def test_user_mistakes_are_one_line(
     assert "give --experts or --teacher" in failure(capsys, sample.main, "--prompt", "x")
     wrong = ["--teacher", str(teacher), "--prompt", "x"]
     assert "frames, found 3" in failure(capsys, sample.main, *wrong, "--frames", "3")
-    assert "steps are whole numbers" in failure(capsys, sample.main, *wrong, "--steps", "0")
+    assert "at most 1000 steps" in failure(capsys, sample.main, *wrong, "--steps", "1001")
     arguments = ["--experts", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")]
     assert "no such folder" in failure(capsys, evaluate.main, *arguments)
 

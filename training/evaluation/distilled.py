@@ -1,0 +1,109 @@
+"""What a command line leaves open is taken from what the experts note of their distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pdmd_core.experts import Manifest, PhasedExperts
+from training.config.command_line import UserError
+from training.data.buckets import SampleSize
+
+if TYPE_CHECKING:  # it imports diffusers, and --help needs this module
+    from training.data.teacher import TeacherSource
+
+_SMALL = (64, 64, 1)
+"""Width, height and frames of a teacher that is sampled without experts."""
+_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class GivenSize:
+    """What the command line says of the size of samples.
+
+    Args:
+        width: Pixels; None where the command line leaves it open, here and below.
+        height: Pixels.
+        frames: Frames of a clip; 1 for pictures.
+        max_sequence_length: Tokens to which prompts are padded.
+    """
+
+    width: int | None
+    height: int | None
+    frames: int | None
+    max_sequence_length: int | None
+
+    def complete(self, experts: Mapping[str, PhasedExperts]) -> SampleSize:
+        """The size with what is open as the experts were distilled.
+
+        Args:
+            experts: Name of each method to its experts; without any, a picture of 64x64 pixels completes it.
+
+        Returns:
+            The size; prompts are padded as for the first experts.
+
+        Raises:
+            UserError: When experts differ in what is left open, or do not say it.
+        """
+        manifests = {name: own.manifest for name, own in experts.items()}
+        given = (self.width, self.height, self.frames)
+        noted = {name: manifest.training.get("size") for name, manifest in manifests.items()}
+        sizes = {(*size,): name for name, size in noted.items() if size is not None}
+        if None in given and len(sizes) > 1:
+            found = ", ".join(f"{name} {'x'.join(map(str, size))}" for size, name in sizes.items())
+            raise UserError(f"experts of different sizes: {found}: choose one with --width, --height and --frames")
+        if None in (self.width, self.height) and noted and not sizes:
+            raise UserError(
+                f"{next(iter(experts.values())).folder}: these experts do not say what size they were distilled for: "
+                "give --width and --height"
+            )
+        default = next(iter(sizes), _SMALL)
+        width, height, frames = (own if own is not None else other for own, other in zip(given, default, strict=True))
+        length = self.max_sequence_length
+        if length is None and manifests:
+            length = next(iter(manifests.values())).training.get("max_sequence_length")
+        return SampleSize(height, width, frames, _TOKENS if length is None else length)
+
+
+def teacher_source(manifest: Manifest | None, teacher: str | None, pipeline: str | None) -> TeacherSource:
+    """Where the teacher is.
+
+    Args:
+        manifest: Of the experts, None for a teacher alone.
+        teacher: Folder or Hub id in place of the base that the manifest names.
+        pipeline: Diffusers class in place of the one that the experts were distilled with.
+
+    Returns:
+        The source, with the manifest's revision where the teacher is the manifest's base.
+
+    Raises:
+        UserError: When neither names a teacher.
+    """
+    from training.data.teacher import TeacherSource
+
+    if manifest is None:
+        if teacher is None:
+            raise UserError("nothing to sample with: give --experts or --teacher")
+        return TeacherSource(teacher, None, pipeline)
+    base = manifest.base
+    own = teacher is None or teacher == base.model
+    return TeacherSource(
+        base.model if teacher is None else teacher,
+        base.revision if own else None,
+        noted(manifest, "pipeline", str, None) if pipeline is None else pipeline,
+    )
+
+
+def noted(manifest: Manifest, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+    """A value of ``manifest.training``, which may hold anything; ``default`` where there is none or null.
+
+    Raises:
+        UserError: When it is of another kind.
+    """
+    value = manifest.training.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"the experts' manifest: training.{key} cannot be {value!r:.60}: write it anew")
+    return value
