@@ -150,7 +150,6 @@ def run(options: argparse.Namespace) -> int:
 
     from pdmd_core.experts import PhasedExperts
     from pdmd_core.phases import PhasePlan
-    from training.data.buckets import SampleSize
     from training.data.examples import PromptError, read_examples
     from training.evaluation.distilled import GivenSize, teacher_source
     from training.evaluation.pictures import save_samples
