@@ -14,6 +14,7 @@ demo: $(VENV)/.training
 test: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pydoclint --quiet pdmd_core
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 	$(MAKE) test-comfyui
