@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BOUNDARY_TOLERANCE = 1e-4
-"""How close above a boundary, relative to it, a sigma still counts as the boundary. float32 and a trip through ``sigma
-* 1000`` stay within it. bfloat16 does not (its spacing is up to 0.8 %): keep sigmas in float32 or route by step."""
+"""How close above a boundary, relative to it, a sigma still counts as the boundary. float32 and a trip through
+``sigma * 1000`` stay within it. bfloat16 does not (its spacing is up to 0.8 %): keep sigmas in float32 or route by
+step."""
 
 MAX_STEPS = 1000
 """The most steps of a plan. A teacher's full schedule is within it, and the plan of an untrusted file stays cheap to
