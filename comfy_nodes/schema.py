@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 CATEGORY = "phased dmd"
-"""Where the nodes stand in ComfyUI's menu."""
+"""The place of the nodes in ComfyUI's menu."""
 Plan = io.Custom("PHASE_PLAN")
 """The socket type of phase plans."""
 

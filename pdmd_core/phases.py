@@ -43,7 +43,7 @@ class Phase:
     name: str
     """The name of the expert and of its file: lower-case letters, digits and underscores."""
     sigmas: tuple[float, ...]
-    """Where the expert is called: descending sigmas in (0, 1]."""
+    """The sigmas at which the expert is called, descending, in (0, 1]."""
 
 
 @dataclass(frozen=True)
