@@ -62,6 +62,17 @@ def test_no_page_fetches_anything_from_elsewhere_and_all_that_it_shows_is_there(
             assert (target / address.lstrip("/").partition("?")[0]).exists(), f"{page.name}: {address}"
 
 
+def test_links_of_the_pages_lead_to_files_on_github_too() -> None:
+    home = "https://github.com/phased-dmd/phased-dmd/blob/main/"
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            if link.startswith(home):
+                assert (ROOT / link.removeprefix(home)).exists(), f"{page.name}: {link}"
+            elif not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 @pytest.mark.parametrize("name", DIAGRAMS)
 def test_a_diagram_is_what_its_script_draws(name: str) -> None:
     assert (ROOT / "docs" / "assets" / f"{name}.svg").read_text(encoding="utf-8") == DIAGRAMS[name]()

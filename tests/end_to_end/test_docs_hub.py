@@ -66,7 +66,7 @@ def test_all_code_runs_in_order_and_does_what_the_text_says(clone: Path, hub: Hu
 
 
 def test_the_words_of_the_table_are_those_of_the_program() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "pdmd_core" / "experts").glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "pdmd_core" / "experts").rglob("*.py"))
     source = re.sub(r"\{[^{}]*\}", "{}", source.replace("{status}", "403"))
     rows = re.findall(r"^\| ([^|]+) \|", TEXT.partition("## When")[2], re.MULTILINE)[2:]
     assert len(rows) >= 9
