@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_number
 from .families import Conditioning
 from .flow import Sigma, renoise
 from .noise_level import shift_sigma, unshift_sigma
@@ -41,19 +42,37 @@ class VelocityOfRole(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """The choices of the method that are not the plan; the defaults are the recipe."""
+    """The choices of the method that are not the plan; the defaults are the recipe.
 
+    Raises:
+        ValueError: A value cannot be; one line that starts with its name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     guidance_scale: float = 4.0
     """Classifier-free guidance of the teacher; 1 is none. The fake and the experts run without."""
     fake_weighting: FakeWeighting = "clamp"
+    """How the fake's squared error is weighted near the end of the phase."""
     fake_target: FakeTarget = "unbiased"
+    """What the fake learns; biased is an ablation."""
     generator_weighting: GeneratorWeighting = "dmd2"
+    """Weight of the generator's gradient."""
     score_range: ScoreRange = "nested"
-    """Noise levels t at which teacher and fake are compared: (s, 1), or (s, start of the phase) as an ablation."""
+    """Noise levels t at which teacher and fake are compared: (s, 1), s the end of the phase; disjoint is only inside
+    the phase (ablation)."""
     score_shift: float = 1.0
-    """t is uniform in raw time under this shift."""
+    """Those t are uniform in raw time under this shift."""
     margin: float = 0.02
-    """With ``fake_weighting`` margin, t stays this far (relative to the range, in raw time) above s."""
+    """With fake_weighting margin, t stays this far (relative to the range, in raw time) above s."""
+
+    def __post_init__(self) -> None:
+        check_number("guidance_scale", self.guidance_scale, at_least=1)
+        check_choice("fake_weighting", self.fake_weighting, FakeWeighting)
+        check_choice("fake_target", self.fake_target, FakeTarget)
+        check_choice("generator_weighting", self.generator_weighting, GeneratorWeighting)
+        check_choice("score_range", self.score_range, ScoreRange)
+        check_number("score_shift", self.score_shift, above=0)
+        check_number("margin", self.margin, at_least=0, below=1)
 
 
 class PhasedDistiller:

@@ -11,11 +11,12 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice, check_number
 from .families import Conditioning, ModelFamily, TeacherRouting
 from .flow import Sigma, at_least_float32
 
@@ -29,15 +30,32 @@ RoleKind = Literal["lora", "full"]
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """How a role holds its weights. Rank, alpha and targets matter to ``lora`` only; scaling is alpha / rank."""
+    """How a role holds its weights.
 
+    Raises:
+        ValueError: A value cannot be; one line that starts with its name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     kind: RoleKind = "lora"
+    """Adapter on the frozen base, or a full copy of it."""
     rank: int = 64
+    """LoRA rank."""
     alpha: float = 8.0
+    """LoRA alpha; the adapter is scaled by alpha / rank."""
     targets: tuple[str, ...] | None = None
-    """Module name suffixes to adapt; None for those of the family."""
+    """Suffixes of the modules that LoRA adapts; those of the family if null."""
     components: tuple[str, ...] | None = None
-    """Networks of the teacher that it stands on, at all sigmas if it is one; None for all of them."""
+    """Networks of a two-network teacher that it stands on, at all sigmas if it is one. All of them if null; in a
+    configuration, null is the one of its sigmas for an expert."""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, RoleKind)
+        check_number("rank", self.rank, at_least=1, whole=True)
+        check_number("alpha", self.alpha, above=0)
+        for name, value in (("targets", self.targets), ("components", self.components)):
+            if value is not None and (not value or len(set(value)) < len(value)):
+                raise ValueError(f"{name}: expected different names, or null, found {_names(value)}")
 
 
 class Roles:

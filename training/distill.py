@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pdmd_core import arguments
 from training.config.command_line import UserError, exit_status
-from training.config.schema import DistillConfig, fields_of, load_config
+from training.config.keys import fields_of
+from training.config.schema import DistillConfig, load_config
 
 _EXAMPLES = """examples:
   python training/distill.py --config training/configs/embedded_demo.yaml

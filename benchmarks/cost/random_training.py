@@ -107,7 +107,7 @@ def released_teacher(config: DistillConfig, layers: int | None, device: str) -> 
         settings = dict(getattr(pipeline, component).config)
         settings |= {"num_layers": layers} if layers else {}
         networks[component] = random_network(found.architecture, settings, dtype, device, seed)
-        if config.offload_idle_network:  # both at once may be too much for the device
+        if config.memory.offload_idle_network:  # both at once may be too much for the device
             networks[component].cpu()
     settings = dict(pipeline.transformer.config)
     conditioning = conditioning_shapes(found.name, settings, model.max_sequence_length, shape)
@@ -186,14 +186,14 @@ class RandomTraining:
         kind: type[Roles] = Roles,
     ) -> None:
         self.accelerator = accelerator
-        one_at_a_time = config.offload_idle_network and len(teacher.networks) > 1
+        one_at_a_time = config.memory.offload_idle_network and len(teacher.networks) > 1
         if one_at_a_time:
             for network in teacher.networks.values():
                 network.cpu()
         self.roles = kind(teacher.networks, teacher.family, config.role_specs(teacher.routing), teacher.routing)
         if one_at_a_time:
             keep_one_network(self.roles, accelerator.device)
-        if config.gradient_checkpointing:
+        if config.memory.gradient_checkpointing:
             for role in self.roles.specs:
                 for component in self.roles.components(role):
                     enable_gradient_checkpointing(self.roles.network(role, component))
@@ -216,11 +216,11 @@ def small_config(**changes: Any) -> DistillConfig:
     role = {"kind": "lora", "rank": 16, "alpha": 16, "lr": 1e-5}
     settings = {
         "model": {"path": "random"},
-        "prompts": "random",
+        "data": {"prompts": "random"},
         "plan": {"steps": [2, 2], "shift": 5.0},
         "generator": role,
         "fake": role,
         "batch_size": 1,
-        "tracker": None,
+        "monitoring": {"tracker": None},
     }
     return parse_config({**settings, **changes}, "benchmark")

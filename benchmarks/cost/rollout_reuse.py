@@ -42,9 +42,14 @@ def main() -> None:
     for name, (rollouts, draws) in VARIANTS.items():
         for seed in range(arguments.seeds):
             folder = arguments.work_dir / f"draws-{draws}-seed-{seed}"
-            overrides = [f"fake_updates={rollouts}", f"draws_per_rollout={draws}", f"seed={seed}", "sample_every=null"]
+            overrides = [
+                f"fake_updates={rollouts}",
+                f"draws_per_rollout={draws}",
+                f"seed={seed}",
+                "validation.every=null",
+            ]
             overrides += [f"updates={arguments.updates}"]
-            config = load_config(arguments.config, [*overrides, f"output_dir={folder}", "tracker=null"])
+            config = load_config(arguments.config, [*overrides, f"output_dir={folder}", "monitoring.tracker=null"])
             start = time.process_time()
             experts = Trainer(config).run()
             seconds = time.process_time() - start

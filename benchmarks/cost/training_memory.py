@@ -100,13 +100,13 @@ def blocks_of(config: DistillConfig) -> tuple[int, int]:
     pipeline = pipeline_on_meta(TeacherSource(str(config.model.architecture), None, config.model.pipeline))
     networks = [n for n in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if n is not None]
     counts = [sum(p.numel() for p in network.parameters()) for network in networks]
-    return networks[0].config.num_layers, max(counts) if config.offload_idle_network else sum(counts)
+    return networks[0].config.num_layers, max(counts) if config.memory.offload_idle_network else sum(counts)
 
 
 def measure(config: DistillConfig, teacher: RandomTeacher, accelerator: Accelerator, device: str) -> dict[str, int]:
     """Bytes: base (the teacher's weights), held (at the most in one update), peak (with activations)."""
     sizes = [sum(p.numel() * p.element_size() for p in n.parameters()) for n in teacher.networks.values()]
-    one = config.offload_idle_network
+    one = config.memory.offload_idle_network
     base = max(sizes) if one else sum(sizes)
     before = 0 if one and device != "cpu" else sum(sizes)  # such networks are made off the device
     empty = held_bytes(device) - before  # buffers, and what this process holds besides

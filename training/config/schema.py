@@ -6,28 +6,37 @@ nearest known name.
 
 from __future__ import annotations
 
-import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
+from pdmd_core.distillation import Objective
 from pdmd_core.families import TeacherRouting
 from pdmd_core.phases import Phase, PhasePlanError
 from pdmd_core.roles import FAKE, RoleSpec
 from training.config.command_line import UserError
+from training.config.keys import fields_of, suggestion
+from training.config.moved import MOVED, moved_keys, with_todays_keys
 from training.config.sections import (
+    CheckpointsSection,
+    Count,
     DataSection,
-    GeneratorSection,
+    ExportSection,
+    MemorySection,
     ModelSection,
-    ObjectiveSection,
+    MonitoringSection,
+    ParallelSection,
     PlanSection,
     RoleSection,
     Section,
-    WatchSection,
+    ValidationSection,
 )
 
 
@@ -38,71 +47,52 @@ class ConfigError(UserError):
 class DistillConfig(Section):
     """Everything that decides a run."""
 
-    model: ModelSection = Field(description="the teacher")
-    prompts: Path = Field(
-        description="training prompts: text, one a line; .csv, .tsv, .jsonl, .parquet; a dataset's folder or Hub id"
-    )
-    data: DataSection = Field(DataSection(), description="which columns are read, and in what sizes")
-    negative_prompt: str = Field("", description="what the teacher's guidance moves away from")
-    plan: PlanSection = Field(description="the phase plan")
-    objective: ObjectiveSection = Field(ObjectiveSection(), description="the losses")
-    generator: GeneratorSection = Field(GeneratorSection(), description="the experts")
-    fake: RoleSection = Field(RoleSection(), description="the fake score network")
-    updates: int | list[int] = Field(1000, description="generator updates in each phase; a list gives one per phase")
-    batch_size: int = Field(64, gt=0, description="samples of an update, divided among all processes")
-    micro_batch_size: int | None = Field(
-        None, gt=0, description="samples a process evaluates at once, gradients add up; all of its share if null"
-    )
-    fake_updates: int = Field(5, ge=1, description="fake updates before each generator update")
-    draws_per_rollout: int = Field(
-        1, ge=1, description="fake gradient steps (fresh noise and sigma) taken on the samples of one rollout"
-    )
-    lr_decay_share: float = Field(
-        0.0, ge=0, le=1, description="learning rates fall linearly to zero over this last share of each phase"
-    )
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the expert's weights; null is off")
-    precision: Literal["no", "bf16"] = Field("no", description="autocast of the forward passes")
-    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
-    compile: Literal["none", "regional"] = Field(
-        "none", description="torch.compile each repeated block of the networks; the first updates take minutes then"
-    )
-    guidance_batched: bool = Field(
-        True, description="the teacher sees prompt and negative prompt in one batch; two evaluations take less memory"
-    )
-    offload_idle_network: bool = Field(
-        False, description="of a two-network teacher, keep only the network that runs on the device"
-    )
-    offload_idle_experts: bool = Field(
-        False, description="keep experts that do not train off the device, but while they compute"
-    )
-    sharding: Literal["none", "fsdp", "hsdp"] = Field(
-        "none",
-        description="spread the base and full copies over all processes, or over groups of them (hsdp); adapters stay "
-        "whole",
-    )
-    shard_size: int | None = Field(
-        None, ge=1, description="processes in a group with sharding hsdp; those of one node if null"
-    )
-    context_parallel: int = Field(
-        1, ge=1, description="processes that share the tokens of one sample, for samples that do not fit one GPU"
-    )
-    seed: int = Field(0, ge=0, description="seed of weights, prompts, noise and sigmas")
-    output_dir: Path = Field(Path("runs/distill"), description="where everything is written")
-    tracker: str | None = Field("tensorboard", description="a tracker that accelerate knows, or null")
-    log_every: int = Field(10, ge=1, description="updates between lines of metrics.jsonl and tracker points")
-    checkpoint_every: int = Field(200, ge=1, description="updates between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints stay on disk")
-    sample_every: int | None = Field(
-        200, description="updates between sample grids; null is only at the end of a phase"
-    )
-    sample_prompts: list[str] | None = Field(
-        None, description="prompts of the grids; the first training prompts if null"
-    )
-    sample_seeds: int = Field(4, ge=1, description="seeds for each prompt of the grids")
-    watch: WatchSection = Field(WatchSection(), description="warnings and the page of a run")
-    cache_dir: Path | None = Field(None, description="where encoded prompts are kept; cache/ of output_dir if null")
-    max_bad_updates: int = Field(10, ge=1, description="stop after this many updates in a row with NaN or Inf")
-    expert_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of expert files")
+    model: ModelSection
+    """The teacher."""
+    data: DataSection
+    """What is trained on."""
+    plan: PlanSection
+    """The phase plan."""
+    objective: Objective = Objective()
+    """The losses."""
+    generator: RoleSection = RoleSection()
+    """The experts."""
+    fake: RoleSection = RoleSection()
+    """The fake score network."""
+    updates: int | list[int] = 1000
+    """Generator updates in each phase; a list gives one per phase."""
+    batch_size: Count = 64
+    """Samples of an update, divided among all processes."""
+    fake_updates: Count = 5
+    """Fake updates before each generator update."""
+    draws_per_rollout: Count = 1
+    """Fake gradient steps (fresh noise and sigma) taken on the samples of one rollout."""
+    lr_decay_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rates fall linearly to zero over this last share of each phase."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Average of the expert's weights; null is off."""
+    max_bad_updates: Count = 10
+    """Stop after this many updates in a row with NaN or Inf."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast of the forward passes."""
+    compile: Literal["none", "regional"] = "none"
+    """torch.compile each repeated block of the networks; the first updates take minutes then."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of weights, prompts, noise and sigmas."""
+    output_dir: Path = Path("runs/distill")
+    """Where everything is written."""
+    parallel: ParallelSection = ParallelSection()
+    """How several processes share the run."""
+    memory: MemorySection = MemorySection()
+    """What saves memory."""
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    """From what the run goes on."""
+    validation: ValidationSection = ValidationSection()
+    """Sample grids."""
+    monitoring: MonitoringSection = MonitoringSection()
+    """Numbers, warnings and the page of the run."""
+    export: ExportSection = ExportSection()
+    """The files of the experts."""
 
     @field_validator("updates")
     @classmethod
@@ -113,21 +103,27 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _placements_agree(self) -> DistillConfig:
-        if self.shard_size is not None and self.sharding != "hsdp":
-            raise ValueError(f"shard_size is for sharding hsdp, found sharding {self.sharding}: leave it out")
-        if self.offload_idle_network and self.sharding != "none":
-            raise ValueError("offload_idle_network keeps networks whole: set sharding to none, or leave it out")
-        if self.offload_idle_experts and self.sharding != "none":
-            raise ValueError("offload_idle_experts keeps experts whole: set sharding to none, or leave it out")
-        if self.compile != "none" and self.sharding != "none":
-            raise ValueError("compile is for networks that are whole: set sharding to none, or compile to none")
-        if self.compile != "none" and self.context_parallel > 1:
-            raise ValueError("compile is for samples that are whole: set context_parallel to 1, or compile to none")
+        memory, sharding, context_parallel = self.memory, self.parallel.sharding, self.parallel.context_parallel
+        whole = "set parallel.sharding to none, or leave it out"
+        if self.parallel.shard_size is not None and sharding != "hsdp":
+            raise ValueError(f"parallel.shard_size is for sharding hsdp, found sharding {sharding}: leave it out")
+        if memory.offload_idle_network and sharding != "none":
+            raise ValueError(f"memory.offload_idle_network keeps networks whole: {whole}")
+        if memory.offload_idle_experts and sharding != "none":
+            raise ValueError(f"memory.offload_idle_experts keeps experts whole: {whole}")
+        if self.compile != "none" and sharding != "none":
+            raise ValueError(
+                "compile is for networks that are whole: set parallel.sharding to none, or compile to none"
+            )
+        if self.compile != "none" and context_parallel > 1:
+            raise ValueError(
+                "compile is for samples that are whole: set parallel.context_parallel to 1, or compile to none"
+            )
         for section, role in (("generator", self.generator), ("fake", self.fake)):
-            if self.sharding != "none" and role.kind == "full" and role.optimizer != "adamw":
+            if sharding != "none" and role.kind == "full" and role.optimizer != "adamw":
                 raise ValueError(f"{section}.optimizer: {role.optimizer} is for weights that are whole: use adamw")
-        if self.offload_idle_network and not self.gradient_checkpointing:
-            raise ValueError("offload_idle_network frees memory only with gradient_checkpointing: true")
+        if memory.offload_idle_network and not memory.gradient_checkpointing:
+            raise ValueError("memory.offload_idle_network frees memory only with memory.gradient_checkpointing: true")
         return self
 
     @model_validator(mode="after")
@@ -139,8 +135,8 @@ class DistillConfig(Section):
                 raise ValueError(
                     f"model.quantization is for frozen weights: set {section}.kind to lora, or leave it out"
                 )
-        if self.sharding != "none":
-            raise ValueError("model.quantization keeps networks whole: set sharding to none, or leave it out")
+        if self.parallel.sharding != "none":
+            raise ValueError("model.quantization keeps networks whole: set parallel.sharding to none, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -153,66 +149,69 @@ class DistillConfig(Section):
     def role_specs(self, routing: TeacherRouting) -> dict[str, RoleSpec]:
         """Every role but the teacher and how it holds its weights. Raises ConfigError.
 
-        An expert stands on the network of its sigmas, the fake on all of them, as the teacher does.
+        Without ``components`` an expert stands on the network of its sigmas, the fake on all of them, as the teacher.
         """
-        specs = {
-            phase.name: self.generator.build(self._component_of(phase, routing)) for phase in self.plan.build().phases
+        for section, role in (("generator", self.generator), ("fake", self.fake)):
+            if unknown := [name for name in role.components or () if name not in routing.components]:
+                raise ConfigError(
+                    f"{section}.components: the teacher has no {' and no '.join(unknown)}, its networks are "
+                    f"{' and '.join(routing.components)}"
+                )
+        specs: dict[str, RoleSpec] = {
+            phase.name: replace(self.generator, components=(self._component_of(phase, routing),))
+            for phase in self.plan.build().phases
         }
-        return specs | {FAKE: self.fake.build(*routing.components)}
+        return specs | {FAKE: replace(self.fake, components=self.fake.components or routing.components)}
 
     def _component_of(self, phase: Phase, routing: TeacherRouting) -> str:
-        chosen = self.generator.component
-        if chosen is not None and chosen not in routing.components:
-            raise ConfigError(f"generator.component: the teacher has no {chosen}, it is one network: leave it out")
-        found = {routing.component_at(sigma) for sigma in phase.sigmas}
-        if chosen is None and len(found) > 1:
+        chosen = self.generator.components or tuple({routing.component_at(sigma) for sigma in phase.sigmas})
+        if len(chosen) > 1:
+            networks = " or ".join(routing.components)
+            if self.generator.components:
+                raise ConfigError(f"generator.components: an expert stands on one network, found two: give {networks}")
             raise ConfigError(
                 f"plan: phase {phase.name!r} runs at sigmas {phase.sigmas[0]:.4g} to {phase.sigmas[-1]:.4g}, on both "
-                f"sides of the teacher's boundary {routing.boundary:.4g}: set generator.component to one of its "
-                f"networks, {' or '.join(routing.components)}, or give the phases other sigmas"
+                f"sides of the teacher's boundary {routing.boundary:.4g}: set generator.components to one of its "
+                f"networks, [{networks}], or give the phases other sigmas"
             )
-        return chosen or found.pop()
+        return chosen[0]
 
     def groups(self, processes: int) -> int:
         """Among how many groups of processes the samples of an update are divided."""
-        return processes // self.context_parallel
+        return processes // self.parallel.context_parallel
 
     def updates_of(self, phase: int) -> int:
         """Generator updates in this phase."""
         return self.updates[phase] if isinstance(self.updates, list) else self.updates
 
 
-def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted name, default, description) of every field, for ``--help`` and for suggestions."""
-    for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from fields_of(inner, f"{prefix}{name}.")
-            continue
-        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-        if get_origin(inner) is Literal:
-            default += f" of {'|'.join(get_args(inner))}"
-        yield f"{prefix}{name}", default, field.description or ""
-
-
-def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply dotted overrides ``key.inner=value`` (leading dashes are fine; the value is YAML). Raises ConfigError."""
-    merged: dict[str, Any] = json.loads(json.dumps(data, default=str))  # a YAML anchor shares what must be separate
+    values = {}
     for text in overrides:
         key, equals, value = text.lstrip("-").partition("=")
         if not equals or not key:
             raise ConfigError(f"an override is key.inner=value, found {text!r}; --help lists the keys")
+        if key in MOVED:
+            raise ConfigError(f"override {text!r}: {key} is {MOVED[key]} now")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {key!r}: {value!r} is not a YAML value") from None
+    return with_values(data, values)
+
+
+def with_values(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with these values of dotted keys. Raises ConfigError where a part of a key is no section."""
+    merged: dict[str, Any] = json.loads(json.dumps(data, default=str))  # a YAML anchor shares what must be separate
+    for key, value in values.items():
         *parents, last = key.split(".")
         place = merged
         for parent in parents:
-            child = place.setdefault(parent, {})
-            if not isinstance(child, dict):
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
                 raise ConfigError(f"override {key!r}: {parent!r} holds a value, not a section")
-            place = child
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {key!r}: {value!r} is not a YAML value") from None
+        place[last] = value
     return merged
 
 
@@ -231,36 +230,53 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
 
 def parse_config(data: Mapping[str, Any], source: str) -> DistillConfig:
     """Check a configuration given as plain data. Raises ConfigError."""
+    if moved := moved_keys(data):
+        raise ConfigError("\n".join(f"{source}: {line}" for line in moved))
     try:
         return DistillConfig.model_validate(dict(data))
-    except (ValidationError, PhasePlanError) as error:
-        if isinstance(error, PhasePlanError):
-            raise ConfigError(f"{source}: plan: {error}") from None
-        raise ConfigError("\n".join(f"{source}: {_line(problem)}" for problem in error.errors())) from None
+    except PhasePlanError as error:
+        raise ConfigError(f"{source}: plan: {error}") from None
+    except ValidationError as error:
+        lines = [line for problem in error.errors() for line in _lines(problem)]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
-def with_defaults(data: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as plain data with all of today's keys; unchanged when it is not valid today."""
+def with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain data under today's keys, with all of them where it is valid today."""
+    renamed = with_todays_keys(data)
     try:
-        return json.loads(DistillConfig.model_validate(data).model_dump_json())
-    except ValidationError:
-        return data
+        return json.loads(DistillConfig.model_validate(renamed).model_dump_json())
+    except (ValidationError, PhasePlanError):
+        return renamed
 
 
-def _line(problem: Mapping[str, Any]) -> str:
+def leaves_of(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration as dotted keys and their values."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= leaves_of(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def _lines(problem: ErrorDetails) -> Iterator[str]:
+    """A line for each key that a problem is about."""
     name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        section, _, last = name.rpartition(".")
-        known = [
-            known
-            for parent, _, known in (f.rpartition(".") for f, _, _ in fields_of(DistillConfig))
-            if parent == section
-        ]
-        near = difflib.get_close_matches(last, known, n=1, cutoff=0.6)
-        return f"unknown key {name!r}, " + (f"did you mean {near[0]!r}?" if near else f"expected: {', '.join(known)}")
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return f"{name} is required"
-    shown = repr(problem["input"])
-    found = "" if problem["type"] == "value_error" else f", found {shown if len(shown) < 60 else shown[:57] + '...'}"
-    return f"{name + ': ' if name else ''}{message}{found}"
+    found, message = problem["input"], problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = [key for key, _, _ in fields_of(DistillConfig)]
+        for unknown in leaves_of({name: found}):
+            yield f"unknown key {unknown!r}, {suggestion(unknown, known)}"
+    elif problem["type"] == "missing":
+        yield f"{name} is required"
+    elif problem["type"] == "value_error":  # of a section: those of the library start with the name of a field
+        own = re.match(r"[a-z_]+: ", message)
+        yield f"{name}{'.' if own else ': '}{message}" if name else message
+    elif problem["type"] in ("model_type", "dataclass_type"):
+        yield f"{name}: expected a section of keys, found {_short(found)}"
+    else:
+        yield f"{name}: {message}, found {_short(found)}"
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) < 60 else f"{shown[:57]}..."

@@ -5,19 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from pdmd_core.checks import check_number
 from training.data.examples import Example, PromptError
 from training.data.images import image_size
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Samples of one size in pixels and frames. share: how often it is drawn, relative to the others."""
+    """A size of training samples.
 
+    Raises:
+        ValueError: A value cannot be; one line that starts with its name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     width: int
+    """Pixels."""
     height: int
-    frames: int
+    """Pixels."""
+    frames: int = 1
+    """Frames; 1 for pictures."""
     share: float | None = None
+    """How often it is drawn, relative to the others; as often as it has examples if null."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height", "frames"):
+            check_number(name, getattr(self, name), at_least=1, whole=True)
+        if self.share is not None:
+            check_number("share", self.share, above=0)
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames > 1 else "")

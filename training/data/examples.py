@@ -12,8 +12,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, AnyStr
+from typing import IO, TYPE_CHECKING, Any, AnyStr, ClassVar
 
+from pdmd_core.checks import check_number
 from pdmd_core.experts.hub.ids import is_hub_id
 from training.config.command_line import UserError
 
@@ -41,17 +42,36 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSource:
-    """Where examples are and which columns hold them; the fields are those of the configuration's section data."""
+    """Where examples are and which columns hold them.
 
-    location: str
+    Raises:
+        ValueError: A value cannot be; one line that starts with its name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    prompts: str
+    """Training prompts: text, one a line; .csv, .tsv, .jsonl, .parquet; a dataset's folder or Hub id."""
     prompt_column: str = "prompt"
+    """Column or key of the prompt."""
     image_column: str = "image"
-    sizes: bool = False
-    """Whether to read the columns width, height and frames."""
+    """Column or key of the image, for teachers that take one."""
     subset: str | None = None
+    """Of a dataset: its configuration."""
     split: str = "train"
+    """Of a dataset: its split."""
     revision: str | None = None
+    """Of a dataset on the Hub: its revision."""
     limit: int | None = None
+    """Examples that are read; all if null."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            check_number("limit", self.limit, at_least=1, whole=True)
+
+    @property
+    def sizes(self) -> bool:
+        """Whether the columns width, height and frames are read."""
+        return False
 
     def __iter__(self) -> Iterator[Example]:
         """The examples in their order. Raises PromptError, naming line or row."""
@@ -60,18 +80,18 @@ class ExampleSource:
             read = True
             yield self._example(where, row)
         if not read:
-            raise PromptError(f"{self.location}: no prompts in it; expected {FORMATS}")
+            raise PromptError(f"{self.prompts}: no prompts in it; expected {FORMATS}")
 
     def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Place and values of every row."""
-        path = Path(self.location)
+        path = Path(self.prompts)
         self._check_unheard(path)
         if path.is_file() and path.suffix != ".parquet":
             reader = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}.get(path.suffix)
             return reader(path) if reader else _text_lines(path, self.prompt_column)
-        if path.exists() or (is_hub_id(self.location) and path.suffix not in _FILES):
+        if path.exists() or (is_hub_id(self.prompts) and path.suffix not in _FILES):
             return self._dataset_rows(path)
-        raise PromptError(f"{self.location}: no such prompt file; expected {FORMATS}")
+        raise PromptError(f"{self.prompts}: no such prompt file; expected {FORMATS}")
 
     def _check_unheard(self, path: Path) -> None:
         """Raises PromptError for a subset or a revision of what has none."""
@@ -85,26 +105,26 @@ class ExampleSource:
         missing = rows.features is not None and self.prompt_column not in rows.features
         if missing:
             raise PromptError(
-                f"{self.location}: there is no column {self.prompt_column!r}, its columns are "
+                f"{self.prompts}: there is no column {self.prompt_column!r}, its columns are "
                 f"{', '.join(map(repr, rows.features))}: set data.prompt_column, or rename one"
             )
         number = 0
         try:
             for number, row in enumerate(rows):
-                yield f"{self.location}, row {number}", row
+                yield f"{self.prompts}, row {number}", row
         except Exception as error:  # whatever a network or a parser raises in the middle
             raise self._unreadable(f", after row {number}", error) from None
 
     def _unreadable(self, where: str, error: Exception) -> PromptError:
         reason = " ".join(str(error).split())
-        return PromptError(f"{self.location}{where}: cannot be read as a dataset: {reason[:300]}")
+        return PromptError(f"{self.prompts}{where}: cannot be read as a dataset: {reason[:300]}")
 
     def _open_dataset(self, path: Path) -> Dataset | IterableDataset:
         try:
             import datasets
         except ImportError:
             raise PromptError(
-                f"{self.location}: reading datasets and parquet needs the library datasets: "
+                f"{self.prompts}: reading datasets and parquet needs the library datasets: "
                 "pip install 'phased-dmd[data]'"
             ) from None
         try:
@@ -112,7 +132,7 @@ class ExampleSource:
                 saved = datasets.load_from_disk(str(path))
                 rows = saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
-                call: dict[str, Any] = {"path": self.location, "name": self.subset, "revision": self.revision}
+                call: dict[str, Any] = {"path": self.prompts, "name": self.subset, "revision": self.revision}
                 if path.is_file():
                     call = {"path": "parquet", "data_files": {self.split: str(path)}}
                 rows = datasets.load_dataset(**call, split=self.split, streaming=True)
@@ -142,7 +162,7 @@ class ExampleSource:
             return None
         if not isinstance(image, str):
             raise PromptError(f"{where}: expected an image file in {self.image_column!r}, found {image!r:.60}")
-        location = Path(self.location)
+        location = Path(self.prompts)
         path = (location if location.is_dir() else location.parent) / image
         if not path.is_file():
             raise PromptError(f"{where}: there is no image {path}")

@@ -42,8 +42,8 @@ def buckets_of(config: DistillConfig) -> list[Bucket]:
     if given is None:
         return [Bucket(model.width, model.height, model.frames)]
     if given == "columns":
-        return buckets_in(config.data.source(config.prompts), model.frames)
-    return [Bucket(bucket.width, bucket.height, bucket.frames, bucket.share) for bucket in given]
+        return buckets_in(config.data, model.frames)
+    return given
 
 
 def latent_shapes(buckets: Sequence[Bucket], family: ModelFamily, pipeline: DiffusionPipeline) -> list[tuple[int, ...]]:
@@ -68,20 +68,23 @@ def training_data(
 
     pipeline: of the teacher, for the sizes of latents. Raises PromptError, ConfigError.
     """
-    examples, model = config.data.source(config.prompts), config.model
+    examples, model = config.data, config.model
     buckets, whole = buckets_of(config), Bucket(model.width, model.height, model.frames)
     shapes, (validation_shape,) = latent_shapes(buckets, family, pipeline), latent_shapes([whole], family, pipeline)
     encoder = Encoder(source, family, model.max_sequence_length, device)
-    if config.sample_prompts and encoder.takes_image:
-        raise PromptError("sample_prompts: the teacher takes images; leave it out to see the first training prompts")
-    shown = [Example(prompt) for prompt in config.sample_prompts or []] or list(itertools.islice(examples, VALIDATED))
-    cache, dtype = config.cache_dir or config.output_dir / "cache", getattr(torch, model.dtype)
-    bank = open_prompt_cache(examples, config.negative_prompt, encoder, buckets, cache, dtype)
-    validation = open_prompt_cache(shown, config.negative_prompt, encoder, [whole], cache, dtype)
+    fixed = config.validation.prompts or []
+    if fixed and encoder.takes_image:
+        raise PromptError(
+            "validation.prompts: the teacher takes images; leave it out to see the first training prompts"
+        )
+    shown = [Example(prompt) for prompt in fixed] or list(itertools.islice(examples, VALIDATED))
+    cache, dtype = config.data.cache_dir or config.output_dir / "cache", getattr(torch, model.dtype)
+    bank = open_prompt_cache(examples, config.data.negative_prompt, encoder, buckets, cache, dtype)
+    validation = open_prompt_cache(shown, config.data.negative_prompt, encoder, [whole], cache, dtype)
     members = [bank.members(i) for i in range(len(buckets))]
     for bucket, suitable in zip(buckets, members, strict=True):
         if bucket.share and not len(suitable):
-            raise PromptError(f"data.buckets: no example of {config.prompts} suits {bucket}: leave the bucket out")
+            raise PromptError(f"data.buckets: no example of {config.data.prompts} suits {bucket}: leave the bucket out")
     shares = [float(len(m)) if b.share is None else b.share for b, m in zip(buckets, members, strict=True)]
     order = ExampleOrder(members, shares, config.seed)
     return TrainingData(bank, buckets, shapes, order, validation, validation_shape)

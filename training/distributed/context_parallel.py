@@ -35,22 +35,22 @@ _NORMS = {"norm_q", "norm_k", "norm_added_q", "norm_added_k"}
 
 def check_context_parallel(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPipeline) -> None:
     """Raises ConfigError when a sample of this teacher cannot be divided as configured. Weights are not looked at."""
-    degree, model = config.context_parallel, config.model
+    degree, model = config.parallel.context_parallel, config.model
     if degree == 1:
         return
     network: Any = next(iter(networks_of(pipeline, family).values()))
     kind, settings = type(network).__name__, network.config
     if getattr(network, "_cp_plan", None) is None:
-        raise ConfigError(f"context_parallel: diffusers cannot divide the tokens of {kind}: leave it out")
+        raise ConfigError(f"parallel.context_parallel: diffusers cannot divide the tokens of {kind}: leave it out")
     if settings["num_attention_heads"] % degree:
         raise ConfigError(
-            f"context_parallel: {degree} processes cannot divide the {settings['num_attention_heads']} attention heads "
-            f"of {kind}"
+            f"parallel.context_parallel: {degree} processes cannot divide the {settings['num_attention_heads']} "
+            f"attention heads of {kind}"
         )
     backend, _ = _AttentionBackendRegistry.get_active_backend()
     if not _AttentionBackendRegistry._is_context_parallel_available(backend):
         raise ConfigError(
-            f"context_parallel: diffusers cannot divide attention with its backend {backend.value}: leave "
+            f"parallel.context_parallel: diffusers cannot divide attention with its backend {backend.value}: leave "
             "DIFFUSERS_ATTN_BACKEND unset"
         )
     patch = settings["patch_size"]
@@ -62,8 +62,8 @@ def check_context_parallel(config: DistillConfig, family: ModelFamily, pipeline:
             step = degree // math.gcd(degree, frames * rows)
             width = bucket.width // columns * math.ceil(columns / step) * step
             raise ConfigError(
-                f"context_parallel: {degree} processes cannot divide the {tokens} tokens of {bucket}; they can with a "
-                f"width of {width}"
+                f"parallel.context_parallel: {degree} processes cannot divide the {tokens} tokens of {bucket}; they "
+                f"can with a width of {width}"
             )
 
 
@@ -103,7 +103,9 @@ def _make_divisible(
     """Where prompts are divided too: zeros after them, which the mask hides."""
     tokens = named["hidden_states"].shape[1]
     if tokens % degree:  # a given image has tokens beside those of the sample
-        raise ConfigError(f"context_parallel: {degree} processes cannot divide the {tokens} tokens of sample and image")
+        raise ConfigError(
+            f"parallel.context_parallel: {degree} processes cannot divide the {tokens} tokens of sample and image"
+        )
     text: Tensor = named[_TEXT]
     missing = -text.shape[1] % degree
     if not missing:

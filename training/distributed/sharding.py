@@ -24,30 +24,31 @@ from training.config.schema import ConfigError, DistillConfig
 
 def check_processes(config: DistillConfig, processes: int) -> None:
     """Raises ConfigError when this many processes cannot divide the work."""
-    together, groups = config.context_parallel, config.groups(processes)
+    together, groups = config.parallel.context_parallel, config.groups(processes)
     if processes % together:
-        raise ConfigError(f"context_parallel: {processes} processes cannot be divided into groups of {together}")
+        raise ConfigError(
+            f"parallel.context_parallel: {processes} processes cannot be divided into groups of {together}"
+        )
     if config.batch_size % groups:
         whom = f"{processes} processes" if together == 1 else f"{groups} groups of {together} processes"
         raise ConfigError(f"batch_size: {config.batch_size} samples cannot be divided among {whom}")
-    if config.sharding == "hsdp" and processes > 1 and processes % group_size(config, processes):
-        raise ConfigError(
-            f"shard_size: {processes} processes cannot be divided into groups of {group_size(config, processes)}"
-        )
+    size = group_size(config, processes)
+    if config.parallel.sharding == "hsdp" and processes > 1 and processes % size:
+        raise ConfigError(f"parallel.shard_size: {processes} processes cannot be divided into groups of {size}")
 
 
 def group_size(config: DistillConfig, processes: int) -> int:
     """How many processes share one set of weights."""
-    if config.sharding == "hsdp":
-        return config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return processes if config.sharding == "fsdp" else 1
+    if config.parallel.sharding == "hsdp":
+        return config.parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return processes if config.parallel.sharding == "fsdp" else 1
 
 
 def mesh_of(config: DistillConfig, device: torch.device, processes: int) -> DeviceMesh | None:
     """The processes as the configuration divides them; None when every one holds all weights."""
-    if config.sharding == "none" or processes == 1:
+    if config.parallel.sharding == "none" or processes == 1:
         return None
-    if config.sharding == "fsdp":
+    if config.parallel.sharding == "fsdp":
         return init_device_mesh(device.type, (processes,), mesh_dim_names=("shard",))
     size = group_size(config, processes)
     return init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("replicate", "shard"))

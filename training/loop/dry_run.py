@@ -95,7 +95,7 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
         raise UserError(
             f"does not fit: {in_words(total).strip()} of weights, gradients and optimizer for each GPU, "
             f"{memory_per_gpu:g} GiB given; the largest is {largest.role} ({in_words(largest.bytes).strip()}); use "
-            "sharding: fsdp on more GPUs (--gpus), kind: lora, a lower rank, or model.dtype: bfloat16"
+            "parallel.sharding: fsdp on more GPUs (--gpus), kind: lora, a lower rank, or model.dtype: bfloat16"
         )
     return "\n".join(lines)
 
@@ -104,8 +104,8 @@ def _examples(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPip
     """How many examples there are, and of which sizes where there are several. Raises PromptError, ConfigError."""
     buckets = buckets_of(config)
     shapes = latent_shapes(buckets, family, pipeline)
-    counts = Counter(bucket_of(example, buckets) for example in config.data.source(config.prompts))
-    lines = [f"{counts.total()} prompts from {config.prompts}"]
+    counts = Counter(bucket_of(example, buckets) for example in config.data)
+    lines = [f"{counts.total()} prompts from {config.data.prompts}"]
     if len(buckets) > 1:
         lines += [
             f"  {bucket}, latents {'x'.join(map(str, shape))}: {counts[i] + counts[ANY]} of them"
@@ -115,15 +115,14 @@ def _examples(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPip
 
 
 def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]:
-    own, together = config.batch_size // config.groups(gpus), config.context_parallel
-    at_once = min(config.micro_batch_size or own, own)
+    own, together = config.batch_size // config.groups(gpus), config.parallel.context_parallel
+    at_once = min(config.memory.micro_batch_size or own, own)
     whom = "GPU" if together == 1 else f"group of {together} GPUs, which share its tokens"
     lines = [f"an update has {config.batch_size} samples, {own} for each {whom}, {at_once} at once"]
     guidance = ""
     if config.objective.guidance_scale != 1:
-        guidance = (
-            "; the teacher's is of twice the batch" if config.guidance_batched else "; the teacher's counts twice"
-        )
+        batched = config.memory.guidance_batched
+        guidance = "; the teacher's is of twice the batch" if batched else "; the teacher's counts twice"
     for k, phase in enumerate(plan.phases):
         counts = evaluations_per_update(plan, k, config.fake_updates, config.draws_per_rollout)
         parts = ", ".join(f"{name} {value:g}" for name, value in counts.items())

@@ -35,7 +35,7 @@ def export_experts(
     fingerprints: of the teacher's networks by component, taken before they were quantised or spread over processes.
     All processes must ask together where weights are in shards, one of them with ``write``.
     """
-    dtype = getattr(torch, config.expert_dtype)
+    dtype = getattr(torch, config.export.dtype)
     experts, weights = [], {}
     for phase in plan.phases:
         spec = roles.specs[phase.name]

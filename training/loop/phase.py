@@ -60,10 +60,10 @@ class PhaseTraining:
         self.device = accelerator.device
         self.batch = config.batch_size // config.groups(accelerator.num_processes)
         """Samples of this process, or of the group of processes that share them."""
-        self.distiller = PhasedDistiller(plan, phase, roles, config.objective.build(), config.guidance_batched)
+        self.distiller = PhasedDistiller(plan, phase, roles, config.objective, config.memory.guidance_batched)
         self.sections: dict[str, RoleSection] = {self.expert: config.generator, FAKE: config.fake}
         roles.set_trainable(self.sections)
-        if config.offload_idle_experts:
+        if config.memory.offload_idle_experts:
             keep_idle_experts_away(roles, self.expert, self.device)
         self.optimizers = {
             role: make_optimizer(roles.parameters(role), section, self.device)
@@ -153,8 +153,8 @@ class PhaseTraining:
 
         With one network on the device at a time the samples of a part are compared on one network.
         """
-        size = self.config.micro_batch_size or self.batch
-        if t is None or not self.config.offload_idle_network:
+        size = self.config.memory.micro_batch_size or self.batch
+        if t is None or not self.config.memory.offload_idle_network:
             return [slice(i, min(i + size, self.batch)) for i in range(0, self.batch, size)]
         high = self.roles.routing.first_runs(t)
         sides = [side.nonzero().flatten() for side in (high, ~high)]
@@ -171,9 +171,9 @@ class PhaseTraining:
             with self.accelerator.autocast():
                 loss = loss_of(part) * (len(t[part]) / self.batch)
             # What gradient checkpointing recomputes must be this role, on a network that is there.
-            of_two = self.config.offload_idle_network and role == FAKE
+            of_two = self.config.memory.offload_idle_network and role == FAKE
             self.roles.activate(role, self.roles.routing.component_at(float(t[part][0])) if of_two else None)
-            (loss * self.config.context_parallel).backward()  # a group adds up, and all processes are averaged
+            (loss * self.config.parallel.context_parallel).backward()  # a group adds up, and all processes are averaged
             total += loss.detach()
         if len(self.roles.components(role)) > 1:  # a network that had no sample here may have had one elsewhere
             for parameter in parameters:

@@ -10,37 +10,28 @@ from typing import Any
 from torch import Tensor
 
 from pdmd_core.roles import FAKE, Roles
-from training.config.schema import ConfigError, DistillConfig, with_defaults
+from training.config.schema import ConfigError, DistillConfig, leaves_of, with_defaults
 from training.loop.checkpoints import load_tensors
 from training.loop.optimizers import make_state
 from training.loop.phase import PhaseTraining
 from training.loop.progress import Progress
 from training.loop.rng import RunRNG
 
-FREE_TO_CHANGE = {
+FREE_TO_CHANGE = (
     "output_dir",
-    "tracker",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "sample_every",
-    "sample_prompts",
-    "sample_seeds",
-    "max_bad_updates",
-    "watch",
-    "cache_dir",
-    "expert_dtype",
-    "micro_batch_size",
-    "gradient_checkpointing",
-    "guidance_batched",
     "compile",
-    "offload_idle_network",
-    "offload_idle_experts",
-    "sharding",
-    "shard_size",
-    "context_parallel",
-}
-"""Keys that may differ between a run and its resumption: they change no number, or only how sums are rounded."""
+    "max_bad_updates",
+    "data.prompts",
+    "data.cache_dir",
+    "parallel.",
+    "memory.",
+    "checkpoints.",
+    "validation.",
+    "monitoring.",
+    "export.",
+)
+"""Keys, or starts of keys, that may differ between a run and its resumption: they change no number, or only how sums
+are rounded. Where prompts lie may differ, what they are may not: ``check_same_prompts``."""
 
 
 def tensors_of_run(roles: Roles, training: PhaseTraining, draws: RunRNG) -> dict[str, Tensor]:
@@ -97,21 +88,22 @@ def check_same_prompts(values: dict[str, Any], prompts: str, config: DistillConf
     """Raises ConfigError when a run with these values of a checkpoint trained on other prompts."""
     if values["prompts"] != prompts:
         raise ConfigError(
-            f"prompts: the content of {config.prompts} changed since the checkpoint (or what encodes it: the teacher's "
-            "encoders, the negative prompt), so the run cannot be resumed; set it back or choose another output_dir"
+            f"data.prompts: the content of {config.data.prompts} changed since the checkpoint (or what encodes it: the "
+            "teacher's encoders, the negative prompt), so the run cannot be resumed; set it back or choose another "
+            "output_dir"
         )
 
 
 def check_same_config(before: dict[str, Any], config: DistillConfig) -> list[str]:
     """What changed and may change, a text each. Raises ConfigError when a run of ``before`` cannot go on with this."""
-    now = json.loads(config.model_dump_json())
-    before = with_defaults(before)
+    now = leaves_of(json.loads(config.model_dump_json()))
+    then = leaves_of(with_defaults(before))
     changed = {
-        key: f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(set(before) | set(now))
-        if before.get(key) != now.get(key)
+        key: f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(set(then) | set(now))
+        if then.get(key) != now.get(key)
     }
-    if refused := [text for key, text in changed.items() if key not in FREE_TO_CHANGE]:
+    if refused := [text for key, text in changed.items() if not key.startswith(FREE_TO_CHANGE)]:
         raise ConfigError(
             "the configuration changed since the checkpoint, so the run cannot be resumed; set it back or choose "
             f"another output_dir. Changed: {'; '.join(refused)}"

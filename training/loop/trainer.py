@@ -49,7 +49,7 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs do not find each other
             mixed_precision=config.precision,
-            log_with=config.tracker,
+            log_with=config.monitoring.tracker,
             project_dir=str(self.output_dir / "logs"),
         )
         self.device = self.accelerator.device
@@ -68,7 +68,7 @@ class Trainer:
         networks, mesh = networks_of(self.pipeline, self.family), mesh_of(config, self.device, processes)
         self.fingerprints = {name: fingerprint_of(network) for name, network in networks.items()}
         quantize(networks.values(), model.quantization)
-        one_at_a_time = config.offload_idle_network and len(networks) > 1
+        one_at_a_time = config.memory.offload_idle_network and len(networks) > 1
         if mesh is None and not one_at_a_time:
             networks = {name: network.to(self.device) for name, network in networks.items()}
         self.roles = Roles(networks, self.family, config.role_specs(routing), routing, empty_copies=mesh is not None)
@@ -78,11 +78,11 @@ class Trainer:
             shard_roles(self.roles, mesh, self.device, torch.bfloat16 if config.precision == "bf16" else None)
         if one_at_a_time:
             keep_one_network(self.roles, self.device)
-        together = config.context_parallel
+        together = config.parallel.context_parallel
         if together > 1:
             divide_samples(self.roles.networks(), together, self.device)
         self.evaluates_with_others = mesh is not None or together > 1
-        if config.gradient_checkpointing:
+        if config.memory.gradient_checkpointing:
             for network in self.roles.networks():
                 enable_gradient_checkpointing(network)
         self.progress = Progress()
@@ -139,9 +139,9 @@ class Trainer:
                 bar.update()
                 stop = request.number()
                 kept = self.save() if stop else None  # before samples, which take their time
-                if config.sample_every and self.progress.total % config.sample_every == 0:
+                if config.validation.every and self.progress.total % config.validation.every == 0:
                     self._validate(f"update-{self.progress.total:06d}")
-                if not stop and self.progress.total % config.checkpoint_every == 0:
+                if not stop and self.progress.total % config.checkpoints.every == 0:
                     self.save()
             for monitor in self.monitors:
                 monitor.finish()
@@ -198,12 +198,12 @@ class Trainer:
             return
         config = self.config
         data = self.data
-        indices = torch.arange(len(data.validation)).repeat_interleave(config.sample_seeds)
+        indices = torch.arange(len(data.validation)).repeat_interleave(config.validation.seeds)
         noise = torch.randn(
-            config.sample_seeds, *data.validation_shape, generator=torch.Generator().manual_seed(config.seed)
+            config.validation.seeds, *data.validation_shape, generator=torch.Generator().manual_seed(config.seed)
         ).repeat(len(data.validation), *([1] * len(data.validation_shape)))
         sigmas = [s for phase in self.plan.phases[: self.progress.phase + 1] for s in phase.sigmas]
-        at_once = config.micro_batch_size or len(indices)
+        at_once = config.memory.micro_batch_size or len(indices)
         latents = []
         with self.training.averaged(), self.accelerator.autocast():
             for own, start in zip(indices.split(at_once), noise.split(at_once), strict=True):
@@ -215,7 +215,7 @@ class Trainer:
         pixels = torch.cat([self.family.decode(self.pipeline, part).cpu() for part in latents])
         self.pipeline.vae.to("cpu")
         try:
-            save_samples(self.output_dir / "samples" / name, pixels, columns=config.sample_seeds)
+            save_samples(self.output_dir / "samples" / name, pixels, columns=config.validation.seeds)
         except OSError as error:
             warn(f"samples {name} are not written, the run goes on: {error}")
         for monitor in self.monitors:
@@ -230,7 +230,7 @@ class Trainer:
             "fake_updates": config.fake_updates,
             "draws_per_rollout": config.draws_per_rollout,
             "teacher_guidance_scale": config.objective.guidance_scale,
-            "negative_prompt": config.negative_prompt,
+            "negative_prompt": config.data.negative_prompt,
             "pipeline": config.model.pipeline,
             "generator_lr": config.generator.lr,
             "fake_lr": config.fake.lr,
@@ -246,7 +246,7 @@ class Trainer:
         tensors = tensors_of_run(self.roles, self.training, self.draws)
         values = values_of_run(self.config, self.progress, self.roles, self.training, self.data.prompts.identity)
         folder = self.output_dir / "checkpoints"
-        return save_checkpoint(folder, self.progress.total, tensors, values, self.config.keep_checkpoints)
+        return save_checkpoint(folder, self.progress.total, tensors, values, self.config.checkpoints.keep)
 
     def _resume(self) -> None:
         main = self.accelerator.is_main_process

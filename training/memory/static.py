@@ -55,7 +55,7 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
     """
     shards = group_size(config, gpus)
     sizes = _base_sizes(config, roles)
-    alone = config.offload_idle_network and len(sizes) > 1
+    alone = config.memory.offload_idle_network and len(sizes) > 1
     base = (max(sizes) if alone else sum(sizes)) / shards
     parts = [Held(TEACHER, base, _about_base(config, roles, alone) + _in_shards(shards))]
     gradients, idle = {"expert": 0.0, FAKE: 0.0}, 0.0
@@ -73,7 +73,7 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
             how += f", {optimizer}"
             gradients[FAKE if role == FAKE else "expert"] = size
             parts.append(Held(role, size + count * (MOMENTS[optimizer] + average), how))
-        elif config.offload_idle_experts:
+        elif config.memory.offload_idle_experts:
             idle = max(idle, size)
             parts.append(Held(role, 0.0, f"{how}, off the GPU but while it computes"))
         else:
@@ -117,7 +117,7 @@ def _about_base(config: DistillConfig, roles: Roles, alone: bool) -> str:
 def _gradients_meet_rollouts(config: DistillConfig, gpus: int) -> bool:
     """Whether the samples of an update come in parts: gradients of one are there in the rollout of the next."""
     own = config.batch_size // config.groups(gpus)
-    return own > (config.micro_batch_size or own) or (config.offload_idle_network and own > 1)
+    return own > (config.memory.micro_batch_size or own) or (config.memory.offload_idle_network and own > 1)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

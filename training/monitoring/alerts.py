@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from training.config.sections import WatchSection
+from training.config.sections import MonitoringSection
 from training.monitoring.sample_statistics import SampleStatistics
 
 
@@ -28,7 +28,7 @@ class Alerts:
     two in a row must be out of bounds. The fake's loss is compared with the lower quartile of the blocks before.
     """
 
-    def __init__(self, limits: WatchSection, seen: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(self, limits: MonitoringSection, seen: Iterable[tuple[str, str]] = ()) -> None:
         self.limits = limits
         self._seen = set(seen)
         """(kind, expert) reported already."""

@@ -17,7 +17,7 @@ class Metrics:
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         self.lines, self.accelerator = JsonLines(config.output_dir / "metrics.jsonl"), accelerator
-        self.log_every, self.tracker = config.log_every, bool(config.tracker)
+        self.log_every, self.tracker = config.monitoring.log_every, bool(config.monitoring.tracker)
 
     def start(self, update: int) -> None:
         """The run goes on after this update: drop lines of updates that are about to be done again."""

@@ -38,7 +38,7 @@ class Observer:
         self.performance, self.validations, self.warnings = (
             monitoring_log(self.run, name) for name in ("performance", "validations", "warnings")
         )
-        self.alerts = Alerts(config.watch)
+        self.alerts = Alerts(config.monitoring)
         self.speed = Speed(config, accelerator.device, clock)
         self.seconds = 0.0
         """Spent in here."""
@@ -55,7 +55,7 @@ class Observer:
         """The run goes on after this update: what was seen before is known."""
         for lines in (self.performance, self.validations, self.warnings):
             lines.start(update)
-        self.alerts = Alerts(self.config.watch, {(line["kind"], line["expert"]) for line in self.warnings.read()})
+        self.alerts = Alerts(self.config.monitoring, {(line["kind"], line["expert"]) for line in self.warnings.read()})
         for line in self.validations.read():
             self.alerts.validation(
                 line["update"],
@@ -80,14 +80,14 @@ class Observer:
             for name, sigmas in report.sigmas.items():
                 self._sigmas.setdefault(name, []).extend(sigmas)
             found = self.alerts.after_update(report.update, report.expert, report.values)
-            if self._motion is not None and self._in_phase % self.config.watch.window == 0:
+            if self._motion is not None and self._in_phase % self.config.monitoring.window == 0:
                 share = self._in_phase / self._share
                 found += self.alerts.motion(report.update, report.expert, *self._motion.measure(), share)
             self._report(found)
-            if report.update % self.config.log_every == 0:
+            if report.update % self.config.monitoring.log_every == 0:
                 values = as_values(performance) | {"watching_share": round(self._own_share(), 4)}
                 self.performance.add({"update": report.update, **values})
-                if self.config.tracker:
+                if self.config.monitoring.tracker:
                     self.accelerator.log({f"performance/{k}": v for k, v in values.items()}, step=report.update)
                 if board := self._board():
                     board.histograms(self._sigmas, report.update)
@@ -97,22 +97,22 @@ class Observer:
     def validation(self, name: str, pixels: Tensor, update: int) -> None:
         """Samples of the fixed prompts and seeds."""
         with self._counted():
-            look = sample_statistics(pixels, self.config.sample_seeds)
+            look = sample_statistics(pixels, self.config.validation.seeds)
             line = {"update": update, "expert": self._expert, "name": name, **asdict(look)}
             if line not in self.validations.read():  # a run that was stopped here makes the same samples again
                 self.validations.add(line)
                 self._report(self.alerts.validation(update, self._expert, look))
-            pictures = save_small(self.run / "watch" / "samples" / name, pixels, self.config.sample_seeds)
+            pictures = save_small(self.run / "watch" / "samples" / name, pixels, self.config.validation.seeds)
             if board := self._board():
                 for picture in pictures:
                     board.picture("clips" if picture.suffix == ".gif" else "samples", picture, update)
-            if self.config.watch.page and self._own_share() <= self.config.watch.share_of_time:
+            if self.config.monitoring.page and self._own_share() <= self.config.monitoring.share_of_time:
                 write_page(self.run)
         self.speed.restart()
 
     def finish(self) -> None:
         """All phases are trained."""
-        if self.config.watch.page:
+        if self.config.monitoring.page:
             write_page(self.run)
 
     # --- how it does it ------------------------------------------------------------
@@ -123,7 +123,7 @@ class Observer:
             warn(f"update {alert.update}, {alert.expert}: {alert.text}")
 
     def _board(self) -> Board | None:
-        if self.config.tracker != "tensorboard" or not self.accelerator.trackers:
+        if self.config.monitoring.tracker != "tensorboard" or not self.accelerator.trackers:
             return None
         return Board(self.accelerator.get_tracker("tensorboard", unwrap=True))
 

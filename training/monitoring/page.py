@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from training.config.command_line import UserError, exit_status
+from training.config.moved import with_todays_keys
 from training.config.schema import DistillConfig, parse_config
 from training.monitoring.jsonl import JsonLines, monitoring_log
 from training.monitoring.plots import Curves, curves, timeline
@@ -39,7 +40,7 @@ def write_page(run: Path) -> Path:
         settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{run}: no config.yaml in it; expected the output folder of training/distill.py") from None
-    config = parse_config(settings, str(run / "config.yaml"))
+    config = parse_config(with_todays_keys(settings), str(run / "config.yaml"))
     metrics = JsonLines(run / "metrics.jsonl").read()
     performance, validations, warnings = (
         monitoring_log(run, name).read() for name in ("performance", "validations", "warnings")
@@ -137,7 +138,7 @@ def _samples(folder: Path, validations: Sequence[Mapping[str, Any]], config: Dis
         figures.append(f'<figure><img src="{source}" alt=""><figcaption>{html.escape(name)}</figcaption></figure>')
     if not figures:
         return ""
-    prompts = f" Prompts: {html.escape('; '.join(config.sample_prompts))}." if config.sample_prompts else ""
+    prompts = f" Prompts: {html.escape('; '.join(config.validation.prompts))}." if config.validation.prompts else ""
     return f"<p>One prompt a row, one seed a column, always the same ones.{prompts}</p>{''.join(figures)}"
 
 

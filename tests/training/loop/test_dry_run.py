@@ -76,7 +76,7 @@ def test_every_recipe_says_what_it_takes(model: str, recipe: str, monkeypatch: p
     assert ("one network at a time" in text) == (single and "a14b" in model)
     phases = text.count("network evaluations of each sample")
     assert phases == len(config.plan.build()) == (1 if recipe == "dmd_sgts" else 2)
-    assert (config.sharding == "fsdp") == (not single)
+    assert (config.parallel.sharding == "fsdp") == (not single)
     if single:
         check_that_little_is_held_beside_the_teacher(text, "a14b" in model)
     if not single and model != "wan2_1_t2v_1_3b":

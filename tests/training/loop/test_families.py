@@ -102,7 +102,7 @@ def sampled(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Latents with the experts and with the teacher by our own sampler, and the same call for a stock pipeline."""
     kind, (height, width, frames) = KINDS[name], KINDS[name].size
-    example = read_examples(config.prompts)[1]
+    example = read_examples(config.data.prompts)[1]
     size = SampleSize(height, width, frames, kind.tokens)
     sampler = Sampler(
         str(config.model.path),

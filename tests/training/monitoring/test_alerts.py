@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config.sections import WatchSection
+from training.config.sections import MonitoringSection
 from training.monitoring.alerts import Alert, Alerts
 from training.monitoring.sample_statistics import SampleStatistics
 
@@ -38,21 +38,21 @@ def noisy(level: float, count: int, seed: int = 0) -> list[float]:
     ],
 )
 def test_a_rise_is_reported_once_with_what_to_do(name: str, kind: str, rise: float, remedy: str) -> None:
-    (alert,) = told(Alerts(WatchSection()), name, noisy(1.0, 60) + noisy(rise, 60, 1))
+    (alert,) = told(Alerts(MonitoringSection()), name, noisy(1.0, 60) + noisy(rise, 60, 1))
     assert alert.kind == kind and alert.expert == "high_noise" and remedy in alert.text
     assert alert.update == 100, "two blocks after it began"
-    assert not told(Alerts(WatchSection()), name, noisy(1.0, 60) + noisy(1.2, 60, 1)), "as loud as they are"
+    assert not told(Alerts(MonitoringSection()), name, noisy(1.0, 60) + noisy(1.2, 60, 1)), "as loud as they are"
 
 
 @pytest.mark.parametrize("name", ["fake_loss", "generator_grad_norm"])
 def test_a_single_outlier_and_a_nan_are_no_rise(name: str) -> None:
     values = noisy(1.0, 200)
     values[50], values[90], values[130] = 1e6, math.nan, math.inf
-    assert not told(Alerts(WatchSection()), name, values)
+    assert not told(Alerts(MonitoringSection()), name, values)
 
 
 def test_phases_are_compared_with_themselves_and_report_for_themselves() -> None:
-    alerts = Alerts(WatchSection())
+    alerts = Alerts(MonitoringSection())
     assert not told(alerts, "fake_loss", noisy(0.4, 60), "high_noise")
     assert not told(alerts, "fake_loss", noisy(60.0, 60), "low_noise"), "another phase has another scale"
     assert len(told(alerts, "fake_loss", noisy(60.0, 60) + noisy(150.0, 60), "third")) == 1
@@ -61,24 +61,26 @@ def test_phases_are_compared_with_themselves_and_report_for_themselves() -> None
 
 def test_what_was_reported_before_a_resumption_is_not_reported_again() -> None:
     rising = noisy(1.0, 40) + noisy(3.0, 40)
-    assert told(Alerts(WatchSection()), "fake_loss", rising)
-    assert not told(Alerts(WatchSection(), [("fake_lags", "high_noise")]), "fake_loss", rising)
+    assert told(Alerts(MonitoringSection()), "fake_loss", rising)
+    assert not told(Alerts(MonitoringSection(), [("fake_lags", "high_noise")]), "fake_loss", rising)
 
 
 def test_seeds_that_collapse_are_reported() -> None:
-    alerts = Alerts(WatchSection())
+    alerts = Alerts(MonitoringSection())
     assert not alerts.validation(20, "high_noise", WELL)
     assert not alerts.validation(40, "high_noise", replace(WELL, diversity=0.15))
     assert not alerts.validation(60, "low_noise", replace(WELL, diversity=0.10))
     (alert,) = alerts.validation(80, "low_noise", replace(WELL, diversity=0.08))
     assert alert.kind == "diversity" and "0.080" in alert.text and "0.150" in alert.text
     assert not alerts.validation(100, "low_noise", replace(WELL, diversity=0.01)), "once"
-    assert not Alerts(WatchSection()).validation(20, "high_noise", replace(WELL, diversity=None)), "one seed has none"
+    assert not Alerts(MonitoringSection()).validation(20, "high_noise", replace(WELL, diversity=None)), (
+        "one seed has none"
+    )
 
 
 @pytest.mark.parametrize("name", ["saturation", "contrast"])
 def test_a_rise_of_saturation_or_contrast_is_reported(name: str) -> None:
-    alerts = Alerts(WatchSection())
+    alerts = Alerts(MonitoringSection())
     before = getattr(WELL, name)
     assert not alerts.validation(20, "high_noise", WELL)
     assert not alerts.validation(40, "high_noise", replace(WELL, **{name: 1.4 * before}))
@@ -88,7 +90,7 @@ def test_a_rise_of_saturation_or_contrast_is_reported(name: str) -> None:
 
 
 def test_weights_that_do_not_move_are_reported() -> None:
-    alerts = Alerts(WatchSection())
+    alerts = Alerts(MonitoringSection())
     assert not alerts.motion(20, "high_noise", moved=1e-3, changed=1.0, share=0.2)
     (small,) = alerts.motion(40, "high_noise", moved=1e-5, changed=1.0, share=0.5)
     assert small.kind == "small_steps" and "raise generator.lr" in small.text
@@ -98,7 +100,7 @@ def test_weights_that_do_not_move_are_reported() -> None:
 
 
 def test_nothing_is_wrong_with_the_demo() -> None:
-    run, alerts = json.loads(DEMO.read_text(encoding="utf-8")), Alerts(WatchSection(window=3))
+    run, alerts = json.loads(DEMO.read_text(encoding="utf-8")), Alerts(MonitoringSection(window=3))
     assert len(run["updates"]) == 13 and len(run["validations"]) == 8
     for values in run["updates"]:
         assert not alerts.after_update(values.pop("update"), values.pop("expert"), values)
@@ -110,4 +112,4 @@ def test_nothing_is_wrong_with_the_demo() -> None:
 def test_no_false_alarm_in_many_healthy_runs() -> None:
     """Loud constant losses over 2,000 updates, a hundred times."""
     for seed in range(100):
-        assert not told(Alerts(WatchSection()), "fake_loss", noisy(1.0, 2000, seed))
+        assert not told(Alerts(MonitoringSection()), "fake_loss", noisy(1.0, 2000, seed))

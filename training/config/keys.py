@@ -1,0 +1,86 @@
+"""The keys that a configuration has: their defaults and descriptions, and what a mistyped one was meant to be."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel
+
+
+def fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of a section and of the sections in it.
+
+    Args:
+        section: A pydantic model or a dataclass.
+        prefix: What stands before the names.
+
+    Yields:
+        Dotted name, default and description.
+    """
+    described = _descriptions(section)
+    for name, kind, default in _own_fields(section):
+        if is_section(kind):
+            yield from fields_of(kind, f"{prefix}{name}.")
+            continue
+        choices = f" of {'|'.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+        yield f"{prefix}{name}", default + choices, described.get(name, "")
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a field of this type is a section with keys of its own."""
+    return isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind))
+
+
+def _own_fields(section: type) -> Iterator[tuple[str, Any, str]]:
+    """Name, type and default of each field."""
+    hints = get_type_hints(section)
+    if issubclass(section, BaseModel):
+        for name, info in section.model_fields.items():
+            yield name, hints[name], "required" if info.is_required() else str(info.default)
+    elif is_dataclass(section):
+        for field in fields(section):
+            yield field.name, hints[field.name], "required" if field.default is MISSING else str(field.default)
+
+
+def _descriptions(section: type) -> dict[str, str]:
+    """The text under each field, of a class and of those that it extends."""
+    found = {}
+    for kind in reversed([kind for kind in section.__mro__ if not issubclass(BaseModel, kind)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, after in itertools.pairwise(definition.body):
+            match statement, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """What to say of an unknown dotted key: the keys that it may mean, or else those of its section.
+
+    Args:
+        name: The unknown key.
+        known: Every key there is.
+    """
+    *_, last = parts = name.split(".")
+    meant: list[str] = []
+    elsewhere = [key for key in known if key.rpartition(".")[2] == last]
+    options: list[str] = []
+    for part in parts:
+        start = "".join(f"{found}." for found in meant)
+        options = list(dict.fromkeys(k.removeprefix(start).partition(".")[0] for k in known if k.startswith(start)))
+        near = [part] if part in options else difflib.get_close_matches(part, options, n=1, cutoff=0.6)
+        if not near:
+            break
+        meant += near
+    whole = [".".join(meant)] if len(meant) == len(parts) else []
+    if likely := list(dict.fromkeys([*whole, *elsewhere]))[:3]:
+        return f"did you mean {' or '.join(map(repr, likely))}?"
+    return f"expected{' in ' + '.'.join(meant) if meant else ''}: {', '.join(options)}"
