@@ -12,10 +12,11 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from benchmarks.cost.recipe_costs import MODELS, row
+from tests.helpers.configs import changed
 from tests.helpers.tiny import save_wan_pipeline
 from training import distill, evaluate, sample
-from training.config import schema as config_module
-from training.config.schema import parse_config
+from training.config.keys import fields_of
+from training.config.schema import DistillConfig, with_values
 from training.monitoring import page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,23 +35,23 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     role = {"kind": "lora", "rank": 2, "alpha": 2, "lr": 1e-3}
     tiny: dict[str, Any] = {
         "model": {"path": str(save_wan_pipeline(folder / "teacher")), "height": 16, "width": 16},
-        "prompts": str(folder / "words.txt"),
+        "data.prompts": str(folder / "words.txt"),
         "plan": {"steps": [1, 1], "shift": 3.0},
         "generator": role,
         "fake": role,
         "updates": 1,
         "batch_size": 2,
         "fake_updates": 1,
-        "checkpoint_every": 1,
-        "sample_seeds": 1,
-        "log_every": 1,
+        "checkpoints.every": 1,
+        "validation.seeds": 1,
+        "monitoring.log_every": 1,
     }
     tiny["model"]["max_sequence_length"] = 12
     (folder / "words.txt").write_text("a fox\na panda\n", encoding="utf-8")
     (folder / "words.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "a panda"}\n', encoding="utf-8")
     (folder / "training" / "configs").mkdir(parents=True)
     for recipe in (ROOT / "training" / "configs").glob("*.yaml"):
-        settings = {**tiny, "output_dir": f"runs/{recipe.stem}"}
+        settings = {**with_values({}, tiny), "output_dir": f"runs/{recipe.stem}"}
         (folder / "training" / "configs" / recipe.name).write_text(yaml.safe_dump(settings), encoding="utf-8")
     return folder
 
@@ -99,11 +100,11 @@ def test_every_command_does_what_the_text_says(
 def test_the_data_sections_are_configurations(clone: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     settings = yaml.safe_load((clone / "training/configs/embedded_demo.yaml").read_text(encoding="utf-8"))
-    data = parse_config({**settings, **yaml.safe_load(text)}, "test").data
+    data = changed(settings, **yaml.safe_load(text)).data
     assert data.prompt_column == "caption" and isinstance(data.buckets, list) and len(data.buckets) == 3
-    shared = {"data": {"buckets": [{"width": 16, "height": 16, "share": 0.5}]}}
-    assert parse_config({**settings, **shared}, "test").data.buckets[0].share == 0.5
-    assert parse_config({**settings, "data": {"buckets": "columns"}}, "test").data.buckets == "columns"
+    shared = [{"width": 16, "height": 16, "share": 0.5}]
+    assert changed(settings, **{"data.buckets": shared}).data.buckets[0].share == 0.5
+    assert changed(settings, **{"data.buckets": "columns"}).data.buckets == "columns"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -114,7 +115,7 @@ def test_the_costs_are_those_of_dry_runs(recipe: str, monkeypatch: pytest.Monkey
 
 
 def test_the_keys_and_signs_of_the_tables_exist() -> None:
-    known = {name for name, _, _ in config_module.fields_of(config_module.DistillConfig)}
+    known = {name for name, _, _ in fields_of(DistillConfig)}
     tables = "".join(line for line in TEXT.splitlines() if line.startswith("|") and "recipe" not in line)
     for key in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)(?:: \w+)?`", tables):
         assert key in known or key.startswith("words"), key

@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.faults.distillations import SETTINGS, Distillation
 from tests.helpers.faults.programs import Warm
 from tests.helpers.tiny import save_wan_pipeline
+from training.config.schema import with_values
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +28,7 @@ def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "prompts.txt").write_text("a panda\na fox\nan apple\n", encoding="utf-8")
     model = {"path": str(save_wan_pipeline(folder / "teacher")), "height": 16, "width": 16, "max_sequence_length": 12}
-    return {**SETTINGS, "model": model, "prompts": str(folder / "prompts.txt")}
+    return {**SETTINGS, "model": model, "data": {"prompts": str(folder / "prompts.txt")}}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def distillation(warm: Warm, tiny_settings: dict[str, Any], tmp_path: Path) -> C
     """A run that has not started, with changes of the settings."""
 
     def make(name: str = "run", **changes: Any) -> Distillation:
-        return Distillation(warm, tmp_path / name, {**copy.deepcopy(tiny_settings), **changes})
+        return Distillation(warm, tmp_path / name, with_values(tiny_settings, changes))
 
     return make
 

@@ -28,25 +28,25 @@ def finished(distillation: Callable[..., Distillation], uninterrupted: Uninterru
 
 
 def test_what_changes_the_numbers_is_refused_with_a_list(finished: Distillation, uninterrupted: Uninterrupted) -> None:
-    ended = finished.run("--resume", "generator.lr=0.5", "batch_size=4", "log_every=3")
+    ended = finished.run("--resume", "generator.lr=0.5", "batch_size=4", "monitoring.log_every=3")
     assert ended.status == 2
     (line,) = ended.lines
-    assert "batch_size: 2 -> 4" in line and "generator: " in line and "'lr': 0.5" in line
+    assert "batch_size: 2 -> 4; generator.lr: 0.01 -> 0.5" in line
     assert "log_every" not in line
     assert finished.results() == uninterrupted.results
 
 
 def test_what_does_not_change_them_is_allowed_and_said(finished: Distillation, uninterrupted: Uninterrupted) -> None:
-    ended = finished.run("--resume", "log_every=3", "keep_checkpoints=5")
+    ended = finished.run("--resume", "monitoring.log_every=3", "checkpoints.keep=5")
     assert ended.status == 0, ended.errors
-    assert "update-00000006, with keep_checkpoints: 2 -> 5; log_every: 1 -> 3" in ended.output
+    assert "update-00000006, with checkpoints.keep: 2 -> 5; monitoring.log_every: 1 -> 3" in ended.output
     assert finished.results() == uninterrupted.results
 
 
 def test_other_prompts_are_refused(distillation: Callable[..., Distillation], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a panda\na fox\n", encoding="utf-8")
-    run = distillation(prompts=str(prompts), updates=1)
+    run = distillation(updates=1, **{"data.prompts": str(prompts)})
     assert run.run().status == 0
     expected = run.results()
     for content, words in CHANGED_PROMPTS.items():

@@ -32,7 +32,7 @@ def test_everything_is_the_same_in_another_process(
     results, reports = [], []
     for hash_seed in ("1", "2"):
         run = distillation(hash_seed)
-        experts, prompts = ["--experts", str(run.folder / "experts")], str(run.settings["prompts"])
+        experts, prompts = ["--experts", str(run.folder / "experts")], str(run.settings["data"]["prompts"])
         output = str(run.folder / "samples" / "sampled.png")
         sampled = [*experts, "--prompts", prompts, "--seeds", "0", "1", "--output", output]
         compared = [*experts, "--prompts", prompts, "--seeds", "2", "--teacher_steps", "2", "--device", "cpu"]

@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_in_the_middle_of_a_file_ends_like_one_that_is_not(
     assert sum(path.stat().st_size == half["size"] for path in run.folder.rglob("*")) == 1
     assert not run.checkpoints
     half["size"] = (whole / "experts" / "low_noise.safetensors").stat().st_size // 2
-    ended = run.run("--resume", "checkpoint_every=100", faults=[half])
+    ended = run.run("--resume", "checkpoints.every=100", faults=[half])
     assert ended.status == -signal.SIGXFSZ, ended.errors
     assert [path.stat().st_size for path in (run.folder / "experts").iterdir()] == [half["size"]]
     run.check_nothing_half_written_counts()

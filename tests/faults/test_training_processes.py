@@ -32,7 +32,7 @@ def test_a_folder_is_of_one_process_until_that_ends(distillation: Callable[..., 
     first.send(signal.SIGKILL)
     assert first.wait().status == -signal.SIGKILL
     assert (run.folder / "checkpoints" / ".owner").exists(), "what a killed process leaves keeps nobody out"
-    assert run.run("updates=1", "checkpoint_every=2").status == 0
+    assert run.run("updates=1", "checkpoints.every=2").status == 0
 
 
 def test_a_second_run_is_not_mixed_into_a_first(

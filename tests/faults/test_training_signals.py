@@ -57,7 +57,7 @@ def test_a_second_sigint_ends_a_run_at_once(
 
 def test_the_command_itself_from_outside(distillation: Callable[..., Distillation]) -> None:
     """Thousands of updates, of which nobody knows which one is in progress."""
-    run = distillation(updates=5000, checkpoint_every=5000, sample_every=None)
+    run = distillation(updates=5000, **{"checkpoints.every": 5000, "validation.every": None})
     command = [sys.executable, str(ROOT / "training" / "distill.py"), *run.command()]
     program = subprocess.Popen(
         command,

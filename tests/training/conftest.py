@@ -24,7 +24,7 @@ def settings_of_run(teacher: Path, tmp_path: Path) -> dict[str, Any]:
     role = {"kind": "lora", "rank": 4, "alpha": 4, "lr": 1e-2}
     return {
         "model": {"path": str(teacher), "height": 16, "width": 16, "frames": 1, "max_sequence_length": 12},
-        "prompts": str(prompts),
+        "data": {"prompts": str(prompts)},
         "plan": {"steps": [2, 2], "shift": 3.0},
         "objective": {"guidance_scale": 2.0},
         "generator": role,
@@ -34,13 +34,10 @@ def settings_of_run(teacher: Path, tmp_path: Path) -> dict[str, Any]:
         "fake_updates": 2,
         "ema_decay": 0.9,
         "lr_decay_share": 0.5,
-        "tracker": None,
-        "log_every": 1,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 2,
-        "sample_every": None,
-        "sample_seeds": 2,
         "output_dir": str(tmp_path / "run"),
+        "checkpoints": {"every": 1, "keep": 2},
+        "validation": {"every": None, "seeds": 2},
+        "monitoring": {"tracker": None, "log_every": 1},
     }
 
 

@@ -32,7 +32,7 @@ def test_a_run_after_it_loads_no_encoder_and_it_loads_no_network(
         for i, prompt in enumerate(("a panda", "a fox on red ice")):
             tiny_families.picture(i, (64, 48)).save(tmp_path / f"{i}.png")
             lines.append(json.dumps({"prompt": prompt, "image": f"{i}.png"}))
-        settings_of_run["prompts"] = str(tmp_path / "prompts.jsonl")
+        settings_of_run["data"]["prompts"] = str(tmp_path / "prompts.jsonl")
         (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings_of_run), encoding="utf-8")

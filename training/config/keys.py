@@ -6,6 +6,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -29,6 +30,9 @@ def fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, str, str]]
         if is_section(kind):
             yield from fields_of(kind, f"{prefix}{name}.")
             continue
+        for item in itertools.chain.from_iterable(map(get_args, get_args(kind))):
+            if is_section(item):  # a list of them
+                yield from fields_of(item, f"{prefix}{name}[].")
         choices = f" of {'|'.join(get_args(kind))}" if get_origin(kind) is Literal else ""
         yield f"{prefix}{name}", default + choices, described.get(name, "")
 
@@ -69,7 +73,7 @@ def suggestion(name: str, known: Sequence[str]) -> str:
         name: The unknown key.
         known: Every key there is.
     """
-    *_, last = parts = name.split(".")
+    *_, last = parts = re.sub(r"\[\d+\]", "[]", name).split(".")
     meant: list[str] = []
     elsewhere = [key for key in known if key.rpartition(".")[2] == last]
     options: list[str] = []
@@ -81,6 +85,7 @@ def suggestion(name: str, known: Sequence[str]) -> str:
             break
         meant += near
     whole = [".".join(meant)] if len(meant) == len(parts) else []
-    if likely := list(dict.fromkeys([*whole, *elsewhere]))[:3]:
+    likely = whole if meant[-1:] == [last] else list(dict.fromkeys([*whole, *elsewhere]))
+    if likely:
         return f"did you mean {' or '.join(map(repr, likely))}?"
     return f"expected{' in ' + '.'.join(meant) if meant else ''}: {', '.join(options)}"

@@ -237,8 +237,7 @@ def parse_config(data: Mapping[str, Any], source: str) -> DistillConfig:
     except PhasePlanError as error:
         raise ConfigError(f"{source}: plan: {error}") from None
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _lines(problem)]
-        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+        raise ConfigError("\n".join(f"{source}: {line}" for line in _lines(error.errors()))) from None
 
 
 def with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,25 +257,40 @@ def leaves_of(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _lines(problem: ErrorDetails) -> Iterator[str]:
-    """A line for each key that a problem is about."""
-    name = ".".join(str(part) for part in problem["loc"])
-    found, message = problem["input"], problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+def _lines(problems: Sequence[ErrorDetails]) -> list[str]:
+    """What is wrong, a line for each key.
+
+    A value that may be of several types has a problem with each of them: those with what is inside it say the most.
+    """
+    by_name: dict[str, list[ErrorDetails]] = {}
+    for problem in problems:
+        by_name.setdefault(_name(problem["loc"]), []).append(problem)
+    outer = {name for name in by_name for other in by_name if name and other.startswith((f"{name}.", f"{name}["))}
+    return [line for name, found in by_name.items() if name not in outer for line in _lines_of(name, found)]
+
+
+def _name(place: Sequence[int | str]) -> str:
+    """The dotted key of a place, without the types among which a value chooses, such as ``list[int]``."""
+    keys = [part for part in place if isinstance(part, int) or (part.isidentifier() and part not in ("int", "float"))]
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+
+
+def _lines_of(name: str, problems: Sequence[ErrorDetails]) -> Iterator[str]:
+    first = problems[0]
+    found = repr(first["input"]) if len(repr(first["input"])) < 60 else f"{first['input']!r:.57}..."
+    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = [key for key, _, _ in fields_of(DistillConfig)]
-        for unknown in leaves_of({name: found}):
+        for unknown in leaves_of({name: first["input"]}):
             yield f"unknown key {unknown!r}, {suggestion(unknown, known)}"
-    elif problem["type"] == "missing":
+    elif first["type"] == "missing":
         yield f"{name} is required"
-    elif problem["type"] == "value_error":  # of a section: those of the library start with the name of a field
-        own = re.match(r"[a-z_]+: ", message)
-        yield f"{name}{'.' if own else ': '}{message}" if name else message
-    elif problem["type"] in ("model_type", "dataclass_type"):
-        yield f"{name}: expected a section of keys, found {_short(found)}"
+    elif first["type"] == "value_error":  # of a section: those of the library start with the name of a field
+        separator = "." if re.match(r"[a-z_]+: ", messages[0]) else ": "
+        yield f"{name}{separator}{messages[0]}" if name else messages[0]
+    elif first["type"] in ("model_type", "dataclass_type"):
+        yield f"{name}: expected a section with keys, found {found}"
     else:
-        yield f"{name}: {message}, found {_short(found)}"
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) < 60 else f"{shown[:57]}..."
+        types = " or ".join(message.partition(", unable")[0] for message in messages)
+        wanted = types.replace("or Input should be", "or").replace("tuple", "list")
+        yield f"{name}: {wanted}, found {found}"

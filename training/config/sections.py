@@ -68,9 +68,10 @@ class DataSection(ExampleSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.buckets, list):
-            given = sum(bucket.share is not None for bucket in self.buckets)
-            if not self.buckets or 0 < given < len(self.buckets):
-                count = len(self.buckets)
+            given, count = sum(bucket.share is not None for bucket in self.buckets), len(self.buckets)
+            if not count:
+                raise ValueError("buckets: expected at least one size, or null, found none")
+            if 0 < given < count:
                 raise ValueError(f"buckets: a share is for all of them or for none, found {given} of {count}")
 
     @property

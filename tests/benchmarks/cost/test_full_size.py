@@ -43,11 +43,11 @@ def test_a_model_that_does_not_fit_is_a_line_of_the_table(monkeypatch: pytest.Mo
 
 
 def test_samples_are_those_of_the_recipe() -> None:
-    teacher = released_teacher(recipe_of("wan2_2_t2v_a14b", ["offload_idle_network=false"]), 1, "meta")
+    teacher = released_teacher(recipe_of("wan2_2_t2v_a14b", ["memory.offload_idle_network=false"]), 1, "meta")
     assert list(teacher.networks) == ["transformer", "transformer_2"]
     assert teacher.shape == (16, 21, 60, 104) and teacher.conditioning == {"prompt_embeds": (512, 4096)}
     assert released_teacher(recipe_of("qwen_image", []), 1, "meta").shape == (16, 1, 166, 166)
-    images = released_teacher(recipe_of("wan2_2_i2v_a14b", ["offload_idle_network=false"]), 1, "meta")
+    images = released_teacher(recipe_of("wan2_2_i2v_a14b", ["memory.offload_idle_network=false"]), 1, "meta")
     assert images.conditioning == {"prompt_embeds": (512, 4096), "image_latents": (16, 21, 60, 104)}
 
 

@@ -74,7 +74,9 @@ def test_a_released_teacher_has_the_real_widths_and_the_asked_number_of_blocks(m
     assert {model: blocks for model, (blocks, _) in counted.items()} == dict(zip(MODELS, (30, 40, 40, 60), strict=True))
     assert counted["qwen_image"][1] == pytest.approx(20.43e9, rel=1e-3)
     assert counted["wan2_2_t2v_a14b"][1] == counted["wan2_1_t2v_14b"][1], "one of its two networks at a time"
-    both = load_config(CONFIGS / "wan2_2_t2v_a14b_phased_single_gpu.yaml", [*SMALL, "offload_idle_network=false"])
+    both = load_config(
+        CONFIGS / "wan2_2_t2v_a14b_phased_single_gpu.yaml", [*SMALL, "memory.offload_idle_network=false"]
+    )
     assert blocks_of(both)[1] == 2 * counted["wan2_1_t2v_14b"][1]
     config = load_config(CONFIGS / "wan2_1_t2v_1_3b_phased_single_gpu.yaml", SMALL)
     teacher = released_teacher(config, 1, "cpu")

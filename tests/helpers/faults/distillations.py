@@ -25,13 +25,9 @@ SETTINGS: dict[str, Any] = {
     "fake_updates": 1,
     "ema_decay": 0.9,
     "lr_decay_share": 0.5,
-    "tracker": None,
-    "log_every": 1,
-    "checkpoint_every": 2,
-    "keep_checkpoints": 2,
-    "sample_every": 3,
-    "sample_seeds": 1,
-    "watch": {"page": False},
+    "checkpoints": {"every": 2, "keep": 2},
+    "validation": {"every": 3, "seeds": 1},
+    "monitoring": {"tracker": None, "log_every": 1, "page": False},
 }
 """Six updates in two phases; checkpoints after 2, 4 and 6, samples after 3 and 6."""
 RESULTS = ("metrics.jsonl", "experts/*.safetensors", "experts/*.json", "experts/scheduler/*", "samples/*", "watch/v*")

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from training import distill, evaluate, sample
-from training.config.schema import DistillConfig, fields_of
+from training.config.keys import fields_of
+from training.config.schema import DistillConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -84,6 +85,35 @@ def test_clips_are_sampled_into_a_filmstrip_and_an_animation(teacher: Path, tmp_
     assert output.exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        *(
+            (f"{role}.lr={lr}", f"{role}.lr: expected a finite number above 0, found ")
+            for role in ("generator", "fake")
+            for lr in ("0", "-1e-4", ".inf", ".nan")
+        ),
+        *(
+            (f"fake.betas={betas}", "fake.betas: expected a finite number at least 0 and below 1, found ")
+            for betas in ("[1.0, 0.9]", "[0.0, -0.1]", "[0.0, .nan]")
+        ),
+        *((f"seed={seed}", "seed: Input should be ") for seed in ("-1", "9223372036854775808", "0.5", "x")),
+        *((f"ema_decay={decay}", "ema_decay: Input should be ") for decay in ("0", "1", "-0.5", "1.5", ".nan", ".inf")),
+        ("objective.guidance_scale=0.5", "objective.guidance_scale: expected a finite number at least 1, found 0.5"),
+        ("generator.rank=0", "generator.rank: expected a whole number at least 1, found 0"),
+        ("sample_every=3", "sample_every is validation.every now"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses_in_the_same_words(
+    config_file: Path, settings_of_run: dict[str, Any], capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    arguments = ["--config", str(config_file), override]
+    said = failure(capsys, distill.main, *arguments)
+    assert words in said
+    assert failure(capsys, distill.main, *arguments, "--dry-run") == said
+    assert not Path(settings_of_run["output_dir"]).exists()
+
+
 def test_user_mistakes_are_one_line(
     config_file: Path, tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +121,7 @@ def test_user_mistakes_are_one_line(
         return failure(capsys, distill.main, "--config", str(config_file), *overrides)
 
     assert "did you mean 'batch_size'" in refused("batch_sise=3")
-    assert "no such prompt file" in refused("prompts=missing.txt")
+    assert "no such prompt file" in refused("data.prompts=missing.txt")
     assert "neither a folder" in refused("model.path=nowhere")
     assert "no such config" in failure(capsys, distill.main, "--config", "missing.yaml")
     (tmp_path / "empty").mkdir()

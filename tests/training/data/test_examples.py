@@ -17,6 +17,7 @@ from PIL import Image
 from tests.helpers import hub as hub_module
 from tests.helpers.hub import Hub
 from tests.helpers.hub_client import Client
+from training.config.sections import DataSection
 from training.data.examples import Example, ExampleSource, PromptError, read_examples, read_prompts
 
 ROWS = [{"prompt": "a fox", "id": 1}, {"prompt": 'a "red"\npanda, asleep', "id": 2}, {"prompt": "鮭 on ice", "id": 3}]
@@ -121,13 +122,13 @@ def test_an_empty_prompt_is_refused_where_it_is(kind: str, tmp_path: Path) -> No
 def test_sizes_are_read_only_when_they_are_wanted(kind: str, tmp_path: Path) -> None:
     location = write(tmp_path, kind, [{"prompt": "a fox", "width": 832, "height": 480, "frames": 81}])
     assert [example.size for example in ExampleSource(location)] == [None]
-    assert [example.size for example in ExampleSource(location, sizes=True)] == [(832, 480, 81)]
+    assert [example.size for example in DataSection(location, buckets="columns")] == [(832, 480, 81)]
 
 
 @pytest.mark.parametrize("size", [{"width": 832}, {"width": -1, "height": 8}, {"width": "wide", "height": 8}])
 def test_a_size_that_is_none_is_refused(size: dict[str, Any], tmp_path: Path) -> None:
     location = write(tmp_path, "jsonl", [{"prompt": "a fox"}, {"prompt": "a panda", **size}])
-    assert "line 2: expected whole numbers" in refused(ExampleSource(location, sizes=True))
+    assert "line 2: expected whole numbers" in refused(DataSection(location, buckets="columns"))
     assert len(list(ExampleSource(location))) == 2
 
 

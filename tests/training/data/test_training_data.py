@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 
-from training.config.schema import ConfigError, DistillConfig, parse_config
+from tests.helpers.configs import changed
+from training.config.schema import ConfigError, DistillConfig
 from training.data.examples import PromptError
 from training.loop.dry_run import describe
 from training.loop.trainer import Trainer
@@ -27,16 +28,12 @@ def bucketed(settings_of_run: dict[str, Any], tmp_path: Path) -> DistillConfig:
     ]
     path = tmp_path / "words.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = {"prompt_column": "caption", "buckets": BUCKETS}
-    return parse_config({**settings_of_run, "prompts": str(path), "data": data}, "test")
+    data = {"prompts": str(path), "prompt_column": "caption", "buckets": BUCKETS}
+    return changed(settings_of_run, data=data)
 
 
 def metrics(config: DistillConfig) -> list[str]:
     return (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-
-
-def changed(config: DistillConfig, **values: Any) -> DistillConfig:
-    return parse_config({**config.model_dump(mode="json"), **values}, "test")
 
 
 def test_a_run_in_buckets_resumes_to_the_same_numbers_and_notices_other_prompts(
@@ -60,12 +57,13 @@ def test_a_run_in_buckets_resumes_to_the_same_numbers_and_notices_other_prompts(
 
     with mock.patch.object(trainer, "update", until_the_third), pytest.raises(RuntimeError, match="stopped"):
         trainer.run()
-    words = stopped.prompts.read_text(encoding="utf-8")
-    stopped.prompts.write_text(words.replace("a fox", "a wolf"), encoding="utf-8")
+    prompts = Path(stopped.data.prompts)
+    words = prompts.read_text(encoding="utf-8")
+    prompts.write_text(words.replace("a fox", "a wolf"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"words\.jsonl changed since the checkpoint") as caught:
         Trainer(stopped).run(resume=True)
     assert "\n" not in str(caught.value)
-    stopped.prompts.write_text(words, encoding="utf-8")
+    prompts.write_text(words, encoding="utf-8")
     Trainer(stopped).run(resume=True)
     assert metrics(stopped) == metrics(changed(bucketed, output_dir=str(tmp_path / "whole")))
 
@@ -77,22 +75,22 @@ def test_a_dry_run_counts_the_examples_of_every_bucket(bucketed: DistillConfig) 
 
 
 def test_sizes_that_the_model_does_not_have_and_empty_buckets_are_refused(bucketed: DistillConfig) -> None:
-    odd = changed(bucketed, data={"prompt_column": "caption", "buckets": [*BUCKETS, {"width": 17, "height": 16}]})
+    odd = changed(bucketed, **{"data.buckets": [*BUCKETS, {"width": 17, "height": 16}]})
     for run in (describe, Trainer):
         with pytest.raises(ConfigError, match=r"data\.buckets: .*17x16"):
             run(odd)
     shares = [{**bucket, "share": 1.0} for bucket in [*BUCKETS, {"width": 16, "height": 16}]]
-    bucketed.prompts.write_text('{"caption": "a fox", "width": 2, "height": 1}\n', encoding="utf-8")
+    Path(bucketed.data.prompts).write_text('{"caption": "a fox", "width": 2, "height": 1}\n', encoding="utf-8")
     with pytest.raises(PromptError, match=r"no example of .* suits 16x32: leave the bucket out"):
-        Trainer(changed(bucketed, data={"prompt_column": "caption", "buckets": shares}))
+        Trainer(changed(bucketed, **{"data.buckets": shares}))
     with pytest.raises(ConfigError, match="a share is for all of them or for none, found 1 of 2"):
-        changed(bucketed, data={"buckets": [{**BUCKETS[0], "share": 1.0}, BUCKETS[1]]})
+        changed(bucketed, **{"data.buckets": [{**BUCKETS[0], "share": 1.0}, BUCKETS[1]]})
 
 
 def test_columns_can_be_the_buckets(bucketed: DistillConfig) -> None:
     rows = [{"caption": "a", "width": 32, "height": 16}, {"caption": "b", "width": 16, "height": 16}]
-    bucketed.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    columns = changed(bucketed, data={"prompt_column": "caption", "buckets": "columns"})
+    Path(bucketed.data.prompts).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = changed(bucketed, **{"data.buckets": "columns"})
     data = Trainer(columns).data
     assert [str(bucket) for bucket in data.buckets] == ["32x16", "16x16"]
     assert [data.prompts.members(i).tolist() for i in (0, 1)] == [[0], [1]]

@@ -13,9 +13,10 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pdmd_core.families import family
+from tests.helpers.configs import changed
 from tests.helpers.tiny import transformer
 from tests.helpers.tiny_families import qwen_image, z_image
-from training.config.schema import ConfigError, load_config, parse_config
+from training.config.schema import ConfigError, load_config
 from training.distributed.context_parallel import divide_samples
 from training.loop.dry_run import describe
 
@@ -36,19 +37,20 @@ def refused(words: str, path: Path, *overrides: str, gpus: int) -> None:
 
 def test_sizes_and_heads_that_cannot_be_divided_are_one_line() -> None:
     refused(
-        "context_parallel: 2 processes cannot divide the 6889 tokens of 1328x1328; they can with a width of 1344",
-        *(QWEN, "context_parallel=2"),
+        "parallel.context_parallel: 2 processes cannot divide the 6889 tokens of 1328x1328; they can with a width of "
+        "1344",
+        *(QWEN, "parallel.context_parallel=2"),
         gpus=8,
     )
     refused(
-        "context_parallel: 5 processes cannot divide the 24 attention heads of QwenImageTransformer2DModel",
-        *(QWEN, "context_parallel=5"),
+        "parallel.context_parallel: 5 processes cannot divide the 24 attention heads of QwenImageTransformer2DModel",
+        *(QWEN, "parallel.context_parallel=5"),
         gpus=5,
     )
     refused(
-        "context_parallel: 4 processes cannot divide the 3402 tokens of 432x336, 21 frames; they can with a width of "
-        "448",
-        *(WAN, "context_parallel=4", "data.buckets=[{width: 432, height: 336, frames: 21}]"),
+        "parallel.context_parallel: 4 processes cannot divide the 3402 tokens of 432x336, 21 frames; they can with "
+        "a width of 448",
+        *(WAN, "parallel.context_parallel=4", "data.buckets=[{width: 432, height: 336, frames: 21}]"),
         gpus=8,
     )
 
@@ -56,9 +58,9 @@ def test_sizes_and_heads_that_cannot_be_divided_are_one_line() -> None:
 def test_a_kind_of_attention_that_would_see_half_of_the_tokens_is_one_line() -> None:
     with attention_backend("_native_math"):
         refused(
-            "context_parallel: diffusers cannot divide attention with its backend _native_math: leave "
+            "parallel.context_parallel: diffusers cannot divide attention with its backend _native_math: leave "
             "DIFFUSERS_ATTN_BACKEND unset",
-            *(WAN, "context_parallel=2"),
+            *(WAN, "parallel.context_parallel=2"),
             gpus=8,
         )
 
@@ -67,20 +69,20 @@ def test_a_family_that_diffusers_has_no_plan_for_is_one_line(settings_of_run: di
     z_image().save_pretrained(tmp_path / "z")
     settings_of_run["model"] |= {"path": str(tmp_path / "z")}
     with pytest.raises(ConfigError) as error:
-        describe(parse_config(settings_of_run | {"context_parallel": 2}, "test"), gpus=2)
+        describe(changed(settings_of_run, **{"parallel.context_parallel": 2}), gpus=2)
     assert str(error.value) == (
-        "context_parallel: diffusers cannot divide the tokens of ZImageTransformer2DModel: leave it out"
+        "parallel.context_parallel: diffusers cannot divide the tokens of ZImageTransformer2DModel: leave it out"
     )
 
 
 def test_compiled_blocks_are_refused(settings_of_run: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="compile is for samples that are whole: set context_parallel to 1"):
-        parse_config(settings_of_run | {"context_parallel": 2, "compile": "regional"}, "test")
+    with pytest.raises(ConfigError, match=r"for samples that are whole: set parallel\.context_parallel to 1"):
+        changed(settings_of_run, **{"parallel.context_parallel": 2, "compile": "regional"})
 
 
 def test_a_dry_run_divides_samples_among_groups_and_weights_as_before() -> None:
     alone, together = (
-        describe(load_config(QWEN, ["model.width=1344", f"context_parallel={degree}"]), gpus=8).splitlines()
+        describe(load_config(QWEN, ["model.width=1344", f"parallel.context_parallel={degree}"]), gpus=8).splitlines()
         for degree in (1, 2)
     )
     changed = [(a, b) for a, b in zip(alone, together, strict=True) if a != b]
@@ -136,4 +138,4 @@ def test_a_given_image_that_makes_tokens_uneven_is_one_line(last_of_four: None) 
     }
     with pytest.raises(ConfigError) as error:
         family("qwen_image").velocity(network, torch.zeros(1, 4, 1, 4, 4), 0.5, conditioning)
-    assert str(error.value) == "context_parallel: 2 processes cannot divide the 7 tokens of sample and image"
+    assert str(error.value) == "parallel.context_parallel: 2 processes cannot divide the 7 tokens of sample and image"

@@ -22,9 +22,10 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from pdmd_core.experts import PhasedExperts
+from tests.helpers.configs import changed
 from tests.helpers.prompt_files import write_prompts
 from tests.helpers.tiny_families import qwen_image, wan_image_two_networks, wan_two_networks
-from training.config.schema import ConfigError, load_config, parse_config
+from training.config.schema import ConfigError, load_config, with_values
 from training.distributed.sharding import check_processes
 from training.loop.checkpoints import list_checkpoints
 from training.loop.trainer import Trainer
@@ -36,30 +37,34 @@ TEACHERS = {
     "qwen": (qwen_image, (32, 48, 1), 143),
 }
 """How it is built; height, width and frames; tokens of a prompt, an odd number where processes divide them."""
-HALF = {"dtype": "bfloat16", "precision": "bf16", "micro_batch_size": 1, "gradient_checkpointing": True}
+HALF = {"dtype": "bfloat16", "precision": "bf16", "memory.micro_batch_size": 1, "memory.gradient_checkpointing": True}
 LORA, FULL = {"kind": "lora", "rank": 4, "alpha": 4, "lr": 1e-2}, {"kind": "full", "lr": 1e-3}
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"generator": LORA, "fake": FULL},
-    "lora-fsdp": {"sharding": "fsdp", "micro_batch_size": 1, "gradient_checkpointing": True},
-    "lora-1-to-2": {"sharding": "fsdp"},
+    "lora-fsdp": {"parallel.sharding": "fsdp", "memory.micro_batch_size": 1, "memory.gradient_checkpointing": True},
+    "lora-1-to-2": {"parallel.sharding": "fsdp"},
     "lora-2-to-1": {},
-    "lora-cp": {"context_parallel": 2, "guidance_batched": False, "gradient_checkpointing": True},
-    "lora-1-to-cp": {"context_parallel": 2, "micro_batch_size": 1},
+    "lora-cp": {
+        "parallel.context_parallel": 2,
+        "memory.guidance_batched": False,
+        "memory.gradient_checkpointing": True,
+    },
+    "lora-1-to-cp": {"parallel.context_parallel": 2, "memory.micro_batch_size": 1},
     "full": {"generator": FULL, "fake": LORA},
     "full-none": {},
-    "full-hsdp": {"sharding": "hsdp", "shard_size": 1},
+    "full-hsdp": {"parallel.sharding": "hsdp", "parallel.shard_size": 1},
     "full-2-to-1": {},
-    "full-cp-fsdp": {"context_parallel": 2, "sharding": "fsdp"},
+    "full-cp-fsdp": {"parallel.context_parallel": 2, "parallel.sharding": "fsdp"},
     "image": {"teacher": "image", "generator": LORA, "fake": LORA},
-    "image-1-to-2": {"sharding": "fsdp"},
+    "image-1-to-2": {"parallel.sharding": "fsdp"},
     "qwen": {"teacher": "qwen", "generator": LORA, "fake": LORA},
-    "qwen-1-to-2": {"sharding": "fsdp"},
-    "qwen-cp": {"context_parallel": 2},
+    "qwen-1-to-2": {"parallel.sharding": "fsdp"},
+    "qwen-cp": {"parallel.context_parallel": 2},
     "half": {**HALF, "generator": LORA, "fake": LORA},
-    "half-fsdp": {"sharding": "fsdp"},
+    "half-fsdp": {"parallel.sharding": "fsdp"},
     "sent": {**HALF, "generator": LORA, "fake": FULL},
-    "sent-fsdp": {"sharding": "fsdp"},
-    "sent-cp": {"context_parallel": 2},
+    "sent-fsdp": {"parallel.sharding": "fsdp"},
+    "sent-cp": {"parallel.context_parallel": 2},
 }
 """What a run changes of the one before its dash; the teacher is Wan's unless it says otherwise.
 
@@ -106,17 +111,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         build().save_pretrained(folder / "teachers" / name)
         model = {"path": str(folder / "teachers" / name), "height": height, "width": width, "frames": frames}
         prompts = write_prompts(folder / "teachers" / name, images=name == "image")
-        teachers[name] = {"model": {**model, "max_sequence_length": tokens}, "prompts": str(prompts)}
+        teachers[name] = {"model": {**model, "max_sequence_length": tokens}, "data.prompts": str(prompts)}
     shared: dict[str, Any] = {"plan": {"steps": [1, 1], "shift": 5.0}, "objective": {"guidance_scale": 2.0}}
-    shared |= {"updates": 2, "batch_size": 4, "fake_updates": 2, "ema_decay": 0.9, "checkpoint_every": 3}
-    shared |= {"log_every": 1, "tracker": None, "sample_every": None, "sample_seeds": 1}
+    shared |= {"updates": 2, "batch_size": 4, "fake_updates": 2, "ema_decay": 0.9, "checkpoints.every": 3}
+    shared |= {"monitoring.log_every": 1, "monitoring.tracker": None, "validation.every": None, "validation.seeds": 1}
     configs: dict[str, str] = {}
     for name, changes in RUNS.items():
         settings = {**shared, **RUNS[name.partition("-")[0]], **changes, "output_dir": str(folder / name)}
         settings |= copy.deepcopy(teachers[settings.pop("teacher", "wan")])
         settings["model"]["dtype"] = settings.pop("dtype", "float32")
         configs[name] = str(folder / f"{name}.yaml")
-        Path(configs[name]).write_text(yaml.safe_dump(settings), encoding="utf-8")
+        Path(configs[name]).write_text(yaml.safe_dump(with_values({}, settings)), encoding="utf-8")
     for name in ALONE:
         AcceleratorState._reset_state()  # it keeps the precision of the first run in a process
         Trainer(load_config(Path(configs[name]))).run()
@@ -181,19 +186,24 @@ def test_each_process_writes_its_shards_of_the_fake_once(runs: Finished) -> None
     ("changes", "words"),
     [
         ({"batch_size": 6}, "batch_size: 6 samples cannot be divided among 4 processes"),
-        ({"context_parallel": 3}, "context_parallel: 4 processes cannot be divided into groups of 3"),
+        ({"parallel.context_parallel": 3}, "parallel.context_parallel: 4 processes cannot be divided into groups of 3"),
         (
-            {"context_parallel": 2, "batch_size": 3},
+            {"parallel.context_parallel": 2, "batch_size": 3},
             "batch_size: 3 samples cannot be divided among 2 groups of 2 processes",
         ),
-        ({"sharding": "hsdp", "shard_size": 3}, "shard_size: 4 processes cannot be divided into groups of 3"),
+        (
+            {"parallel.sharding": "hsdp", "parallel.shard_size": 3},
+            "parallel.shard_size: 4 processes cannot be divided into groups of 3",
+        ),
     ],
 )
 def test_what_processes_cannot_divide_is_one_line(
     settings_of_run: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        check_processes(parse_config(settings_of_run | changes, "test"), 4)
+        check_processes(changed(settings_of_run, **changes), 4)
     assert str(error.value) == words
-    check_processes(parse_config(settings_of_run | {"batch_size": 8, "sharding": "hsdp", "shard_size": 2}, "test"), 4)
-    check_processes(parse_config(settings_of_run | {"batch_size": 2, "context_parallel": 2}, "test"), 4)
+    check_processes(
+        changed(settings_of_run, **{"batch_size": 8, "parallel.sharding": "hsdp", "parallel.shard_size": 2}), 4
+    )
+    check_processes(changed(settings_of_run, batch_size=2, **{"parallel.context_parallel": 2}), 4)

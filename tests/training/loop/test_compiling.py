@@ -12,7 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch._dynamo.utils import counters
 
-from training.config.schema import ConfigError, DistillConfig, parse_config
+from tests.helpers.configs import changed
+from training.config.schema import ConfigError, DistillConfig
 from training.loop.trainer import Trainer
 
 UPDATES = 4
@@ -29,9 +30,9 @@ def with_quick_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def changed(config: DistillConfig, **values: Any) -> DistillConfig:
-    settings = {"updates": UPDATES, "plan": {"steps": [2, 1], "shift": 3.0}, "gradient_checkpointing": True}
-    return parse_config({**config.model_dump(mode="json"), **settings, **values}, "test")
+def with_two_phases(config: DistillConfig, **values: Any) -> DistillConfig:
+    settings = {"updates": UPDATES, "plan": {"steps": [2, 1], "shift": 3.0}, "memory.gradient_checkpointing": True}
+    return changed(config, **settings | values)
 
 
 def updates_of(trainer: Trainer) -> list[tuple[dict[str, float], int]]:
@@ -50,8 +51,8 @@ def test_blocks_are_compiled_in_the_first_updates_of_a_phase_and_never_again(
     config: DistillConfig, with_quick_backend: None, tmp_path: Path
 ) -> None:
     config.output_dir.mkdir(parents=True)
-    plain = updates_of(Trainer(changed(config)))
-    compiled = updates_of(Trainer(changed(config, compile="regional")))
+    plain = updates_of(Trainer(with_two_phases(config)))
+    compiled = updates_of(Trainer(with_two_phases(config, compile="regional")))
     assert [graphs for _, graphs in plain] == [0] * 2 * UPDATES
     graphs = [graphs for _, graphs in compiled]
     assert graphs[0] > 0 and graphs[UPDATES] > 0
@@ -62,6 +63,6 @@ def test_blocks_are_compiled_in_the_first_updates_of_a_phase_and_never_again(
 
 
 def test_compiled_networks_are_whole(config: DistillConfig) -> None:
-    with pytest.raises(ConfigError, match="set sharding to none, or compile to none") as error:
-        changed(config, compile="regional", sharding="fsdp")
+    with pytest.raises(ConfigError, match=r"set parallel\.sharding to none, or compile to none") as error:
+        with_two_phases(config, compile="regional", **{"parallel.sharding": "fsdp"})
     assert "\n" not in str(error.value)

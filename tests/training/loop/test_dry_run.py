@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pdmd_core.families import TeacherRouting, family
 from pdmd_core.roles import FAKE, Roles
+from tests.helpers.configs import changed
 from tests.helpers.tiny_families import wan_two_networks
 from training.config.command_line import UserError
 from training.config.schema import ConfigError, load_config, parse_config
@@ -98,14 +99,14 @@ def test_shards_divide_the_base_and_full_copies_and_nothing_else(
     settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "fake": {"kind": "full"}, "batch_size": 8}
 
     def on(gpus: int, **changes: Any) -> dict[str, float]:
-        return role_bytes(describe(parse_config(settings_of_run | changes, "test"), gpus=gpus))
+        return role_bytes(describe(changed(settings_of_run, **changes), gpus=gpus))
 
     alone = on(1)
     assert on(8) == alone, "without sharding every GPU holds everything"
     for gpus, shards, changes in (
-        (8, 8, {"sharding": "fsdp"}),
-        (8, 4, {"sharding": "hsdp", "shard_size": 4}),
-        (4, 4, {"sharding": "fsdp"}),
+        (8, 8, {"parallel.sharding": "fsdp"}),
+        (8, 4, {"parallel.sharding": "hsdp", "parallel.shard_size": 4}),
+        (4, 4, {"parallel.sharding": "fsdp"}),
     ):
         found = on(gpus, **changes)
         for role in ("teacher", FAKE):
@@ -121,9 +122,9 @@ def test_shards_divide_the_base_and_full_copies_and_nothing_else(
 def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
     wan_two_networks().save_pretrained(tmp_path / "two")
     settings_of_run["model"] |= {"path": str(tmp_path / "two")}
-    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "gradient_checkpointing": True}
+    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "memory.gradient_checkpointing": True}
     both, one = (
-        role_bytes(describe(parse_config(settings_of_run | {"offload_idle_network": idle}, "test")))
+        role_bytes(describe(changed(settings_of_run, **{"memory.offload_idle_network": idle})))
         for idle in (False, True)
     )
     assert one["teacher"] == pytest.approx(both["teacher"] / 2, abs=0.06)
@@ -186,7 +187,9 @@ def alive(trainer: Trainer) -> tuple[int, set[str]]:
     return sum(t.numel() * t.element_size() for t in tensors), with_gradients
 
 
-@pytest.mark.parametrize("changes", [{}, {"offload_idle_experts": True}, {"micro_batch_size": 1}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory.offload_idle_experts": True}, {"memory.micro_batch_size": 1}, {"ema_decay": 0.9}]
+)
 def test_bytes_are_the_most_that_a_run_holds(
     settings_of_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -196,10 +199,10 @@ def test_bytes_are_the_most_that_a_run_holds(
     role = {"kind": "lora", "rank": 256, "alpha": 4, "lr": 1e-2}  # so that adapters are most of it
     settings_of_run |= {"plan": {"steps": [1, 1], "shift": 5.0}, "generator": role, "fake": role, "ema_decay": None}
     settings_of_run |= {"batch_size": 2, "updates": 2, "fake_updates": 1}
-    if changes.get("micro_batch_size"):
+    if changes.get("memory.micro_batch_size"):
         # gradients of a part are there when an expert comes for the next; together more than those of a small fake
-        changes = {**changes, "offload_idle_experts": True, "fake": {**role, "rank": 64}}
-    config = parse_config(settings_of_run | changes, "test")
+        changes = {**changes, "memory.offload_idle_experts": True, "fake": {**role, "rank": 64}}
+    config = changed(settings_of_run, **changes)
     trainer = Trainer(config)
     found: list[int] = []
 
@@ -246,7 +249,7 @@ def test_nothing_is_allocated() -> None:
 
 def test_what_cannot_be_described_is_one_line(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
     def refused(error: type[Exception], words: str, **model: Any) -> None:
-        config = parse_config(settings_of_run | {"model": settings_of_run["model"] | model}, "test")
+        config = changed(settings_of_run, model=settings_of_run["model"] | model)
         with pytest.raises(error, match=words) as caught:
             describe(config)
         assert len(str(caught.value).splitlines()) == 1

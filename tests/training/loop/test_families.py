@@ -18,10 +18,11 @@ from pdmd_core.pipelines import attach_experts
 from pdmd_core.roles import FAKE
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers import tiny_families
+from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
 from tests.helpers.prompt_files import write_prompts
 from tests.helpers.tiny import wan_pipeline
-from training.config.schema import ConfigError, DistillConfig, parse_config
+from training.config.schema import ConfigError, DistillConfig
 from training.data.buckets import SampleSize
 from training.data.examples import Example, PromptError, read_examples
 from training.evaluation.sampler import Sampler
@@ -73,8 +74,8 @@ def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> Distill
     model = {"path": str(teacher), "height": height, "width": width, "frames": frames}
     settings = {
         "model": {**model, "max_sequence_length": kind.tokens},
-        "prompts": str(write_prompts(folder, kind.images)),
-        "negative_prompt": "blurry",
+        "data.prompts": str(write_prompts(folder, kind.images)),
+        "data.negative_prompt": "blurry",
         "plan": {"steps": [2, 2], "shift": 5.0},
         "objective": {"guidance_scale": 2.0},
         "generator": role,
@@ -82,15 +83,15 @@ def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> Distill
         "updates": 2,
         "batch_size": 4,
         "fake_updates": 1,
-        "tracker": None,
-        "log_every": 1,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 10,
-        "sample_every": None,
-        "sample_seeds": 1,
+        "monitoring.tracker": None,
+        "monitoring.log_every": 1,
+        "checkpoints.every": 1,
+        "checkpoints.keep": 10,
+        "validation.every": None,
+        "validation.seeds": 1,
         "output_dir": str(folder / "run"),
     }
-    return parse_config({**settings, **changes}, "test")
+    return changed({}, **settings | changes)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -212,8 +213,8 @@ def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
     plan = {"steps": [4], "shift": 5.0}
     with pytest.raises(ConfigError, match=r"phase 'all_noise' runs at sigmas 1 to 0\.625, on both sides") as caught:
         Trainer(config_of(name, teachers[name], tmp_path, plan=plan))
-    assert "generator.component" in str(caught.value) and len(str(caught.value).splitlines()) == 1
-    role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "component": "transformer"}
+    assert "generator.components" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "components": ["transformer"]}
     config = config_of(name, teachers[name], tmp_path, plan=plan, generator=role)
     experts = PhasedExperts.open(Trainer(config).run())
     assert [expert.component for expert in experts.manifest.experts] == ["transformer"]
@@ -226,8 +227,8 @@ def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
 
 
 def test_a_component_that_the_teacher_does_not_have_is_one_line(teachers: dict[str, Path], tmp_path: Path) -> None:
-    role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "component": "transformer_2"}
-    with pytest.raises(ConfigError, match=r"generator\.component: the teacher has no transformer_2") as caught:
+    role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "components": ["transformer_2"]}
+    with pytest.raises(ConfigError, match=r"generator\.components: the teacher has no transformer_2") as caught:
         Trainer(config_of("qwen image", teachers["qwen image"], tmp_path, generator=role))
     assert len(str(caught.value).splitlines()) == 1
 
@@ -272,7 +273,7 @@ def test_prompts_without_images_and_sample_prompts_are_refused_by_image_teachers
     name = "wan 2.2 a14b image"
     (tmp_path / "p.txt").write_text("a panda\na fox\n", encoding="utf-8")
     with pytest.raises(PromptError, match="takes an image with each prompt, 2 of 2 have none") as caught:
-        Trainer(config_of(name, teachers[name], tmp_path, prompts=str(tmp_path / "p.txt")))
+        Trainer(config_of(name, teachers[name], tmp_path, **{"data.prompts": str(tmp_path / "p.txt")}))
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(PromptError, match="sample_prompts: the teacher takes images"):
-        Trainer(config_of(name, teachers[name], tmp_path, sample_prompts=["a fox"]))
+    with pytest.raises(PromptError, match=r"validation\.prompts: the teacher takes images"):
+        Trainer(config_of(name, teachers[name], tmp_path, **{"validation.prompts": ["a fox"]}))

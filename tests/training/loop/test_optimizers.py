@@ -12,8 +12,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import Optimizer
 
+from tests.helpers.configs import changed
 from training.config.command_line import UserError
-from training.config.schema import ConfigError, parse_config, with_overrides
+from training.config.schema import ConfigError
 from training.config.sections import RoleSection
 from training.loop.checkpoints import load_tensors, save_checkpoint
 from training.loop.optimizers import MOMENTS, make_optimizer, make_state, set_rate
@@ -134,9 +135,9 @@ def test_state_goes_through_a_checkpoint(kind: str, tmp_path: Path) -> None:
 def test_8_bits_are_for_whole_weights(settings_of_run: dict[str, Any]) -> None:
     full = {"kind": "full", "optimizer": "adamw_8bit"}
     with pytest.raises(ConfigError, match=r"fake\.optimizer: adamw_8bit is for weights that are whole: use adamw"):
-        parse_config(settings_of_run | {"fake": full, "sharding": "fsdp"}, "test")
-    parse_config(settings_of_run | {"fake": full}, "test")
-    parse_config(settings_of_run | {"fake": {"kind": "lora", "optimizer": "adamw_8bit"}, "sharding": "fsdp"}, "test")
+        changed(settings_of_run, **{"fake": full, "parallel.sharding": "fsdp"})
+    changed(settings_of_run, fake=full)
+    changed(settings_of_run, **{"fake.kind": "lora", "fake.optimizer": "adamw_8bit", "parallel.sharding": "fsdp"})
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +154,7 @@ def test_a_missing_library_is_said_before_anything_is_loaded(
     for name in ("torchao", "torchao.optim", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("training.loop.trainer.load_image_side", lambda *_: pytest.fail("a teacher was loaded"))
-    config = parse_config(with_overrides(settings_of_run, [f"{k}={v}" for k, v in changes.items()]), "test")
+    config = changed(settings_of_run, **changes)
     with pytest.raises(UserError, match=r"takes the package torchao .* pip install 'phased-dmd\[low-memory\]'"):
         Trainer(config)
 

@@ -15,19 +15,16 @@ from safetensors.torch import load_file
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.format.fingerprint import fingerprint_of
 from pdmd_core.roles import FAKE
+from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
 from tests.helpers.tiny import transformer
-from training.config.schema import ConfigError, DistillConfig, parse_config
+from training.config.schema import ConfigError, DistillConfig
 from training.loop.checkpoints import list_checkpoints
 from training.loop.trainer import Trainer, TrainingStopped
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def changed(config: DistillConfig, **values: Any) -> DistillConfig:
-    return parse_config({**config.model_dump(mode="json"), **values}, "test")
 
 
 def test_a_run_leaves_experts_metrics_samples_and_its_configuration(config: DistillConfig) -> None:
@@ -53,9 +50,9 @@ def test_a_run_leaves_experts_metrics_samples_and_its_configuration(config: Dist
 def test_a_run_stopped_at_any_update_resumes_to_the_same_numbers(
     config: DistillConfig, tmp_path: Path, stop_after: int
 ) -> None:
-    whole = Trainer(changed(config, output_dir=str(tmp_path / "whole"), checkpoint_every=2))
+    whole = Trainer(changed(config, output_dir=str(tmp_path / "whole"), **{"checkpoints.every": 2}))
     whole.run()
-    broken = changed(config, output_dir=str(tmp_path / "broken"), checkpoint_every=2)
+    broken = changed(config, output_dir=str(tmp_path / "broken"), **{"checkpoints.every": 2})
     run_and_stop(Trainer(broken), stop_after)
     Trainer(broken).run(resume=True)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
@@ -91,7 +88,8 @@ def test_the_fake_starts_each_phase_as_the_teacher(config: DistillConfig) -> Non
 def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfig, tmp_path: Path) -> None:
     rows = []
     for checkpointing in (False, True):
-        run = changed(config, gradient_checkpointing=checkpointing, output_dir=str(tmp_path / str(checkpointing)))
+        own = {"memory.gradient_checkpointing": checkpointing, "output_dir": str(tmp_path / str(checkpointing))}
+        run = changed(config, **own)
         Trainer(run).run()
         rows.append(metrics(run.output_dir))
     for plain, recomputed in zip(*rows, strict=True):
@@ -101,7 +99,7 @@ def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfi
 
 def test_samples_are_made_in_the_parts_that_updates_are_made_in(config: DistillConfig) -> None:
     """As many at once as memory has room for; the same samples."""
-    trainer = Trainer(changed(config, micro_batch_size=4, updates=1))
+    trainer = Trainer(changed(config, updates=1, **{"memory.micro_batch_size": 4}))
     trainer.run()
     counts, made = [], []
     decode = trainer.family.decode
@@ -113,7 +111,7 @@ def test_samples_are_made_in_the_parts_that_updates_are_made_in(config: DistillC
 
     with mock.patch.object(trainer.family, "decode", counted):
         for size in (None, 4):
-            trainer.config = changed(config, micro_batch_size=size)
+            trainer.config = changed(config, **{"memory.micro_batch_size": size})
             trainer._validate("again")
     assert counts == [6, 4, 2], "three prompts, two seeds"
     torch.testing.assert_close(torch.cat(made[1:]), made[0], atol=1e-4, rtol=0)
@@ -175,7 +173,7 @@ def test_a_bad_loss_skips_the_update_is_counted_and_stops_the_run(config: Distil
 
 def test_a_changed_configuration_is_not_resumed(config: DistillConfig) -> None:
     Trainer(config).run()
-    Trainer(changed(config, log_every=5)).run(resume=True)
+    Trainer(changed(config, **{"monitoring.log_every": 5})).run(resume=True)
     with pytest.raises(ConfigError, match="batch_size: 4 -> 8") as error:
         Trainer(changed(config, batch_size=8)).run(resume=True)
     assert "\n" not in str(error.value)

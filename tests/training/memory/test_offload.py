@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pdmd_core.roles import Roles
+from tests.helpers.configs import changed
 from tests.helpers.tiny_families import wan_two_networks
-from training.config.schema import ConfigError, DistillConfig, parse_config
+from training.config.schema import ConfigError, DistillConfig
 from training.loop.trainer import Trainer
 from training.memory.offload import OneOnDevice
 
@@ -52,12 +53,13 @@ def test_a_network_comes_when_it_is_asked_for_after_the_other_has_gone() -> None
 def config(settings_of_run: dict[str, Any], tmp_path: Path) -> DistillConfig:
     wan_two_networks().save_pretrained(tmp_path / "two")
     settings_of_run["model"] |= {"path": str(tmp_path / "two")}
-    changes = {"plan": {"steps": [1, 1], "shift": 5.0}, "batch_size": 6, "updates": 2, "gradient_checkpointing": True}
-    return parse_config(settings_of_run | changes, "test")
-
-
-def changed(config: DistillConfig, **values: Any) -> DistillConfig:
-    return parse_config({**config.model_dump(mode="json"), **values}, "test")
+    changes = {
+        "plan": {"steps": [1, 1], "shift": 5.0},
+        "batch_size": 6,
+        "updates": 2,
+        "memory.gradient_checkpointing": True,
+    }
+    return changed(settings_of_run, **changes)
 
 
 def metrics(config: DistillConfig) -> list[dict[str, Any]]:
@@ -81,7 +83,8 @@ def test_a_run_never_computes_with_the_network_that_is_away(
             tensor.data = torch.full_like(tensor, float("nan"))
 
     monkeypatch.setattr(OneOnDevice, "_send_home", poison)
-    one = changed(config, offload_idle_network=True, guidance_batched=False, output_dir=str(tmp_path / "one"))
+    saving = {"memory.offload_idle_network": True, "memory.guidance_batched": False}
+    one = changed(config, output_dir=str(tmp_path / "one"), **saving)
     Trainer(one).run()
     assert len(brought) > 10 and set(brought) == {"transformer", "transformer_2"}
     for row, wanted in zip(metrics(one), metrics(config), strict=True):
@@ -93,9 +96,15 @@ def test_a_run_never_computes_with_the_network_that_is_away(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"offload_idle_network": True, "sharding": "fsdp"}, "set sharding to none"),
-        ({"offload_idle_network": True, "gradient_checkpointing": False}, "frees memory only with gradient_checkpoi"),
-        ({"offload_idle_experts": True, "sharding": "hsdp"}, "keeps experts whole: set sharding to none"),
+        ({"memory.offload_idle_network": True, "parallel.sharding": "fsdp"}, "set parallel.sharding to none"),
+        (
+            {"memory.offload_idle_network": True, "memory.gradient_checkpointing": False},
+            "frees memory only with memory.gradient_c",
+        ),
+        (
+            {"memory.offload_idle_experts": True, "parallel.sharding": "hsdp"},
+            "keeps experts whole: set parallel.sharding to none",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_one_line(config: DistillConfig, changes: dict[str, Any], words: str) -> None:
@@ -147,12 +156,12 @@ def test_idle_experts_are_on_the_device_only_while_they_compute(
     """Also of a run that is resumed in its second phase, of three."""
     role = {"kind": kind, "rank": 4, "alpha": 4, "lr": 1e-2 if kind == "lora" else 1e-4}
     settings_of_run |= {"plan": {"steps": [1, 1, 1], "shift": 5.0}, "generator": role, "updates": 1}
-    settings_of_run |= {"gradient_checkpointing": True, "keep_checkpoints": 9}
-    together = parse_config(settings_of_run, "test")
+    together = changed(settings_of_run, **{"memory.gradient_checkpointing": True, "checkpoints.keep": 9})
     Trainer(together).run()
     computed = request.getfixturevalue("device_of_its_own")
     apart, resumed = (
-        changed(together, offload_idle_experts=True, output_dir=str(tmp_path / name)) for name in ("apart", "resumed")
+        changed(together, output_dir=str(tmp_path / name), **{"memory.offload_idle_experts": True})
+        for name in ("apart", "resumed")
     )
     Trainer(apart).run()
     shutil.copytree(

@@ -13,9 +13,10 @@ from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.format.fingerprint import fingerprint_of
 from pdmd_core.families import family
 from pdmd_core.roles import FAKE, TEACHER, Roles, RoleSpec
+from tests.helpers.configs import changed
 from tests.helpers.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, transformer
 from training.config.command_line import UserError
-from training.config.schema import ConfigError, parse_config
+from training.config.schema import ConfigError
 from training.loop.trainer import Trainer
 from training.memory.quantization import quantize, quantized_numbers
 
@@ -74,7 +75,7 @@ def test_adapters_on_it_get_gradient_and_pass_it_on(kind: str) -> None:
 
 def test_a_run_on_it_ends_in_experts_for_the_base(settings_of_run: dict[str, Any]) -> None:
     settings_of_run["model"] |= {"quantization": "int8"}
-    trainer = Trainer(parse_config(settings_of_run | {"updates": 2}, "test"))
+    trainer = Trainer(changed(settings_of_run, updates=2))
     experts = PhasedExperts.open(trainer.run())
     assert trainer.progress.bad == 0
     assert experts.manifest.base.fingerprints == {"transformer": fingerprint_of(transformer())}  # of the whole weights
@@ -87,7 +88,7 @@ def test_a_run_on_it_ends_in_experts_for_the_base(settings_of_run: dict[str, Any
     [
         ({"fake": {"kind": "full"}}, "set fake.kind to lora"),
         ({"generator": {"kind": "full"}}, "set generator.kind to lora"),
-        ({"sharding": "fsdp"}, "set sharding to none"),
+        ({"parallel.sharding": "fsdp"}, "set parallel.sharding to none"),
     ],
 )
 def test_what_does_not_go_with_it_is_one_line(
@@ -95,7 +96,7 @@ def test_what_does_not_go_with_it_is_one_line(
 ) -> None:
     settings_of_run["model"] |= {"quantization": "int8"}
     with pytest.raises(ConfigError, match=words) as error:
-        parse_config(settings_of_run | changes, "test")
+        changed(settings_of_run, **changes)
     assert "\n" not in str(error.value)
 
 

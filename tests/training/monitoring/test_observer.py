@@ -18,8 +18,9 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
-from training.config.schema import DistillConfig, parse_config
+from training.config.schema import DistillConfig
 from training.loop.trainer import Trainer
 from training.monitoring import observer as observer_module
 from training.monitoring.jsonl import JsonLines, monitoring_log
@@ -27,10 +28,6 @@ from training.monitoring.page import main as page_main
 from training.monitoring.page import write_page
 
 SEEN = ("performance", "validations", "warnings")
-
-
-def changed(config: DistillConfig, **values: Any) -> DistillConfig:
-    return parse_config({**config.model_dump(mode="json"), **values}, "test")
 
 
 class Page(HTMLParser):
@@ -70,21 +67,24 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     role = {"kind": "lora", "rank": 4, "alpha": 4, "lr": 1e-2}
     settings: dict[str, Any] = {
         "model": {"path": str(teacher), "height": 16, "width": 16, "frames": 5, "max_sequence_length": 12},
-        "prompts": str(prompts),
+        "data.prompts": str(prompts),
         "plan": {"steps": [2, 2], "shift": 3.0},
         "generator": role,
         "fake": role,
         "updates": 4,
         "batch_size": 2,
         "fake_updates": 1,
-        "log_every": 2,
-        "checkpoint_every": 4,
-        "sample_every": 2,
-        "sample_seeds": 2,
-        "watch": {"window": 3, "smallest_motion": 1e6, "share_of_time": 1, "diversity_fall": 0.01},
+        "monitoring.log_every": 2,
+        "checkpoints.every": 4,
+        "validation.every": 2,
+        "validation.seeds": 2,
+        "monitoring.window": 3,
+        "monitoring.smallest_motion": 1e6,
+        "monitoring.share_of_time": 1,
+        "monitoring.diversity_fall": 0.01,
         "output_dir": str(folder / "run"),
     }
-    Trainer(parse_config(settings, "test")).run()
+    Trainer(changed({}, **settings)).run()
     return folder / "run"
 
 
@@ -152,8 +152,8 @@ def test_a_page_of_hostile_names_stays_a_page(config: DistillConfig, tmp_path: P
 
 
 def test_a_resumed_run_keeps_what_was_seen_and_does_not_repeat_itself(config: DistillConfig) -> None:
-    watch = {"window": 3, "smallest_motion": 1e6, "share_of_time": 1}
-    watched = changed(config, watch=watch, sample_every=1, checkpoint_every=2)
+    limits = {"monitoring.window": 3, "monitoring.smallest_motion": 1e6, "monitoring.share_of_time": 1}
+    watched = changed(config, **limits, **{"validation.every": 1, "checkpoints.every": 2})
     run_and_stop(Trainer(watched), after=5)
     run = config.output_dir
     assert [line["update"] for line in monitoring_log(run, "performance").read()] == [1, 2, 3, 4, 5]
@@ -178,7 +178,7 @@ def test_a_resumed_run_keeps_what_was_seen_and_does_not_repeat_itself(config: Di
 def test_nothing_that_fails_in_watching_ends_a_run(
     broken: str, config: DistillConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = Trainer(changed(config, sample_every=1, updates=2))
+    trainer = Trainer(changed(config, updates=2, **{"validation.every": 1}))
     failing: Callable[..., Any] = mock.Mock(side_effect=OSError("no space\nleft on device"))
     with mock.patch(f"{observer_module.__name__}.{broken}", failing):
         assert (trainer.run() / "phased_experts.json").exists()
@@ -189,11 +189,11 @@ def test_nothing_that_fails_in_watching_ends_a_run(
 
 def test_the_page_waits_for_the_end_when_watching_takes_too_long(config: DistillConfig) -> None:
     pages = mock.Mock(return_value=None)
-    trainer = Trainer(changed(config, sample_every=1, watch={"share_of_time": 0}))
+    trainer = Trainer(changed(config, **{"validation.every": 1, "monitoring.share_of_time": 0}))
     with mock.patch(f"{observer_module.__name__}.write_page", pages):
         trainer.run()
     assert pages.call_count == 1
-    trainer = Trainer(changed(config, sample_every=1, watch={"page": False}))
+    trainer = Trainer(changed(config, **{"validation.every": 1, "monitoring.page": False}))
     with mock.patch(f"{observer_module.__name__}.write_page", pages):
         trainer.run()
     assert pages.call_count == 1
