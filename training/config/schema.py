@@ -271,7 +271,7 @@ def _lines(problems: Sequence[ErrorDetails]) -> list[str]:
 
 def _name(place: Sequence[int | str]) -> str:
     """The dotted key of a place, without the types among which a value chooses, such as ``list[int]``."""
-    keys = [part for part in place if isinstance(part, int) or (part.isidentifier() and part not in ("int", "float"))]
+    keys = [part for part in place if isinstance(part, int) or not (part == "int" or "[" in part)]
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
 
 

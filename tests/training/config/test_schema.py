@@ -50,6 +50,7 @@ def test_the_four_methods_are_configs_of_one_code_path() -> None:
     [
         ("batchsize", "did you mean 'batch_size'?"),
         ("objective.guidance", "did you mean 'objective.guidance_scale'?"),
+        ("batch-size", "did you mean 'batch_size'?"),
         ("genrator.lr", "did you mean 'generator.lr'?"),
         ("checkpoint.evry", "did you mean 'checkpoints.every'?"),
         ("genrator", "did you mean 'generator'?"),

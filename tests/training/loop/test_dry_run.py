@@ -122,7 +122,7 @@ def test_shards_divide_the_base_and_full_copies_and_nothing_else(
 def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
     wan_two_networks().save_pretrained(tmp_path / "two")
     settings_of_run["model"] |= {"path": str(tmp_path / "two")}
-    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "memory.gradient_checkpointing": True}
+    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "memory": {"gradient_checkpointing": True}}
     both, one = (
         role_bytes(describe(changed(settings_of_run, **{"memory.offload_idle_network": idle})))
         for idle in (False, True)

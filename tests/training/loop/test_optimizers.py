@@ -31,7 +31,7 @@ def weights() -> list[nn.Parameter]:
 
 
 def optimizer_of(kind: str, parameters: list[nn.Parameter], **settings: object) -> Optimizer:
-    section = RoleSection.model_validate({"optimizer": kind, "lr": 1e-2, **settings})
+    section = RoleSection(optimizer=kind, lr=1e-2, **settings)
     return make_optimizer(parameters, section, CPU)
 
 
