@@ -1,13 +1,15 @@
 """The updates of one phase: which network is asked what, and the two losses that come of it.
 
-``PhasedDistiller`` owns no loop, no optimizer and no files; all randomness comes from the generator it is given.
-(Phased DMD, arXiv 2510.27684, algorithm 1.)
+``PhasedDistiller`` owns no loop, no optimizer and no files, and all randomness comes from the generator that it is
+given.
+
+Source: Phased DMD, arXiv 2510.27684, algorithm 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -15,12 +17,13 @@ from torch import Tensor
 
 from .checks import check_choice, check_number
 from .families import Conditioning
-from .flow import Sigma, renoise
+from .flow import Sigma
 from .noise_level import shift_sigma, unshift_sigma
 from .objectives import (
     FakeTarget,
     FakeWeighting,
     GeneratorWeighting,
+    RenoisedSamples,
     distribution_matching_loss,
     fake_score_loss,
     generator_direction,
@@ -30,6 +33,8 @@ from .roles import FAKE, TEACHER
 from .rollout import Rollout, Velocity, simulate
 
 ScoreRange = Literal["nested", "disjoint"]
+Rows = slice | Tensor
+"""Some of the samples of a batch: a slice, or indices of shape (samples,)."""
 
 
 class VelocityOfRole(Protocol):
@@ -75,8 +80,71 @@ class Objective:
         check_number("margin", self.margin, at_least=0, below=1)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What rollouts start from: noise, and what the samples are to show.
+
+    Attributes:
+        noise: Standard normal noise of shape (batch, ...) at sigma 1.
+        conditioning: The conditioning of each sample: name to tensor of shape (batch, ...).
+        negative: The same with the negative prompt, from which the teacher's guidance moves away; empty where no
+            teacher is asked.
+    """
+
+    noise: Tensor
+    conditioning: Conditioning
+    negative: Conditioning = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def rows(self, part: Rows) -> Batch:
+        """Take some of the samples."""
+        return Batch(self.noise[part], rows_of(self.conditioning, part), rows_of(self.negative, part))
+
+
+@dataclass(frozen=True)
+class Renoising:
+    """Where scores are compared: a noise level for each sample, and the noise that brings it there.
+
+    Attributes:
+        t: Sigmas of shape (batch,), between the end of the phase and 1.
+        noise: Standard normal noise of shape (batch, ...).
+    """
+
+    t: Tensor
+    noise: Tensor
+
+    def rows(self, part: Rows) -> Renoising:
+        """Take some of the samples."""
+        return Renoising(self.t[part], self.noise[part])
+
+
+@dataclass(frozen=True)
+class GeneratorLoss:
+    """The generator's loss, and what was measured on the way.
+
+    Attributes:
+        loss: Mean over the batch; it carries gradient.
+        score_distance: Mean of ``|v_teacher - v_fake|``, without gradient: how far the fake is from the teacher.
+    """
+
+    loss: Tensor
+    score_distance: Tensor
+
+
 class PhasedDistiller:
-    """Losses of phase ``phase`` of ``plan``; roles are "teacher", "fake" and the names of the plan's phases."""
+    """The losses of one phase of a plan. It owns no weights; the roles are "teacher", "fake" and the plan's phases.
+
+    Attributes:
+        plan: The phase plan.
+        phase: Index of the phase that trains.
+        networks: The velocities of the roles.
+        objective: The choices of the method.
+        guidance_batched: Whether the guided teacher sees prompt and negative prompt in one batch.
+        sigma_end: s, the sigma at which the phase ends.
+        score_interval: The open range of sigmas at which teacher and fake are compared.
+    """
 
     def __init__(
         self,
@@ -93,8 +161,6 @@ class PhasedDistiller:
         self.guidance_batched = guidance_batched
         self.sigma_end, _ = plan.interval(phase)
         self.score_interval = score_interval(plan, phase, objective.score_range)
-        self.score_distance = torch.zeros(())
-        """Mean |v_teacher - v_fake| where the last ``generator_loss`` compared them, without gradient."""
 
     @property
     def expert(self) -> str:
@@ -102,12 +168,27 @@ class PhasedDistiller:
         return self.plan.phases[self.phase].name
 
     def draw_step(self, generator: torch.Generator | None = None) -> int:
-        """The step inside the phase that trains (SGTS); uniform. Draw it from a generator that all ranks share."""
+        """Draw the step inside the phase that trains (stochastic gradient truncation), uniformly.
+
+        Args:
+            generator: A generator in the same state on all processes, since the step is one for a whole batch.
+
+        Returns:
+            The index of a step of the phase.
+        """
         steps = len(self.plan.phases[self.phase].sigmas)
         return int(torch.randint(steps, (), generator=generator)) if steps > 1 else 0
 
     def draw_score_sigma(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Noise levels t, shape (batch,), inside the open range where fake and teacher are compared (CPU tensor)."""
+        """Draw noise levels inside the open range where fake and teacher are compared.
+
+        Args:
+            batch: How many.
+            generator: Of the draws; torch's own when None.
+
+        Returns:
+            Sigmas of shape (batch,) on the CPU, uniform in raw time under the objective's ``score_shift``.
+        """
         shift = self.objective.score_shift
         low, high = (unshift_sigma(sigma, shift) for sigma in self.score_interval)
         edge = 1e-4 * (high - low)
@@ -126,50 +207,117 @@ class PhasedDistiller:
             )
         return t
 
-    def rollout(self, noise: Tensor, conditioning: Conditioning, step: int, gradient: bool) -> Rollout:
-        """Backward simulation to the end of the phase; see ``rollout.simulate``."""
-        experts = expert_velocities(self.networks, self.plan, conditioning)
-        return simulate(experts, self.plan, self.phase, step, noise, gradient)
+    def rollout(self, batch: Batch, step: int, gradient: bool) -> Rollout:
+        """Run the experts from noise to the end of the phase; see ``rollout.simulate``.
 
-    def fake_loss(self, x_s: Tensor, conditioning: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
-        """Score matching of the fake on the generator's samples x_s; mean over the batch. Gradient: the fake only."""
-        s = self.sigma_end
-        t = self._checked(t).to(x_s.device)
-        x_s = x_s.detach()
-        velocity = self.networks.velocity(FAKE, renoise(x_s, noise, s, t), t, conditioning)
-        loss = fake_score_loss(velocity, x_s, noise, s, t, self.objective.fake_weighting, self.objective.fake_target)
-        return loss.mean()
+        Args:
+            batch: What the rollout starts from.
+            step: The step inside the phase from which it jumps to the end.
+            gradient: Whether that jump is recorded for the backward pass.
 
-    def generator_loss(
-        self, rollout: Rollout, conditioning: Conditioning, negative: Conditioning, t: Tensor, noise: Tensor
-    ) -> Tensor:
-        """Distribution matching at x_s of a rollout with gradient; mean over the batch. Gradient: the expert only."""
-        s = self.sigma_end
-        t = self._checked(t).to(rollout.x_s.device)
+        Returns:
+            The samples at the end of the phase and how the last step made them.
+        """
+        experts = expert_velocities(self.networks, self.plan, batch.conditioning)
+        return simulate(experts, self.plan, self.phase, step, batch.noise, gradient)
+
+    def fake_loss(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising) -> Tensor:
+        """Score matching of the fake on the generator's samples. Only the fake gets gradient.
+
+        Args:
+            x_s: Samples of shape (batch, ...) at the end of the phase.
+            conditioning: Their conditioning.
+            renoising: Where they are brought to.
+
+        Returns:
+            The mean loss over the batch.
+
+        Raises:
+            ValueError: If a sigma lies where scores of this phase are not compared.
+        """
+        samples = self._renoised(x_s.detach(), renoising)
+        velocity = self.networks.velocity(FAKE, samples.x_t, samples.t, conditioning)
+        return fake_score_loss(velocity, samples, self.objective.fake_weighting, self.objective.fake_target).mean()
+
+    def generator_loss(self, rollout: Rollout, batch: Batch, renoising: Renoising) -> GeneratorLoss:
+        """Distribution matching on the samples of a rollout with gradient. Only the expert gets gradient.
+
+        Args:
+            rollout: Samples at the end of the phase whose last step was recorded.
+            batch: What the rollout started from.
+            renoising: Where the samples are brought to.
+
+        Returns:
+            The mean loss over the batch, and the distance of the scores.
+
+        Raises:
+            ValueError: If a sigma lies where scores of this phase are not compared.
+        """
         with torch.no_grad():
-            x_t = renoise(rollout.x_s.detach(), noise, s, t)
-            teacher = self.teacher_velocity(x_t, t, conditioning, negative)
-            fake = self.networks.velocity(FAKE, x_t, t, conditioning)
-            self.score_distance = (teacher.float() - fake.float()).abs().mean()
-            direction = generator_direction(
-                x_t, teacher, fake, s, t, self.objective.generator_weighting, x0_generator=rollout.x0
-            )
-        return distribution_matching_loss(rollout.x_s, direction).mean()
+            samples = self._renoised(rollout.x_s.detach(), renoising)
+            teacher = self.teacher_velocity(samples, batch)
+            fake = self.networks.velocity(FAKE, samples.x_t, samples.t, batch.conditioning)
+            distance = (teacher.float() - fake.float()).abs().mean()
+            weighting = self.objective.generator_weighting
+            direction = generator_direction(samples, teacher, fake, weighting, x0_generator=rollout.x0)
+        return GeneratorLoss(distribution_matching_loss(rollout.x_s, direction).mean(), distance)
 
-    def teacher_velocity(self, x: Tensor, sigma: Sigma, conditioning: Conditioning, negative: Conditioning) -> Tensor:
-        """The teacher with classifier-free guidance."""
-        scale = self.objective.guidance_scale
-        return guided_velocity(self.networks, x, sigma, conditioning, negative, scale, self.guidance_batched)
+    def teacher_velocity(self, samples: RenoisedSamples, batch: Batch) -> Tensor:
+        """Ask the teacher, with classifier-free guidance, at renoised samples.
+
+        Args:
+            samples: The samples at the sigmas where scores are compared.
+            batch: Their conditioning and the negative one.
+
+        Returns:
+            The guided velocity of shape (batch, ...).
+        """
+        scale, at = self.objective.guidance_scale, (samples.x_t, samples.t)
+        return guided_velocity(self.networks, *at, batch.conditioning, batch.negative, scale, self.guidance_batched)
+
+    def _renoised(self, x_s: Tensor, renoising: Renoising) -> RenoisedSamples:
+        return RenoisedSamples(x_s, renoising.noise, self.sigma_end, self._checked(renoising.t).to(x_s.device))
+
+
+def rows_of(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:
+    """Take the conditioning of some of the samples.
+
+    Args:
+        conditioning: Name to tensor of shape (batch, ...).
+        part: A slice, or indices of shape (samples,).
+
+    Returns:
+        The same names with those rows.
+    """
+    return {name: value[part] for name, value in conditioning.items()}
 
 
 def score_interval(plan: PhasePlan, phase: int, score_range: ScoreRange) -> tuple[float, float]:
-    """(low, high), both excluded: the sigmas at which the teacher and the fake of this phase are compared."""
+    """Find the sigmas at which the teacher and the fake of a phase are compared.
+
+    Args:
+        plan: The phase plan.
+        phase: Index of the phase.
+        score_range: ``nested``, from the end of the phase to 1; ``disjoint``, only inside the phase.
+
+    Returns:
+        (low, high) in [0, 1], both excluded.
+    """
     end, start = plan.interval(phase)
     return end, start if score_range == "disjoint" else 1.0
 
 
 def expert_velocities(networks: VelocityOfRole, plan: PhasePlan, conditioning: Conditioning) -> list[Velocity]:
-    """The experts of a plan as velocities of (x, sigma), the conditioning bound."""
+    """Bind the conditioning of a batch to the experts of a plan.
+
+    Args:
+        networks: The velocities of the roles.
+        plan: The phase plan, whose phases name the experts.
+        conditioning: The conditioning of the batch.
+
+    Returns:
+        One velocity of (x, sigma) for each phase.
+    """
 
     def expert(role: str) -> Velocity:
         return lambda x, sigma: networks.velocity(role, x, sigma, conditioning)
@@ -186,9 +334,19 @@ def guided_velocity(
     guidance_scale: float,
     batched: bool = True,
 ) -> Tensor:
-    """The teacher's velocity, guided away from the negative conditioning; one evaluation without it at scale 1.
+    """Ask the teacher for its velocity, guided away from the negative conditioning.
 
-    batched: both halves in one evaluation of twice the batch, or in two, which take less memory.
+    Args:
+        networks: The velocities of the roles.
+        x: Samples of shape (batch, ...) at ``sigma``.
+        sigma: Sigma in (0, 1], a number or of shape (batch,).
+        conditioning: The conditioning of the samples.
+        negative: The same with the negative prompt.
+        guidance_scale: Scale of classifier-free guidance. At 1 the teacher is asked once, without the negative prompt.
+        batched: Whether both halves are one evaluation of twice the batch, or two, which take less memory.
+
+    Returns:
+        The guided velocity of shape (batch, ...).
     """
     if guidance_scale == 1:
         return networks.velocity(TEACHER, x, sigma, conditioning)
@@ -203,10 +361,17 @@ def guided_velocity(
 
 
 def evaluations_per_update(plan: PhasePlan, phase: int, fake_updates: int, fake_draws: int) -> dict[str, float]:
-    """Network evaluations of one generator update of a phase on average over SGTS steps, by what they are for.
+    """Count the network evaluations of one generator update of a phase, on average over the steps that train.
 
-    Guidance counts as one evaluation of twice the batch. Keys: rollout, fake (with gradient), generator (with
-    gradient), teacher, fake_score.
+    Args:
+        plan: The phase plan.
+        phase: Index of the phase.
+        fake_updates: Rollouts that the fake learns from, for each generator update.
+        fake_draws: Gradient steps of the fake on one rollout.
+
+    Returns:
+        Evaluations of one sample by what they are for: ``rollout``, ``fake`` (with gradient), ``generator`` (with
+        gradient), ``teacher`` (guidance counts as one evaluation of twice the batch) and ``fake_score``.
     """
     earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
     steps: Sequence[float] = plan.phases[phase].sigmas

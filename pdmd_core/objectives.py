@@ -1,29 +1,67 @@
-"""The two losses of Phased DMD (arXiv 2510.27684, section 3.2), as pure functions of network outputs.
+"""The two losses of Phased DMD as pure functions of network outputs.
 
-A phase ends at noise level s; its expert makes samples x_s. The fake score network learns their score at noise levels
-t in (s, 1) from x_s alone; the generator follows the difference between the teacher's and the fake's velocity there.
-Samples and velocities have shape (batch, ...), sigmas s and t are numbers or tensors of shape (batch,) in [0, 1].
+A phase ends at the noise level s, and its expert makes samples ``x_s`` there. Both losses look at these samples after
+they were brought up to a noise level t in (s, 1): the fake score network learns their velocity at t from ``x_s`` alone,
+and the generator follows the difference between the velocities of the teacher and of the fake. Samples and velocities
+have shape (batch, ...); s and t are sigmas in [0, 1], numbers or tensors of shape (batch,).
+
+Source: Phased DMD, arXiv 2510.27684, section 3.2.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .flow import Sigma, at_least_float32, like, transition, velocity_to_x0
+from .flow import Sigma, at_least_float32, like, renoise, transition, velocity_to_x0
 
 FakeTarget = Literal["unbiased", "biased"]
 FakeWeighting = Literal["clamp", "margin", "none"]
 GeneratorWeighting = Literal["dmd2", "paper"]
 
 
-def subinterval_velocity_target(x_s: Tensor, noise: Tensor, s: Sigma, t: Sigma) -> Tensor:
-    """The velocity target whose mean given ``x_t = a x_s + b noise`` is the true marginal velocity at t.
+@dataclass(frozen=True)
+class RenoisedSamples:
+    """Samples at the end of a phase, and the noise that brings them up to where scores are compared.
 
-    ``[t + (1-t) s^2 / (1-s)^2] / b * noise - x_s / (1-s)``, with b of ``flow.transition``; ``noise - x_0`` at s = 0.
-    No clean sample appears: this is what lets an intermediate phase be trained without bias. Needs s < t.
+    Attributes:
+        x_s: Samples of shape (batch, ...) at the noise level ``s``.
+        noise: Standard normal noise of the shape of ``x_s``.
+        s: The sigma of ``x_s`` in [0, 1).
+        t: The sigma to which the samples are brought, s < t < 1.
+    """
+
+    x_s: Tensor
+    noise: Tensor
+    s: Sigma
+    t: Sigma
+
+    @cached_property
+    def x_t(self) -> Tensor:
+        """The samples at ``t``: ``a x_s + b noise`` with a and b of ``flow.transition``."""
+        return renoise(self.x_s, self.noise, self.s, self.t)
+
+
+def subinterval_velocity_target(x_s: Tensor, noise: Tensor, s: Sigma, t: Sigma) -> Tensor:
+    """Compute the velocity target whose mean given ``x_t`` is the true marginal velocity at t.
+
+    The target is ``[t + (1-t) s^2 / (1-s)^2] / b * noise - x_s / (1-s)`` with b of ``flow.transition``; at s = 0 it is
+    ``noise - x_0``. No clean sample appears in it, and so an intermediate phase can be trained without bias.
+
+    Args:
+        x_s: Samples of shape (batch, ...) at sigma ``s``.
+        noise: Standard normal noise of the shape of ``x_s``.
+        s: Sigma of the samples in [0, 1).
+        t: Sigma of the target, s < t <= 1.
+
+    Returns:
+        The target of the shape of ``x_s``, in float32 or better.
+
+    Source: arXiv 2510.27684, section 3.2.
     """
     x_s, noise = at_least_float32(x_s), at_least_float32(noise)
     s, t = like(s, x_s), like(t, x_s)
@@ -32,25 +70,39 @@ def subinterval_velocity_target(x_s: Tensor, noise: Tensor, s: Sigma, t: Sigma) 
 
 
 def biased_velocity_target(x_s: Tensor, noise: Tensor) -> Tensor:
-    """``noise - x_s``: takes x_s for clean data. Wrong for s > 0; kept as an ablation."""
+    """Compute ``noise - x_s``, which takes ``x_s`` for clean data: wrong for s > 0, and kept as an ablation.
+
+    Args:
+        x_s: Samples of shape (batch, ...) at the end of a phase.
+        noise: Standard normal noise of the shape of ``x_s``.
+
+    Returns:
+        The target of the shape of ``x_s``, in float32 or better.
+    """
     return noise - at_least_float32(x_s)
 
 
 def fake_score_loss(
-    velocity: Tensor,
-    x_s: Tensor,
-    noise: Tensor,
-    s: Sigma,
-    t: Sigma,
-    weighting: FakeWeighting = "clamp",
-    target: FakeTarget = "unbiased",
+    velocity: Tensor, samples: RenoisedSamples, weighting: FakeWeighting = "clamp", target: FakeTarget = "unbiased"
 ) -> Tensor:
-    """Weighted squared error of the fake's velocity at x_t, one value for each sample: shape (batch,).
+    """Compute the weighted squared error of the fake's velocity at ``samples.x_t``.
 
-    The target grows as 1/b towards t = s. ``clamp`` weights the squared error by ``min(1, 10 b^2)``, that is
-    clamp(1/b^2, max=10) on the b-scaled residual; ``margin`` and ``none`` weight every t equally, ``margin`` being
+    The target grows as 1/b where t approaches s. ``clamp`` weights the squared error by ``min(1, 10 b^2)``, which is
+    ``clamp(1/b^2, max=10)`` on the residual scaled by b. ``margin`` and ``none`` weight every t equally; ``margin`` is
     for callers that keep t away from s.
+
+    Args:
+        velocity: The fake's velocity at ``samples.x_t``, of shape (batch, ...). It alone carries gradient.
+        samples: The generator's samples and where they were renoised to.
+        weighting: How errors near the end of the phase are weighted.
+        target: ``unbiased``, or ``biased`` as an ablation.
+
+    Returns:
+        One loss for each sample, of shape (batch,).
+
+    Source: arXiv 2510.27684, section 3.2.
     """
+    x_s, noise, s, t = samples.x_s, samples.noise, samples.s, samples.t
     goal = subinterval_velocity_target(x_s, noise, s, t) if target == "unbiased" else biased_velocity_target(x_s, noise)
     error = (at_least_float32(velocity) - goal.detach()).square().flatten(1).mean(1)
     if weighting != "clamp":
@@ -60,23 +112,36 @@ def fake_score_loss(
 
 
 def generator_direction(
-    x_t: Tensor,
+    samples: RenoisedSamples,
     teacher_velocity: Tensor,
     fake_velocity: Tensor,
-    s: Sigma,
-    t: Sigma,
     weighting: GeneratorWeighting = "dmd2",
     x0_generator: Tensor | None = None,
 ) -> Tensor:
-    """The gradient with respect to x_s that the generator descends: ``w * (teacher_velocity - fake_velocity)``.
+    """Compute the gradient with respect to ``x_s`` that the generator descends: ``w * (teacher - fake velocity)``.
 
-    paper: ``w = (1-t)^2 / ((1-s) t)``, the product of alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2).
-    dmd2:  in x_0 units, ``(x0_fake - x0_teacher) / mean|x0_generator - x0_teacher|``, the mean over each sample;
-           x0_generator is the generator's own jump to sigma 0.
+    With ``paper``, ``w = (1-t)^2 / ((1-s) t)``, the product of ``alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2)``.
+    With ``dmd2`` the direction is ``(x0_fake - x0_teacher) / mean|x0_generator - x0_teacher|`` in units of x_0, where
+    the mean is taken over each sample.
+
+    Args:
+        samples: The generator's samples and where they were renoised to.
+        teacher_velocity: The guided teacher's velocity at ``samples.x_t``, of shape (batch, ...).
+        fake_velocity: The fake's velocity there.
+        weighting: ``dmd2`` or ``paper``.
+        x0_generator: The generator's own jump to sigma 0, of shape (batch, ...); ``dmd2`` needs it.
+
+    Returns:
+        The direction of shape (batch, ...), in float32 or better.
+
+    Raises:
+        ValueError: If ``weighting`` is ``dmd2`` and ``x0_generator`` is missing.
+
+    Source: arXiv 2510.27684, section 3.2 (paper); DMD2, arXiv 2405.14867 (dmd2).
     """
-    x_t, teacher_velocity, fake_velocity = map(at_least_float32, (x_t, teacher_velocity, fake_velocity))
+    x_t, teacher_velocity, fake_velocity = map(at_least_float32, (samples.x_t, teacher_velocity, fake_velocity))
     difference = teacher_velocity - fake_velocity
-    s, t = like(s, x_t), like(t, x_t)
+    s, t = like(samples.s, x_t), like(samples.t, x_t)
     if weighting == "paper":
         return (1 - t).square() / ((1 - s) * t) * difference
     if x0_generator is None:
@@ -87,9 +152,16 @@ def generator_direction(
 
 
 def distribution_matching_loss(x_s: Tensor, direction: Tensor) -> Tensor:
-    """Stop-gradient surrogate, one value for each sample, shape (batch,): its gradient is ``direction / elements``.
+    """Compute the surrogate whose gradient with respect to ``x_s`` is ``direction / elements``.
 
-    ``0.5 * mean((x_s - stop(x_s - direction))^2)`` over the elements of each sample; only x_s carries gradient.
+    It is ``0.5 * mean((x_s - stop(x_s - direction))^2)`` over the elements of each sample.
+
+    Args:
+        x_s: The generator's samples of shape (batch, ...), which carry gradient.
+        direction: What ``generator_direction`` gives, of the same shape.
+
+    Returns:
+        One loss for each sample, of shape (batch,).
     """
     x_s = at_least_float32(x_s)
     goal = (x_s - direction).detach()

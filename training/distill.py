@@ -176,10 +176,11 @@ def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None,
 
 def train(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
     """What each process of a run does, the first one with ``push_to_hub``; returns the exit status."""
+    from training.loop.build import build_run
     from training.loop.signals import Stopped
     from training.loop.trainer import Trainer
 
-    trainer = Trainer(config)
+    trainer = Trainer(build_run(config))
     main = trainer.accelerator.is_main_process
     if main:
         print(trainer.plan.describe())

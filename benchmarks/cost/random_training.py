@@ -17,11 +17,12 @@ from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig, parse_config
 from training.data.order import ExampleOrder
 from training.data.teacher import TeacherSource, family_of_pipeline
+from training.loop.batches import DataBatches
+from training.loop.build import enable_gradient_checkpointing
 from training.loop.dry_run import pipeline_on_meta
-from training.loop.phase import Batches, PhaseTraining, Update
+from training.loop.phase import PhaseTraining, Update
 from training.loop.rng import RunRNG
-from training.loop.trainer import enable_gradient_checkpointing
-from training.memory.offload import keep_one_network
+from training.memory.offload import keep_idle_experts_away, keep_one_network
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "wan": {
@@ -152,7 +153,7 @@ def conditioning_shapes(
     return found
 
 
-class RandomBank:
+class RandomPrompts:
     """Two examples in the place of a ``PromptCache``."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
@@ -197,15 +198,18 @@ class RandomTraining:
             for role in self.roles.specs:
                 for component in self.roles.components(role):
                     enable_gradient_checkpointing(self.roles.network(role, component))
-        self.training = PhaseTraining(config, config.plan.build(), phase, self.roles, accelerator)
+        plan = config.plan.build()
+        if config.memory.offload_idle_experts:
+            keep_idle_experts_away(self.roles, plan.phases[phase].name, accelerator.device)
+        self.training = PhaseTraining(config, plan, phase, self.roles, accelerator)
         order = ExampleOrder([torch.arange(2)], [1.0], config.seed)
-        self.draws = RunRNG(config.seed, config.batch_size, order, accelerator.process_index, accelerator.num_processes)
-        bank: Any = RandomBank(teacher.conditioning, accelerator.device)
-        self.batches = Batches(bank, [teacher.shape])
+        rng = RunRNG(config.seed, config.batch_size, order, accelerator.process_index, accelerator.num_processes)
+        prompts = RandomPrompts(teacher.conditioning, accelerator.device)
+        self.batches = DataBatches(rng, prompts, [teacher.shape], accelerator.device)
 
     def update(self) -> Update:
         """One update. Raises RuntimeError when something in it was not finite."""
-        update = self.training.update(self.draws, self.batches, 1.0)
+        update = self.training.update(self.batches, 1.0)
         if not update.good or not all(math.isfinite(value) for value in update.values.values()):
             raise RuntimeError(f"an update on random weights was not finite: {update.values}")
         return update

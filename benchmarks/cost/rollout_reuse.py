@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from training import evaluate
 from training.config.schema import load_config
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ def main() -> None:
             overrides += [f"updates={arguments.updates}"]
             config = load_config(arguments.config, [*overrides, f"output_dir={folder}", "monitoring.tracker=null"])
             start = time.process_time()
-            experts = Trainer(config).run()
+            experts = Trainer(build_run(config)).run()
             seconds = time.process_time() - start
             measured = ["--experts", str(experts), "--output_dir", str(folder), "--cache_dir", str(arguments.work_dir)]
             measured += ["--no_noise_floor", "--few_steps", "--metrics", "frechet", "diversity"]

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from accelerate import Accelerator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarks.cost.random_training import RandomTeacher, RandomTraining, released_teacher
@@ -52,6 +53,8 @@ def held_bytes(device: str) -> int:
     for thing in gc.get_objects():
         # of wrappers (8-bit optimizer states, quantized weights) the tensors inside are counted
         if not issubclass(type(thing), torch.Tensor) or is_traceable_wrapper_subclass(thing):
+            continue
+        if isinstance(thing, FakeTensor):  # holds nothing
             continue
         if thing.device.type == device:
             storage = thing.untyped_storage()

@@ -6,18 +6,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import paper_claims
+from benchmarks.claims.common.distilling import Distilled, distil
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.methods import METHODS, Run
 from benchmarks.claims.mixture import study as mixture_study
 from benchmarks.claims.mixture.report import MixtureReport
 from benchmarks.claims.mixture.study import MixtureStudy
-from benchmarks.claims.mixture.training import Settings, distil
+from benchmarks.claims.mixture.training import MixtureProblem, Settings
 from pdmd_core.distillation import Objective, evaluations_per_update
+from pdmd_core.objectives import fake_score_loss, generator_direction
 
 SHORT = Settings(batch_size=128, width=64, initial_updates=400, ema_decay=0.9)
 
@@ -167,12 +170,14 @@ def test_options_that_cannot_be_are_refused(bad: list[str], named: str, capsys: 
 # --- the trainings ---------------------------------------------------------------------------------------------------
 
 
+def trained(study: MixtureStudy, run: Run, settings: Settings = SHORT) -> Distilled:
+    return distil(MixtureProblem(run.method, study.mixture, study.initial, settings), run, settings.recipe())
+
+
 def test_equal_runs_give_equal_experts_and_other_seeds_do_not(study: MixtureStudy) -> None:
-    first, again, other = (
-        distil(Run(METHODS["phased_2x2"], 1e-3, seed, 8), study.mixture, study.initial, SHORT) for seed in (0, 0, 1)
-    )
+    first, again, other = (trained(study, Run(METHODS["phased_2x2"], 1e-3, seed, 8)) for seed in (0, 0, 1))
     for name in ("high_noise", "low_noise"):
-        states = [distilled.experts[name].state_dict() for distilled in (first, again, other)]
+        states = [distilled.experts[name] for distilled in (first, again, other)]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
         assert not any(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
@@ -181,11 +186,11 @@ def test_equal_runs_give_equal_experts_and_other_seeds_do_not(study: MixtureStud
 def test_every_method_moves_every_expert_at_the_cost_the_library_states(key: str, study: MixtureStudy) -> None:
     """Updates are shared equally by the phases; evaluations on average over SGTS steps."""
     method = METHODS[key]
-    done = distil(Run(method, 1e-2, 0, 80), study.mixture, study.initial, SHORT)
+    done = trained(study, Run(method, 1e-2, 0, 80))
     plan = SHORT.plan(method)
     assert len(done.experts) == len(plan)
     for expert in done.experts.values():
-        pairs = zip(expert.state_dict().values(), study.initial.state_dict().values(), strict=True)
+        pairs = zip(expert.values(), study.initial.state_dict().values(), strict=True)
         assert all(float((own - initial).abs().max()) > 1e-4 for own, initial in pairs)
     per_phase = [evaluations_per_update(plan, phase, SHORT.fake_updates, 1) for phase in range(len(plan))]
     expected = sum(sum(costs.values()) for costs in per_phase) / len(plan) * 80
@@ -196,11 +201,9 @@ def test_every_method_moves_every_expert_at_the_cost_the_library_states(key: str
 
 def test_joint_training_takes_the_phases_in_turn(study: MixtureStudy) -> None:
     """The same cost as one after the other, other experts: the second phase starts from an untrained first."""
-    sequential, joint = (
-        distil(Run(METHODS[key], 1e-3, 0, 40), study.mixture, study.initial, SHORT) for key in ("phased_2x2", "joint")
-    )
+    sequential, joint = (trained(study, Run(METHODS[key], 1e-3, 0, 40)) for key in ("phased_2x2", "joint"))
     assert joint.evaluations["teacher"] == sequential.evaluations["teacher"]
-    assert not torch.equal(joint.experts["low_noise"].head.weight, sequential.experts["low_noise"].head.weight)
+    assert not torch.equal(joint.experts["low_noise"]["head.weight"], sequential.experts["low_noise"]["head.weight"])
 
 
 def test_the_average_over_updates_becomes_the_expert(study: MixtureStudy) -> None:
@@ -209,11 +212,29 @@ def test_the_average_over_updates_becomes_the_expert(study: MixtureStudy) -> Non
     """
     run = Run(METHODS["dmd_one_step"], 1e-2, 0, 20)
     moved = []
-    for decay in (0.9999, 0.0):
-        done = distil(run, study.mixture, study.initial, replace(SHORT, ema_decay=decay))
-        moved.append(float((done.experts["all_noise"].head.weight - study.initial.head.weight).abs().mean()))
+    for decay in (0.9999, 1e-9):
+        done = trained(study, run, replace(SHORT, ema_decay=decay))
+        moved.append(float((done.experts["all_noise"]["head.weight"] - study.initial.head.weight).abs().mean()))
     assert moved[0] == pytest.approx(1e-2, rel=0.02)
     assert moved[1] > 1.3 * moved[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "turned"),
+    [
+        ("generator_direction", lambda *args, **named: -generator_direction(*args, **named)),
+        ("fake_score_loss", lambda *args: -fake_score_loss(*args)),
+    ],
+)
+def test_a_sign_turned_in_the_update_of_the_product_changes_the_rows(
+    function: str, turned: Any, study: MixtureStudy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = Run(METHODS["dmd_one_step"], 1e-3, 0, 60)
+    right = study.row(run)
+    monkeypatch.setattr(f"pdmd_core.distillation.{function}", turned)
+    wrong = MixtureStudy(tmp_path, study.settings, study.samples).row(run)
+    assert right.score is not None and wrong.score is not None
+    assert wrong.score > 2 * right.score
 
 
 def test_ablations_differ_from_their_method_in_one_choice() -> None:
@@ -234,9 +255,9 @@ def test_bad_gradients_are_skipped_and_counted(study: MixtureStudy, monkeypatch:
         return broken(x, sigma) * float("nan")
 
     monkeypatch.setattr(type(study.mixture), "velocity", velocity)
-    done = distil(Run(METHODS["dmd_one_step"], 1e-3, 0, 4), study.mixture, study.initial, SHORT)
+    done = trained(study, Run(METHODS["dmd_one_step"], 1e-3, 0, 4))
     assert done.skipped == 4
-    assert all(bool(p.isfinite().all()) for p in done.experts["all_noise"].parameters())
+    assert all(bool(p.isfinite().all()) for p in done.experts["all_noise"].values())
 
 
 def test_other_settings_never_meet_these_results(tmp_path: Path) -> None:

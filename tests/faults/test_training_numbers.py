@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdmd_core.roles import FAKE, TEACHER
 from training.config.schema import parse_config
+from training.loop.build import build_run
 from training.loop.state import tensors_of_run
 from training.loop.trainer import Trainer
 
@@ -32,8 +33,8 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 def test_a_network_that_answers_with_no_number_for_one_sample(
     role: str, value: float, tiny_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    trainer = Trainer(parse_config({**tiny_settings, "output_dir": str(tmp_path / "run")}, "test"))
-    trainer._start_phase()
+    trainer = Trainer(build_run(parse_config({**tiny_settings, "output_dir": str(tmp_path / "run")}, "test")))
+    trainer.start_phase()
     trainer.update()
     original, expert = trainer.roles.velocity, trainer.training.expert
     before, fake = state(trainer, expert), state(trainer, FAKE)
@@ -44,7 +45,7 @@ def test_a_network_that_answers_with_no_number_for_one_sample(
 
     with mock.patch.object(trainer.roles, "velocity", velocity):
         values = trainer.update()
-    assert math.isnan(values["generator_grad_norm"])
+    assert math.isnan(values.generator.grad_norm)
     assert not moved(before, state(trainer, expert)), "neither the expert nor its average nor its optimizer"
     changed = moved(fake, state(trainer, FAKE))
     assert bool([name for name in changed if "optimizers" in name]) == (role == TEACHER), "the fake's step was good"

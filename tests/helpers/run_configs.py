@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from accelerate.state import AcceleratorState
 
 from training.config.schema import load_config
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 for name in sys.argv[1:]:
     AcceleratorState._reset_state()  # it keeps the precision of the first run in a process
-    Trainer(load_config(Path(name))).run(resume=True)
+    Trainer(build_run(load_config(Path(name)))).run(resume=True)

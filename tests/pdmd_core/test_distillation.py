@@ -8,10 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pdmd_core.distillation import Objective, PhasedDistiller, evaluations_per_update, guided_velocity
+from pdmd_core.distillation import (
+    Batch,
+    Objective,
+    PhasedDistiller,
+    Renoising,
+    evaluations_per_update,
+    guided_velocity,
+)
 from pdmd_core.families.base import classifier_free_guidance
 from pdmd_core.flow import renoise, velocity_to_x0
-from pdmd_core.objectives import fake_score_loss, generator_direction
+from pdmd_core.objectives import RenoisedSamples, fake_score_loss, generator_direction
 from pdmd_core.phases import PhasePlan, unshift_sigma
 
 PLAN = PhasePlan.from_steps([2, 3, 1], shift=5.0, names=["first", "second", "third"])
@@ -65,15 +72,18 @@ def normal(seed: int) -> Tensor:
     return torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+START = Batch(normal(1), POSITIVE, NEGATIVE)
+
+
 def distiller(phase: int, **choices) -> tuple[PhasedDistiller, TinyNetworks]:
     networks = TinyNetworks()
     return PhasedDistiller(PLAN, phase, networks, Objective(**choices)), networks
 
 
 def generator_update(method: PhasedDistiller, step: int = 0):
-    rollout = method.rollout(normal(1), POSITIVE, step, gradient=True)
+    rollout = method.rollout(START, step, gradient=True)
     t = method.draw_score_sigma(BATCH, torch.Generator().manual_seed(2))
-    return rollout, t, method.generator_loss(rollout, POSITIVE, NEGATIVE, t, normal(3))
+    return rollout, t, method.generator_loss(rollout, START, Renoising(t, normal(3)))
 
 
 # Which role gets gradient from which loss
@@ -82,8 +92,8 @@ def generator_update(method: PhasedDistiller, step: int = 0):
 @every_phase
 def test_fake_loss_reaches_only_the_fake(phase):
     method, networks = distiller(phase)
-    rollout = method.rollout(normal(1), POSITIVE, 0, gradient=True)
-    method.fake_loss(rollout.x_s, POSITIVE, method.draw_score_sigma(BATCH), normal(2)).backward()
+    rollout = method.rollout(START, 0, gradient=True)
+    method.fake_loss(rollout.x_s, POSITIVE, Renoising(method.draw_score_sigma(BATCH), normal(2))).backward()
     assert networks.roles_with_gradient() == {"fake"}
 
 
@@ -91,7 +101,7 @@ def test_fake_loss_reaches_only_the_fake(phase):
 @pytest.mark.parametrize("weighting", ["dmd2", "paper"])
 def test_generator_loss_reaches_only_the_expert_of_the_phase(phase, weighting):
     method, networks = distiller(phase, generator_weighting=weighting)
-    generator_update(method)[2].backward()
+    generator_update(method)[2].loss.backward()
     assert networks.roles_with_gradient() == {["first", "second", "third"][phase]} == {method.expert}
 
 
@@ -99,11 +109,12 @@ def test_generator_loss_reaches_only_the_expert_of_the_phase(phase, weighting):
 @every_phase
 def test_the_score_distance_is_how_far_teacher_and_fake_are_apart(phase):
     method, networks = distiller(phase)
-    rollout, t, _ = generator_update(method)
-    x_t = renoise(rollout.x_s, normal(3), method.sigma_end, t)
-    teacher = method.teacher_velocity(x_t, t, POSITIVE, NEGATIVE)
-    expected = (teacher - networks.velocity("fake", x_t, t, POSITIVE)).abs().mean()
-    torch.testing.assert_close(method.score_distance, expected.float())
+    rollout, t, found = generator_update(method)
+    samples = RenoisedSamples(rollout.x_s, normal(3), method.sigma_end, t)
+    teacher = method.teacher_velocity(samples, START)
+    expected = (teacher - networks.velocity("fake", samples.x_t, t, POSITIVE)).abs().mean()
+    torch.testing.assert_close(found.score_distance, expected.float())
+    assert not found.score_distance.requires_grad
 
 
 @every_phase
@@ -118,8 +129,8 @@ def test_generator_update_records_exactly_one_evaluation(phase):
 @every_phase
 def test_fake_update_records_exactly_one_evaluation(phase):
     method, networks = distiller(phase)
-    rollout = method.rollout(normal(1), POSITIVE, 0, gradient=False)
-    method.fake_loss(rollout.x_s, POSITIVE, method.draw_score_sigma(BATCH), normal(2))
+    rollout = method.rollout(START, 0, gradient=False)
+    method.fake_loss(rollout.x_s, POSITIVE, Renoising(method.draw_score_sigma(BATCH), normal(2)))
     assert [call.role for call in networks.calls if call.recorded] == ["fake"]
 
 
@@ -128,7 +139,7 @@ def test_no_network_is_asked_outside_its_interval(phase):
     method, networks = distiller(phase)
     for step in range(len(PLAN.phases[phase].sigmas)):
         rollout, t, _ = generator_update(method, step)
-        method.fake_loss(rollout.x_s, POSITIVE, t, normal(4))
+        method.fake_loss(rollout.x_s, POSITIVE, Renoising(t, normal(4)))
     asked = set()
     for call in networks.calls:
         asked.add(call.role)
@@ -149,7 +160,7 @@ def test_no_network_is_asked_outside_its_interval(phase):
 def test_fake_loss_is_score_matching_at_the_renoised_samples(phase, target, weighting):
     method, networks = distiller(phase, fake_target=target, fake_weighting=weighting)
     x_s, noise, t = normal(1), normal(2), method.draw_score_sigma(BATCH)
-    loss = method.fake_loss(x_s, POSITIVE, t, noise)
+    loss = method.fake_loss(x_s, POSITIVE, Renoising(t, noise))
     (call,) = networks.calls
     s = PLAN.interval(phase)[0]
     assert call.role == "fake"
@@ -158,7 +169,9 @@ def test_fake_loss_is_score_matching_at_the_renoised_samples(phase, target, weig
     torch.testing.assert_close(call.sigma, t)
     with torch.no_grad():
         velocity = networks.velocity("fake", call.x, t, POSITIVE)
-    torch.testing.assert_close(loss, fake_score_loss(velocity, x_s, noise, s, t, weighting, target).mean())
+    torch.testing.assert_close(
+        loss, fake_score_loss(velocity, RenoisedSamples(x_s, noise, s, t), weighting, target).mean()
+    )
 
 
 @every_phase
@@ -166,22 +179,23 @@ def test_fake_loss_is_score_matching_at_the_renoised_samples(phase, target, weig
 def test_generator_loss_has_the_weighted_direction_as_gradient_of_the_samples(phase, weighting):
     method, networks = distiller(phase, generator_weighting=weighting, guidance_scale=3.0)
     s, noise, t = PLAN.interval(phase)[0], normal(3), method.draw_score_sigma(BATCH)
-    rollout = method.rollout(normal(1), POSITIVE, 0, gradient=True)
+    rollout = method.rollout(START, 0, gradient=True)
     leaf = replace(rollout, x_s=rollout.x_s.detach().requires_grad_())
-    method.generator_loss(leaf, POSITIVE, NEGATIVE, t, noise).backward()
+    method.generator_loss(leaf, START, Renoising(t, noise)).loss.backward()
     with torch.no_grad():
         x_t = renoise(rollout.x_s, noise, s, t)
         positive = networks.velocity("teacher", x_t, t, POSITIVE)
         negative = networks.velocity("teacher", x_t, t, NEGATIVE)
         fake = networks.velocity("fake", x_t, t, POSITIVE)
         teacher = negative + 3.0 * (positive - negative)
-        expected = generator_direction(x_t, teacher, fake, s, t, weighting, rollout.x0)
+        samples = RenoisedSamples(rollout.x_s, noise, s, t)
+        expected = generator_direction(samples, teacher, fake, weighting, rollout.x0)
     torch.testing.assert_close(leaf.x_s.grad, expected / (BATCH * FEATURES))
 
 
 def test_rollout_uses_the_conditioning_and_the_weights_of_each_expert():
     method, networks = distiller(1)
-    rollout = method.rollout(normal(1), POSITIVE, 1, gradient=False)
+    rollout = method.rollout(START, 1, gradient=False)
     assert [(c.role, c.sigma) for c in networks.calls] == [
         ("first", PLAN.sigmas[0]),
         ("first", PLAN.sigmas[1]),
@@ -347,11 +361,11 @@ def test_a_score_level_outside_the_range_is_a_one_line_error(score_range, level)
     method, networks = distiller(1, score_range=score_range)
     t = torch.full((BATCH,), PLAN.interval(1)[0] + 0.001)
     t[2] = level
-    rollout = method.rollout(normal(1), POSITIVE, 0, gradient=True)
+    rollout = method.rollout(START, 0, gradient=True)
     networks.calls.clear()
     for loss in (
-        lambda: method.fake_loss(rollout.x_s, POSITIVE, t, normal(2)),
-        lambda: method.generator_loss(rollout, POSITIVE, NEGATIVE, t, normal(2)),
+        lambda: method.fake_loss(rollout.x_s, POSITIVE, Renoising(t, normal(2))),
+        lambda: method.generator_loss(rollout, START, Renoising(t, normal(2))),
     ):
         with pytest.raises(ValueError, match="'second' compares scores at sigmas in") as caught:
             loss()
@@ -388,9 +402,9 @@ def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake
     counted: Counter = Counter()
     for step in steps:
         for _ in range(fake_updates):
-            rollout = method.rollout(normal(1), POSITIVE, step, gradient=False)
+            rollout = method.rollout(START, step, gradient=False)
             for _ in range(fake_draws):
-                method.fake_loss(rollout.x_s, POSITIVE, method.draw_score_sigma(BATCH), normal(2))
+                method.fake_loss(rollout.x_s, POSITIVE, Renoising(method.draw_score_sigma(BATCH), normal(2)))
         generator_update(method, step)
     for call in networks.calls:
         purpose = {"teacher": "teacher", "fake": "fake" if call.recorded else "fake_score"}

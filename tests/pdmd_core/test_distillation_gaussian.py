@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdmd_core.distillation import Objective, PhasedDistiller
+from pdmd_core.distillation import Batch, Objective, PhasedDistiller, Renoising
 from pdmd_core.phases import PhasePlan
 
 MEAN = torch.tensor([2.0, -1.0], dtype=torch.float64)
@@ -67,13 +67,15 @@ def train(networks: GaussianNetworks, phase: int, updates: int = 300, **choices)
     fake, fake_schedule = optimizer("fake", 0.05)
     for _ in range(updates):
         for _ in range(3):
-            rollout = method.rollout(draw(), {}, method.draw_step(generator), gradient=False)
+            rollout = method.rollout(Batch(draw(), {}), method.draw_step(generator), gradient=False)
             fake.zero_grad()
-            method.fake_loss(rollout.x_s, {}, method.draw_score_sigma(128, generator), draw()).backward()
+            method.fake_loss(rollout.x_s, {}, Renoising(method.draw_score_sigma(128, generator), draw())).backward()
             fake.step()
-        rollout = method.rollout(draw(), {}, method.draw_step(generator), gradient=True)
+        batch = Batch(draw(), {})
+        rollout = method.rollout(batch, method.draw_step(generator), gradient=True)
         expert.zero_grad()
-        method.generator_loss(rollout, {}, {}, method.draw_score_sigma(128, generator), draw()).backward()
+        renoising = Renoising(method.draw_score_sigma(128, generator), draw())
+        method.generator_loss(rollout, batch, renoising).loss.backward()
         expert.step()
         expert_schedule.step()
         fake_schedule.step()
@@ -82,7 +84,7 @@ def train(networks: GaussianNetworks, phase: int, updates: int = 300, **choices)
 
 def moments(method: PhasedDistiller) -> tuple[Tensor, Tensor]:
     noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    x_s = method.rollout(noise, {}, 0, gradient=False).x_s
+    x_s = method.rollout(Batch(noise, {}), 0, gradient=False).x_s
     return x_s.mean(0), x_s.std(0)
 
 

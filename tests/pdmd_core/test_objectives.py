@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdmd_core.objectives import (
+    RenoisedSamples,
     biased_velocity_target,
     distribution_matching_loss,
     fake_score_loss,
@@ -186,7 +187,7 @@ def test_clamp_weight_is_ten_times_the_transition_variance_up_to_one(s, t):
     x_s, noise, velocity = torch.randn(3, 4, 2, 3, dtype=F64)
     error = (velocity - subinterval_velocity_target(x_s, noise, s, t)).square().mean((1, 2))
     _, b = coefficients(s, t)
-    found = fake_score_loss(velocity, x_s, noise, s, t)
+    found = fake_score_loss(velocity, RenoisedSamples(x_s, noise, s, t))
     assert found.shape == (4,)
     torch.testing.assert_close(found, min(1, 10 * b**2) * error, rtol=1e-5, atol=0)
 
@@ -201,21 +202,23 @@ def test_other_weightings_leave_the_squared_error_alone(weighting):
     x_s, noise, velocity = torch.randn(3, 4, 2, dtype=F64)
     t = torch.tensor([0.51, 0.6, 0.7, 0.9], dtype=F64)
     expected = (velocity - subinterval_velocity_target(x_s, noise, 0.5, t)).square().mean(1)
-    torch.testing.assert_close(fake_score_loss(velocity, x_s, noise, 0.5, t, weighting), expected)
+    torch.testing.assert_close(fake_score_loss(velocity, RenoisedSamples(x_s, noise, 0.5, t), weighting), expected)
 
 
 def test_each_sample_is_weighted_by_its_own_noise_level():
     x_s, noise, velocity = torch.randn(3, 2, 3, dtype=F64)
     t = torch.tensor([0.51, 0.9], dtype=F64)
-    found = fake_score_loss(velocity, x_s, noise, 0.5, t)
+    found = fake_score_loss(velocity, RenoisedSamples(x_s, noise, 0.5, t))
     for i in range(2):
-        alone = fake_score_loss(velocity[i : i + 1], x_s[i : i + 1], noise[i : i + 1], 0.5, t[i].item())
+        alone = fake_score_loss(
+            velocity[i : i + 1], RenoisedSamples(x_s[i : i + 1], noise[i : i + 1], 0.5, t[i].item())
+        )
         torch.testing.assert_close(found[i : i + 1], alone, rtol=1e-5, atol=0)
 
 
 def test_biased_target_is_an_option_of_the_loss():
     x_s, noise, velocity = torch.randn(3, 4, 2, dtype=F64)
-    found = fake_score_loss(velocity, x_s, noise, 0.5, 0.8, "none", target="biased")
+    found = fake_score_loss(velocity, RenoisedSamples(x_s, noise, 0.5, 0.8), "none", target="biased")
     torch.testing.assert_close(found, (velocity - (noise - x_s)).square().mean(1))
 
 
@@ -223,7 +226,7 @@ def test_fake_loss_gradient_reaches_the_velocity_only():
     x_s, noise, velocity = torch.randn(3, 4, 2, dtype=F64).unbind()
     for tensor in (x_s, noise, velocity):
         tensor.requires_grad_()
-    fake_score_loss(velocity, x_s, noise, 0.5, 0.9, "none").sum().backward()
+    fake_score_loss(velocity, RenoisedSamples(x_s, noise, 0.5, 0.9), "none").sum().backward()
     expected = velocity - subinterval_velocity_target(x_s, noise, 0.5, 0.9)
     torch.testing.assert_close(velocity.grad, expected.detach())
     assert x_s.grad is None
@@ -233,20 +236,27 @@ def test_fake_loss_gradient_reaches_the_velocity_only():
 # The generator's direction
 
 
+def at(x_t, s, t):
+    """Samples that are ``x_t`` once they are renoised from s to t."""
+    samples = RenoisedSamples(x_t, torch.zeros_like(x_t), s, t)
+    samples.__dict__["x_t"] = x_t
+    return samples
+
+
 @given(st.floats(0, 0.95), st.floats(0.02, 0.98))
 def test_paper_weight_is_its_alpha_sigma_expression(s, share):
     t = s + (1 - s) * share
     x_t, teacher, fake = torch.randn(3, 4, 3, dtype=F64)
     alpha_t, sigma_t, alpha_ts = 1 - t, t, (1 - t) / (1 - s)
     weight = alpha_t * alpha_ts / (alpha_t * sigma_t + sigma_t**2)
-    found = generator_direction(x_t, teacher, fake, s, t, "paper")
+    found = generator_direction(at(x_t, s, t), teacher, fake, "paper")
     torch.testing.assert_close(found, weight * (teacher - fake), rtol=1e-7, atol=1e-9)
 
 
 def test_dmd2_direction_is_the_x0_difference_over_the_mean_distance_of_each_sample():
     x_t, teacher, fake, x0_generator = torch.randn(4, 3, 2, 4, dtype=F64)
     t = torch.tensor([0.55, 0.7, 0.95], dtype=F64)
-    found = generator_direction(x_t, teacher, fake, 0.5, t, "dmd2", x0_generator)
+    found = generator_direction(at(x_t, 0.5, t), teacher, fake, "dmd2", x0_generator)
     for i in range(3):
         x0_teacher = x_t[i] - t[i] * teacher[i]
         x0_fake = x_t[i] - t[i] * fake[i]
@@ -256,34 +266,34 @@ def test_dmd2_direction_is_the_x0_difference_over_the_mean_distance_of_each_samp
 
 def test_dmd2_direction_does_not_depend_on_s():
     x_t, teacher, fake, x0_generator = torch.randn(4, 3, 2, dtype=F64)
-    first = generator_direction(x_t, teacher, fake, 0.0, 0.8, "dmd2", x0_generator)
-    torch.testing.assert_close(generator_direction(x_t, teacher, fake, 0.7, 0.8, "dmd2", x0_generator), first)
+    first = generator_direction(at(x_t, 0.0, 0.8), teacher, fake, "dmd2", x0_generator)
+    torch.testing.assert_close(generator_direction(at(x_t, 0.7, 0.8), teacher, fake, "dmd2", x0_generator), first)
 
 
 def test_dmd2_direction_stays_finite_when_the_generator_is_the_teacher():
     x_t, teacher = torch.randn(2, 3, 2, dtype=F64)
-    found = generator_direction(x_t, teacher, teacher + 1e-3, 0.0, 0.5, "dmd2", x_t - 0.5 * teacher)
+    found = generator_direction(at(x_t, 0.0, 0.5), teacher, teacher + 1e-3, "dmd2", x_t - 0.5 * teacher)
     assert found.isfinite().all()
 
 
 def test_dmd2_without_the_generators_x0_is_an_error():
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match="needs x0_generator"):
-        generator_direction(x, x, x, 0.0, 0.5)
+        generator_direction(at(x, 0.0, 0.5), x, x)
 
 
 def test_dmd2_is_the_default_weighting():
     x_t, teacher, fake, x0_generator = torch.randn(4, 3, 2, dtype=F64)
-    found = generator_direction(x_t, teacher, fake, 0.1, 0.5, x0_generator=x0_generator)
-    torch.testing.assert_close(found, generator_direction(x_t, teacher, fake, 0.1, 0.5, "dmd2", x0_generator))
+    found = generator_direction(at(x_t, 0.1, 0.5), teacher, fake, x0_generator=x0_generator)
+    torch.testing.assert_close(found, generator_direction(at(x_t, 0.1, 0.5), teacher, fake, "dmd2", x0_generator))
 
 
 def test_half_precision_velocities_are_compared_in_float32():
     x_t, teacher, fake, x0_generator = torch.randn(4, 3, 2).bfloat16()
     wide = [tensor.float() for tensor in (x_t, teacher, fake)]
     for weighting in ("paper", "dmd2"):
-        found = generator_direction(x_t, teacher, fake, 0.5, 0.8, weighting, x0_generator)
-        expected = generator_direction(*wide, 0.5, 0.8, weighting, x0_generator.float())
+        found = generator_direction(at(x_t, 0.5, 0.8), teacher, fake, weighting, x0_generator)
+        expected = generator_direction(at(wide[0], 0.5, 0.8), *wide[1:], weighting, x0_generator.float())
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -337,7 +347,7 @@ def surrogate(theta, log_scale, s, t, weighting, normal):
     fake = velocity_of(x_t, a * mean, a**2 * std**2 + b**2, t)
     teacher_mean, teacher_std = teacher_at(t)
     teacher = velocity_of(x_t, teacher_mean, teacher_std**2, t)
-    direction = generator_direction(x_t, teacher, fake, s, t, weighting, x0_generator=x_s.detach() / (1 - s))
+    direction = generator_direction(at(x_t, s, t), teacher, fake, weighting, x0_generator=x_s.detach() / (1 - s))
     return (weights * distribution_matching_loss(x_s, direction)).sum()
 
 

@@ -14,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from tests.helpers import tiny_families
 from training import distill
 from training.config.schema import load_config
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 
@@ -40,7 +41,7 @@ def test_a_run_after_it_loads_no_encoder_and_it_loads_no_network(
         assert distill.main(["--config", str(config), "--encode_prompts"]) == 0
     assert f"{2 if images else 3} examples are encoded in " in capsys.readouterr().out
     with mock.patch("training.data.encoder.load_text_side", loaded_where_it_is_not_needed):
-        trainer = Trainer(load_config(config))
+        trainer = Trainer(build_run(load_config(config)))
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
-        trainer._start_phase()
-        assert trainer.update()["fake_loss"] > 0
+        trainer.start_phase()
+        assert trainer.update().values["fake_loss"] > 0

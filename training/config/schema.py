@@ -71,6 +71,8 @@ class DistillConfig(Section):
     """Learning rates fall linearly to zero over this last share of each phase."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Average of the expert's weights; null is off."""
+    ema_warm_up: bool = True
+    """The average is over few updates at first: its decay is at most (1 + n) / (10 + n) after n updates."""
     max_bad_updates: Count = 10
     """Stop after this many updates in a row with NaN or Inf."""
     precision: Literal["no", "bf16"] = "no"

@@ -71,6 +71,33 @@ def export_experts(
     write_card(folder, manifest)
 
 
+def training_summary(config: DistillConfig, plan: PhasePlan) -> dict[str, Any]:
+    """Summarise how experts were trained, for the manifest.
+
+    Args:
+        config: The configuration of the run.
+        plan: Its phase plan.
+
+    Returns:
+        What JSON can hold.
+    """
+    return {
+        "method": "Phased DMD" if len(plan) > 1 else "DMD",
+        "updates": [config.updates_of(k) for k in range(len(plan))],
+        "batch_size": config.batch_size,
+        "fake_updates": config.fake_updates,
+        "draws_per_rollout": config.draws_per_rollout,
+        "teacher_guidance_scale": config.objective.guidance_scale,
+        "negative_prompt": config.data.negative_prompt,
+        "pipeline": config.model.pipeline,
+        "generator_lr": config.generator.lr,
+        "fake_lr": config.fake.lr,
+        "seed": config.seed,
+        "size": [config.model.width, config.model.height, config.model.frames],
+        "max_sequence_length": config.model.max_sequence_length,
+    }
+
+
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
 

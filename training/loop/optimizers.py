@@ -54,6 +54,20 @@ def _adamw_8bit() -> Callable[..., Any]:
     return AdamW8bit
 
 
+def lr_factor(update: int, updates: int, decay_share: float) -> float:
+    """Compute the factor of the learning rates in an update of a phase.
+
+    Args:
+        update: How many updates of the phase are done.
+        updates: How many it has.
+        decay_share: The last share of them over which learning rates fall linearly to zero, in [0, 1].
+
+    Returns:
+        A factor in (0, 1].
+    """
+    return min(1.0, (updates - update) / (decay_share * updates)) if decay_share else 1.0
+
+
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     """The learning rate from now on."""
     for group in optimizer.param_groups:

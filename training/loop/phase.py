@@ -1,157 +1,196 @@
-"""The training of one phase: its losses, its optimizers, the average of its expert."""
+"""The training of one phase: an update is fake steps, then one generator step. Runs and studies train with this."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from pdmd_core.distillation import PhasedDistiller
-from pdmd_core.families import Conditioning
+from pdmd_core.distillation import Batch, PhasedDistiller, Renoising, Rows, VelocityOfRole, rows_of
+from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import FAKE, Roles
+from pdmd_core.roles import FAKE
 from training.config.schema import DistillConfig
 from training.config.sections import RoleSection
-from training.data.prompt_cache import PromptCache
 from training.distributed.sharding import average_gradients, gathered
+from training.loop.batches import Batches
 from training.loop.optimizers import make_optimizer, set_rate
-from training.loop.rng import RunRNG
-from training.memory.offload import keep_idle_experts_away
 
-Rows = slice | Tensor
-"""Some of the samples of a process."""
+
+class TrainableRoles(VelocityOfRole, Protocol):
+    """What the training of a phase needs of ``pdmd_core.roles.Roles``."""
+
+    routing: TeacherRouting
+
+    def parameters(self, role: str) -> list[nn.Parameter]: ...
+
+    def components(self, role: str) -> tuple[str, ...]: ...
+
+    def set_trainable(self, roles: Iterable[str]) -> None: ...
+
+    def activate(self, role: str, component: str | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
-class Batches:
-    """What samples are made of."""
+class StepResult:
+    """What one optimizer step was made of, over all processes.
 
-    prompts: PromptCache
-    shapes: Sequence[tuple[int, ...]]
-    """Of a latent in each bucket."""
+    Attributes:
+        loss: Mean of the loss.
+        grad_norm: Norm of the gradient before clipping; NaN where the step was skipped, since loss or gradient was not
+            finite.
+    """
+
+    loss: float
+    grad_norm: float
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did: numbers over all processes, and where the samples of this one were."""
+    """What one update did.
 
-    values: dict[str, float]
-    """Losses and gradient norms by name; NaN where a step was skipped."""
-    good: bool
-    """Whether every step was taken."""
-    sigmas: dict[str, list[float]] = field(default_factory=dict)
-    """Noise levels at which the scores were asked, by role that was trained there: fake, generator."""
+    Attributes:
+        generator: The generator's step.
+        fake: The steps of the fake.
+        score_distance: Mean of ``|v_teacher - v_fake|`` over all processes.
+        sigmas: Sigmas of this process's samples at which scores were asked, by role that trained there: fake,
+            generator.
+    """
+
+    generator: StepResult
+    fake: Sequence[StepResult]
+    score_distance: float
+    sigmas: dict[str, list[float]]
+
+    @property
+    def good(self) -> bool:
+        """Whether every step was taken."""
+        return all(math.isfinite(step.grad_norm) for step in (self.generator, *self.fake))
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Losses and gradient norms by the names under which they are logged."""
+        return {
+            "generator_loss": self.generator.loss,
+            "fake_loss": sum(step.loss for step in self.fake) / len(self.fake),
+            "generator_grad_norm": self.generator.grad_norm,
+            "fake_grad_norm": sum(step.grad_norm for step in self.fake) / len(self.fake),
+            "score_distance": self.score_distance,
+        }
 
 
 class PhaseTraining:
-    """Phase ``phase`` of the plan in training. Starting it resets nothing and freezes every other role."""
+    """One phase of a plan in training. Starting it resets nothing and freezes every other role.
+
+    Args:
+        config: The configuration of the run.
+        plan: The phase plan.
+        phase: Index of the phase.
+        roles: The networks.
+        accelerator: The device, its precision and the processes.
+
+    Attributes:
+        batch: Samples of this process, or of the group of processes that share them.
+        distiller: The losses.
+        optimizers: One for each role that trains.
+        average: The exponential moving average of the expert's weights; None without one.
+    """
 
     def __init__(
-        self, config: DistillConfig, plan: PhasePlan, phase: int, roles: Roles, accelerator: Accelerator
+        self, config: DistillConfig, plan: PhasePlan, phase: int, roles: TrainableRoles, accelerator: Accelerator
     ) -> None:
         self.config, self.roles, self.accelerator = config, roles, accelerator
         self.device = accelerator.device
         self.batch = config.batch_size // config.groups(accelerator.num_processes)
-        """Samples of this process, or of the group of processes that share them."""
         self.distiller = PhasedDistiller(plan, phase, roles, config.objective, config.memory.guidance_batched)
         self.sections: dict[str, RoleSection] = {self.expert: config.generator, FAKE: config.fake}
         roles.set_trainable(self.sections)
-        if config.memory.offload_idle_experts:
-            keep_idle_experts_away(roles, self.expert, self.device)
         self.optimizers = {
             role: make_optimizer(roles.parameters(role), section, self.device)
             for role, section in self.sections.items()
         }
-        decay = config.ema_decay
-        self.average = EMAModel(roles.parameters(self.expert), decay=decay) if decay else None
+        self.average: EMAModel | None = None
+        if decay := config.ema_decay:
+            lowest = 0.0 if config.ema_warm_up else decay
+            self.average = EMAModel(roles.parameters(self.expert), decay=decay, min_decay=lowest)
 
     @property
     def expert(self) -> str:
         """The expert that this phase trains."""
         return self.distiller.expert
 
-    def update(self, draws: RunRNG, source: Batches, lr_factor: float) -> Update:
-        """Fake updates, then one generator update. lr_factor: of both learning rates."""
-        config, distiller = self.config, self.distiller
+    def update(self, batches: Batches, lr_factor: float) -> Update:
+        """Take the fake steps of an update, then its generator step.
+
+        Args:
+            batches: Where examples, noise and sigmas come from.
+            lr_factor: Factor of both learning rates.
+
+        Returns:
+            What was done.
+        """
         for role, section in self.sections.items():
             set_rate(self.optimizers[role], section.lr * lr_factor)
-        fake_losses, fake_norms = [], []
+        fake: list[StepResult] = []
         sigmas: dict[str, list[float]] = {"fake": [], "generator": []}
-        for _ in range(config.fake_updates):
-            indices, noise = self._draw(draws, source)
-            conditioning = source.prompts.conditioning(indices, self.device)
-            x_s = self._rollout(noise, conditioning, distiller.draw_step(draws.shared))
-            for _ in range(config.draws_per_rollout):
-                t, renoise = self._draw_score(draws, noise)
-                value, norm = self._train(FAKE, t, partial(self._fake_loss, x_s, conditioning, t, renoise))
-                fake_losses.append(value)
-                fake_norms.append(norm)
-                sigmas["fake"] += t.tolist()
-        indices, noise = self._draw(draws, source)
-        conditioning = source.prompts.conditioning(indices, self.device)
-        negative = source.prompts.negative_conditioning(indices, self.device)
-        step = distiller.draw_step(draws.shared)
-        t, renoise = self._draw_score(draws, noise)
-        self._distance = torch.zeros((), device=self.device)
-        loss_of = partial(self._generator_loss, noise, conditioning, negative, step, t, renoise)
-        loss, norm = self._train(self.expert, t, loss_of)
-        sigmas["generator"] += t.tolist()
-        if self.average is not None and math.isfinite(norm):
+        for _ in range(self.config.fake_updates):
+            batch = batches.draw()
+            x_s = self.rollout(batch, batches.step(self.distiller))
+            for _ in range(self.config.draws_per_rollout):
+                renoising = batches.renoising(self.distiller, x_s)
+                fake.append(self.fake_step(x_s, batch.conditioning, renoising))
+                sigmas["fake"] += renoising.t.tolist()
+        batch = batches.draw(negative=True)
+        step, renoising = batches.step(self.distiller), batches.renoising(self.distiller, batch.noise)
+        generator, distance = self.generator_step(batch, step, renoising)
+        sigmas["generator"] += renoising.t.tolist()
+        if self.average is not None and math.isfinite(generator.grad_norm):
             self.average.step(self.roles.parameters(self.expert))
-        values = {
-            "generator_loss": loss,
-            "fake_loss": sum(fake_losses) / len(fake_losses),
-            "generator_grad_norm": norm,
-            "fake_grad_norm": sum(fake_norms) / len(fake_norms),
-            "score_distance": float(self.accelerator.reduce(self._distance, "mean")),
-        }
-        return Update(values, all(map(math.isfinite, [norm, *fake_norms])), sigmas)
+        return Update(generator, fake, distance, sigmas)
 
-    def _draw(self, draws: RunRNG, source: Batches) -> tuple[Tensor, Tensor]:
-        bucket, indices = draws.examples()
-        return indices, draws.noise(source.shapes[bucket]).to(self.device)
-
-    def _draw_score(self, draws: RunRNG, like: Tensor) -> tuple[Tensor, Tensor]:
-        return draws.score_sigmas(self.distiller), draws.noise(like.shape[1:]).to(self.device)
-
-    def _rollout(self, noise: Tensor, conditioning: Conditioning, step: int) -> Tensor:
+    def rollout(self, batch: Batch, step: int) -> Tensor:
+        """Make samples at the end of the phase, without gradient, as many at once as are evaluated at once."""
         samples = []
         for part in self._parts():
             with self.accelerator.autocast():
-                rollout = self.distiller.rollout(noise[part], _rows(conditioning, part), step, gradient=False)
-            samples.append(rollout.x_s)
+                samples.append(self.distiller.rollout(batch.rows(part), step, gradient=False).x_s)
         return torch.cat(samples)
 
-    def _fake_loss(self, x_s: Tensor, conditioning: Conditioning, t: Tensor, noise: Tensor, part: Rows) -> Tensor:
-        return self.distiller.fake_loss(x_s[part], _rows(conditioning, part), t[part], noise[part])
+    def fake_step(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising) -> StepResult:
+        """Take one optimizer step of the fake on samples of the generator."""
+        total = torch.zeros((), device=self.device)
+        for part in self._parts(renoising.t):
+            own = renoising.rows(part)
+            with self.accelerator.autocast():
+                loss = self.distiller.fake_loss(x_s[part], rows_of(conditioning, part), own)
+            total += self._backward(FAKE, loss, own.t)
+        return self._step(FAKE, total)
 
-    def _generator_loss(
-        self,
-        noise: Tensor,
-        conditioning: Conditioning,
-        negative: Conditioning,
-        step: int,
-        t: Tensor,
-        renoise: Tensor,
-        part: Rows,
-    ) -> Tensor:
-        own = _rows(conditioning, part)
-        rollout = self.distiller.rollout(noise[part], own, step, gradient=True)
-        loss = self.distiller.generator_loss(rollout, own, _rows(negative, part), t[part], renoise[part])
-        self._distance += self.distiller.score_distance * (len(t[part]) / self.batch)
-        return loss
+    def generator_step(self, batch: Batch, step: int, renoising: Renoising) -> tuple[StepResult, float]:
+        """Take one optimizer step of the expert; returns also the distance of teacher and fake over all processes."""
+        total, distance = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for part in self._parts(renoising.t):
+            rows, own = batch.rows(part), renoising.rows(part)
+            with self.accelerator.autocast():
+                rollout = self.distiller.rollout(rows, step, gradient=True)
+                found = self.distiller.generator_loss(rollout, rows, own)
+            total += self._backward(self.expert, found.loss, own.t)
+            distance += found.score_distance * (len(rows) / self.batch)
+        return self._step(self.expert, total), float(self.accelerator.reduce(distance, "mean"))
 
     def _parts(self, t: Tensor | None = None) -> list[Rows]:
-        """This process's samples in parts that are evaluated at once; t: of the samples, where the parts may go by it.
+        """Divide this process's samples into parts that are evaluated at once.
 
-        With one network on the device at a time the samples of a part are compared on one network.
+        t: their sigmas, where the parts may go by them: with one network on the device at a time, the samples of a part
+            are
+        compared on one network.
         """
         size = self.config.memory.micro_batch_size or self.batch
         if t is None or not self.config.memory.offload_idle_network:
@@ -160,21 +199,21 @@ class PhaseTraining:
         sides = [side.nonzero().flatten() for side in (high, ~high)]
         return [rows for side in sides if len(side) for rows in side.split(size)]
 
-    def _train(self, role: str, t: Tensor, loss_of: Callable[[Rows], Tensor]) -> tuple[float, float]:
-        """One optimizer step on the mean of a loss, part by part; a NaN or Inf skips it. Returns loss, gradient norm.
+    def _backward(self, role: str, loss: Tensor, t: Tensor) -> Tensor:
+        """Add the gradient of a part's mean loss to the role's; returns the part's share of the whole loss."""
+        loss = loss * (len(t) / self.batch)
+        # What gradient checkpointing recomputes must be this role, on a network that is there.
+        of_two = self.config.memory.offload_idle_network and role == FAKE
+        self.roles.activate(role, self.roles.routing.component_at(float(t[0])) if of_two else None)
+        (loss * self.config.parallel.context_parallel).backward()  # a group adds up, and all processes are averaged
+        return loss.detach()
 
-        Averages over processes are equal on all of them, so all take or skip the step together.
+    def _step(self, role: str, total: Tensor) -> StepResult:
+        """Take an optimizer step with the gradients that are there; a NaN or Inf skips it.
+
+        Averages over processes are equal on all of them, and so all take or skip the step together.
         """
         parameters, optimizer = self.roles.parameters(role), self.optimizers[role]
-        total = torch.zeros((), device=self.device)
-        for part in self._parts(t):
-            with self.accelerator.autocast():
-                loss = loss_of(part) * (len(t[part]) / self.batch)
-            # What gradient checkpointing recomputes must be this role, on a network that is there.
-            of_two = self.config.memory.offload_idle_network and role == FAKE
-            self.roles.activate(role, self.roles.routing.component_at(float(t[part][0])) if of_two else None)
-            (loss * self.config.parallel.context_parallel).backward()  # a group adds up, and all processes are averaged
-            total += loss.detach()
         if len(self.roles.components(role)) > 1:  # a network that had no sample here may have had one elsewhere
             for parameter in parameters:
                 if parameter.grad is None:
@@ -186,11 +225,11 @@ class PhaseTraining:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value, norm if finite else math.nan
+        return StepResult(value, norm if finite else math.nan)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The expert has its averaged weights inside."""
+        """Give the expert its averaged weights inside a ``with`` block."""
         if self.average is None:
             yield
             return
@@ -203,12 +242,8 @@ class PhaseTraining:
             self.average.restore(parameters)
 
     def finish(self) -> None:
-        """The average becomes the expert, which is frozen from now on."""
+        """Make the average the expert, which is frozen from now on."""
         if self.average is not None:
             self.average.copy_to(self.roles.parameters(self.expert))
         self.average = None
         self.roles.set_trainable([])
-
-
-def _rows(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:
-    return {name: value[part] for name, value in conditioning.items()}

@@ -1,54 +1,71 @@
-"""The training loop of every method on every teacher: what ``PhasedDistiller`` leaves to its caller."""
+"""Every method on every teacher, trained by the updates that ``training/distill.py`` makes too."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 
 from benchmarks.claims.common.methods import Run
-from pdmd_core.distillation import Objective, PhasedDistiller, VelocityOfRole
-from pdmd_core.families.base import Conditioning
+from pdmd_core.distillation import Batch, Objective, PhasedDistiller, Renoising
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import FAKE
+from training.config.schema import DistillConfig, parse_config
+from training.loop.optimizers import lr_factor
+from training.loop.phase import PhaseTraining, TrainableRoles
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all methods share."""
+    """What all methods share.
+
+    Attributes:
+        batch_size: Samples of an update.
+        fake_updates: Rollouts that the fake learns from, for each generator update.
+        draws_per_rollout: Gradient steps of the fake on one of them, each with noise of its own.
+        fake_lr_factor: Learning rate of the fake, as a multiple of the generator's.
+        ema_decay: Decay of the average of the expert's weights.
+        ema_warm_up: Whether the average is over few updates at first.
+        lr_decay_share: The last share of the updates of a phase over which learning rates fall to 0.
+        max_grad_norm: Norm to which gradients are clipped.
+    """
 
     batch_size: int
     fake_updates: int
-    """Rollouts that the fake learns from, for each generator update."""
     draws_per_rollout: int
-    """Gradient steps of the fake on one of them, each with noise of its own."""
     fake_lr_factor: float
-    """Learning rate of the fake, as a multiple of the generator's."""
     ema_decay: float
     ema_warm_up: bool
-    """The average is over few updates at first: its decay is at most (1 + n) / (10 + n) after n updates."""
     lr_decay_share: float
-    """The last share of the updates of a phase over which learning rates fall to 0."""
     max_grad_norm: float
 
-
-@dataclass(frozen=True)
-class Draw:
-    """What one rollout starts from, (batch, ...)."""
-
-    noise: Tensor
-    conditioning: Conditioning
-    negative: Conditioning
-
-
-class PhaseNetworks(VelocityOfRole, Protocol):
-    """The networks as one phase sees them: teacher, experts, and FAKE is this phase's own."""
-
-    def parameters(self, role: str) -> list[nn.Parameter]: ...
+    def config(self, run: Run, plan: PhasePlan, objective: Objective) -> DistillConfig:
+        """Write a run as the configuration that the updates take."""
+        settings = {
+            "model": {"path": "study"},
+            "data": {"prompts": "study"},
+            "plan": {
+                "sigmas": [list(phase.sigmas) for phase in plan.phases],
+                "names": [phase.name for phase in plan.phases],
+            },
+            "objective": asdict(objective),
+            "generator": {"lr": run.lr, "max_grad_norm": self.max_grad_norm},
+            "fake": {"lr": self.fake_lr_factor * run.lr, "max_grad_norm": self.max_grad_norm},
+            "updates": run.updates // len(plan),
+            "batch_size": self.batch_size,
+            "fake_updates": self.fake_updates,
+            "draws_per_rollout": self.draws_per_rollout,
+            "lr_decay_share": self.lr_decay_share,
+            "ema_decay": self.ema_decay,
+            "ema_warm_up": self.ema_warm_up,
+            "seed": run.seed,
+        }
+        return parse_config(settings, run.name)
 
 
 class Problem(Protocol):
@@ -56,115 +73,86 @@ class Problem(Protocol):
 
     plan: PhasePlan
     objective: Objective
+    evaluations: Counter[str]
+    """Network evaluations of the whole training by role: a batch is one, with guidance two."""
 
-    def networks(self, phase: int) -> PhaseNetworks:
-        """Of a phase that is about to be trained, with a new fake."""
+    def networks(self, phase: int) -> TrainableRoles:
+        """Make the roles of a phase that is about to be trained: its FAKE is a new one of its own."""
         ...
 
-    def draw(self, count: int, generator: torch.Generator) -> Draw: ...
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Draw what rollouts start from."""
+        ...
+
+    def experts(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Name of each expert to its weights."""
+        ...
 
 
-class Average:
-    """Exponential moving average of parameters over updates; starts at those of the first."""
+class StudyBatches:
+    """Batches of a problem; one generator draws everything, in the order in which it is asked for."""
 
-    def __init__(self, decay: float, warm_up: bool) -> None:
-        self.decay, self.warm_up = decay, warm_up
-        self.updates = 0
-        self.values: list[Tensor] = []
+    def __init__(self, problem: Problem, count: int, generator: torch.Generator) -> None:
+        self.problem, self.count, self.generator = problem, count, generator
 
-    def update(self, parameters: list[nn.Parameter]) -> None:
-        """Take in the parameters as they are now."""
-        now = [parameter.detach() for parameter in parameters]
-        if self.updates == 0:
-            self.values = [value.clone() for value in now]
-        else:
-            bound = (1 + self.updates) / (10 + self.updates) if self.warm_up else 1.0
-            torch._foreach_lerp_(self.values, now, 1 - min(self.decay, bound))
-        self.updates += 1
+    def draw(self, negative: bool = False) -> Batch:
+        """Draw what rollouts start from."""
+        return self.problem.draw(self.count, self.generator)
 
-    def copy_to(self, parameters: list[nn.Parameter]) -> None:
-        """Make the average the parameters."""
-        with torch.no_grad():
-            for parameter, value in zip(parameters, self.values, strict=True):
-                parameter.copy_(value)
+    def step(self, distiller: PhasedDistiller) -> int:
+        """Draw the step that trains."""
+        return distiller.draw_step(self.generator)
+
+    def renoising(self, distiller: PhasedDistiller, like: Tensor) -> Renoising:
+        """Draw where scores are compared."""
+        t = distiller.draw_score_sigma(self.count, self.generator)
+        return Renoising(t, torch.randn(like.shape, generator=self.generator))
 
 
-class PhaseTraining:
-    """Optimizers, average and updates of one phase."""
+@dataclass(frozen=True)
+class Distilled:
+    """What a run leaves.
 
-    def __init__(self, problem: Problem, phase: int, run: Run, recipe: Recipe, generator: torch.Generator) -> None:
-        self.problem, self.recipe, self.generator = problem, recipe, generator
-        networks = problem.networks(phase)
-        self.distiller = PhasedDistiller(problem.plan, phase, networks, problem.objective)
-        self.updates = run.updates // len(problem.plan)
-        self.expert = networks.parameters(self.distiller.expert)
-        self.fake = networks.parameters(FAKE)
-        self.average = Average(recipe.ema_decay, recipe.ema_warm_up)
-        self.optimizers = [
-            torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.999), weight_decay=0.01)
-            for parameters, lr in ((self.expert, run.lr), (self.fake, recipe.fake_lr_factor * run.lr))
-        ]
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._lr_factor) for o in self.optimizers]
-        self.skipped = 0
-
-    def _lr_factor(self, update: int) -> float:
-        return min(1.0, (self.updates - update) / (self.recipe.lr_decay_share * self.updates))
-
-    def update(self) -> None:
-        """Fake updates, then one of the expert."""
-        distiller, recipe, generator = self.distiller, self.recipe, self.generator
-        expert, fake = self.optimizers
-        for _ in range(recipe.fake_updates):
-            draw = self.problem.draw(recipe.batch_size, generator)
-            rollout = distiller.rollout(draw.noise, draw.conditioning, distiller.draw_step(generator), gradient=False)
-            for _ in range(recipe.draws_per_rollout):
-                t = distiller.draw_score_sigma(recipe.batch_size, generator)
-                loss = distiller.fake_loss(rollout.x_s, draw.conditioning, t, self._noise_like(rollout.x_s))
-                self._step(fake, loss)
-        draw = self.problem.draw(recipe.batch_size, generator)
-        rollout = distiller.rollout(draw.noise, draw.conditioning, distiller.draw_step(generator), gradient=True)
-        t = distiller.draw_score_sigma(recipe.batch_size, generator)
-        noise = self._noise_like(rollout.x_s)
-        self._step(expert, distiller.generator_loss(rollout, draw.conditioning, draw.negative, t, noise))
-        self.average.update(self.expert)
-        for schedule in self.schedules:
-            schedule.step()
-
-    def _noise_like(self, x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=self.generator)
-
-    def _step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        parameters = optimizer.param_groups[0]["params"]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
-        if math.isfinite(float(norm)):
-            optimizer.step()
-        else:
-            self.skipped += 1
-
-    def finish(self) -> None:
-        """The average becomes the expert, which is frozen from now on."""
-        self.average.copy_to(self.expert)
-        for parameter in self.expert:
-            parameter.requires_grad_(False)
-
-
-def distil(problem: Problem, run: Run, recipe: Recipe) -> Iterator[int]:
-    """Train all experts of a run in place. Equal runs give equal experts.
-
-    Every phase gets the same number of updates, ``run.updates`` in all. One phase after the other; a joint method takes
-    one update of each in turn. Yields after each update how many were skipped so far: their gradient was NaN or Inf.
+    Attributes:
+        experts: Name of each expert to its weights.
+        evaluations: Network evaluations of the whole training by role: a batch is one, with guidance two.
+        skipped: Optimizer steps that were not taken, because loss or gradient was NaN or Inf.
     """
-    generator = torch.Generator().manual_seed(run.seed)
-    phases = range(len(problem.plan))
-    skipped = 0
+
+    experts: dict[str, dict[str, Tensor]]
+    evaluations: dict[str, int]
+    skipped: int
+
+
+def distil(problem: Problem, run: Run, recipe: Recipe, progress: Callable[[], object] = lambda: None) -> Distilled:
+    """Train all experts of a run. Equal runs give equal experts.
+
+    Every phase gets the same number of updates, ``run.updates`` in all. One phase is trained after the other; a joint
+    method takes one update of each in turn.
+
+    Args:
+        problem: The teacher and the untrained networks.
+        run: Method, learning rate, seed and updates.
+        recipe: What all methods share.
+        progress: Called after each update.
+
+    Returns:
+        The experts, and what their training took.
+    """
+    config = recipe.config(run, problem.plan, problem.objective)
+    batches = StudyBatches(problem, recipe.batch_size, torch.Generator().manual_seed(run.seed))
+    phases, accelerator, skipped = range(len(problem.plan)), Accelerator(cpu=True), 0
     for together in [list(phases)] if run.method.joint else [[phase] for phase in phases]:
-        trainings = [PhaseTraining(problem, phase, run, recipe, generator) for phase in together]
-        for _ in range(trainings[0].updates):
+        trainings = [
+            PhaseTraining(config, problem.plan, phase, problem.networks(phase), accelerator) for phase in together
+        ]
+        updates = config.updates_of(together[0])
+        for done in range(updates):
             for training in trainings:
-                training.update()
-                yield skipped + sum(training.skipped for training in trainings)
+                update = training.update(batches, lr_factor(done, updates, recipe.lr_decay_share))
+                skipped += sum(not math.isfinite(step.grad_norm) for step in (update.generator, *update.fake))
+                progress()
         for training in trainings:
             training.finish()
-            skipped += training.skipped
+    experts = {name: dict(weights) for name, weights in problem.experts().items()}
+    return Distilled(experts, dict(problem.evaluations), skipped)

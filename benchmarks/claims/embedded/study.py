@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.claims.common.distilling import Recipe
+from benchmarks.claims.common.distilling import Recipe, distil
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.files import identity_of, read_row, write_row, write_tensors, write_text
 from benchmarks.claims.common.methods import Run
@@ -26,10 +26,10 @@ from benchmarks.claims.embedded.measures import Features, Measured, Measures, Sc
 from benchmarks.claims.embedded.measures import measured_scenes as default_scenes
 from benchmarks.claims.embedded.training import (
     MODELS,
+    EmbeddedProblem,
     EmbeddedSettings,
     digest_of,
     digest_of_teacher,
-    distil,
     make_roles,
 )
 from pdmd_core.distillation import expert_velocities
@@ -230,7 +230,8 @@ class EmbeddedStudy:
         path = self.folder / "experts" / f"{run.name}.safetensors"
         if not path.exists():
             with tqdm(total=run.updates, desc=run.name, unit="update", leave=False) as bar:
-                done = distil(run, self.sampler, self.settings, bar.update)
+                problem = EmbeddedProblem(run, self.sampler, self.settings)
+                done = distil(problem, run, self.settings.recipe, bar.update)
             weights = {f"{name}/{key}": value for name, own in done.experts.items() for key, value in own.items()}
             metadata = {"evaluations": json.dumps(done.evaluations), "skipped": json.dumps(done.skipped)}
             write_tensors(path, weights, metadata)

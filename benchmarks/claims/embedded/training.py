@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.claims.common import distilling
-from benchmarks.claims.common.distilling import Draw, Recipe
+from benchmarks.claims.common.distilling import Recipe
 from benchmarks.claims.common.methods import Method, Run
-from pdmd_core.distillation import Objective
+from pdmd_core.distillation import Batch, Objective
 from pdmd_core.families.base import Conditioning
 from pdmd_core.flow import Sigma
 from pdmd_core.hashing import sha256_of, sha256_of_bytes
@@ -87,18 +86,35 @@ def make_roles(sampler: Sampler, plan: PhasePlan, rank: int) -> Roles:
 class PhaseView:
     """The roles as one phase sees them: FAKE is its own. Counts evaluations by role, in batches of ``batch``."""
 
-    def __init__(self, roles: Roles, expert: str, batch: int, evaluations: Counter[str]) -> None:
-        self.roles, self.fake, self.batch, self.evaluations = roles, fake_of(expert), batch, evaluations
+    def __init__(self, problem: EmbeddedProblem, phase: int) -> None:
+        self.problem, self.roles, self.routing = problem, problem.roles, problem.roles.routing
+        self.phase, self.fake = phase, fake_of(problem.plan.phases[phase].name)
 
     def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
-        self.evaluations[role] += len(x) // self.batch
+        """Ask a role."""
+        self.problem.evaluations[role] += len(x) // self.problem.batch
         return self.roles.velocity(self._own(role), x, sigma, conditioning)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Guide the teacher as its pipeline does."""
         return self.roles.guide(positive, negative, scale)
 
     def parameters(self, role: str) -> list[nn.Parameter]:
+        """The adapter of a role."""
         return self.roles.parameters(self._own(role))
+
+    def components(self, role: str) -> tuple[str, ...]:
+        """The networks that a role stands on."""
+        return self.roles.components(self._own(role))
+
+    def activate(self, role: str, component: str | None = None) -> None:
+        """Make the network compute a role."""
+        self.roles.activate(self._own(role), component)
+
+    def set_trainable(self, roles: Iterable[str]) -> None:
+        """Train these roles of the phase, beside those of phases that train at the same time."""
+        self.problem.trainable[self.phase] = [self._own(role) for role in roles]
+        self.roles.set_trainable([role for own in self.problem.trainable.values() for role in own])
 
     def _own(self, role: str) -> str:
         return self.fake if role == FAKE else role
@@ -113,44 +129,20 @@ class EmbeddedProblem:
         self.prompts = len(settings.prompts)
         torch.manual_seed(run.seed)
         self.roles = make_roles(sampler, self.plan, settings.rank)
-        self.joint = run.method.joint
+        self.trainable: dict[int, list[str]] = {}
         self.evaluations: Counter[str] = Counter()
 
     def networks(self, phase: int) -> PhaseView:
-        """Its expert and fake become trainable; those of other phases too in a joint training, else they are frozen."""
-        experts = [phase.name for phase in self.plan.phases]
-        trained = experts if self.joint else [experts[phase]]
-        self.roles.set_trainable([*trained, *map(fake_of, trained)])
-        return PhaseView(self.roles, experts[phase], self.batch, self.evaluations)
+        """The roles of a phase."""
+        return PhaseView(self, phase)
 
-    def draw(self, count: int, generator: torch.Generator) -> Draw:
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
         """Prompts and noise."""
         indices = torch.randint(self.prompts, (count,), generator=generator)
         noise = torch.randn(count, *self.sampler.shape, generator=generator)
-        bank, device = self.sampler.prompts, noise.device
-        return Draw(noise, bank.conditioning(indices, device), bank.negative_conditioning(indices, device))
+        prompts, device = self.sampler.prompts, noise.device
+        return Batch(noise, prompts.conditioning(indices, device), prompts.negative_conditioning(indices, device))
 
-
-@dataclass(frozen=True)
-class Distilled:
-    """What a run leaves."""
-
-    experts: dict[str, dict[str, Tensor]]
-    """Weights of each expert's adapter."""
-    evaluations: dict[str, int]
-    """Network evaluations of the whole training by role: a batch is one, with guidance two."""
-    skipped: int
-    """Updates with NaN or Inf in the gradient, which were not made."""
-
-
-def distil(
-    run: Run, sampler: Sampler, settings: EmbeddedSettings, progress: Callable[[], object] = lambda: None
-) -> Distilled:
-    """Train all experts of a run; see ``distilling.distil``."""
-    problem = EmbeddedProblem(run, sampler, settings)
-    skipped = 0
-    for count in distilling.distil(problem, run, settings.recipe):
-        skipped = count
-        progress()
-    experts = {phase.name: problem.roles.state_dict(phase.name) for phase in problem.plan.phases}
-    return Distilled(experts, dict(problem.evaluations), skipped)
+    def experts(self) -> dict[str, dict[str, Tensor]]:
+        """The adapters of the experts."""
+        return {phase.name: self.roles.state_dict(phase.name) for phase in self.plan.phases}

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.claims.common.distilling import distil
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.files import identity_of, read_row, write_row, write_tensors, write_text
 from benchmarks.claims.common.methods import Run
@@ -24,7 +25,7 @@ from benchmarks.claims.mixture.mixture import (
     share_off_modes,
     variance_in_modes,
 )
-from benchmarks.claims.mixture.training import NOTHING, MixtureNetworks, Settings, distil, fit_initial_network
+from benchmarks.claims.mixture.training import NOTHING, MixtureNetworks, MixtureProblem, Settings, fit_initial_network
 from pdmd_core.distillation import expert_velocities
 from pdmd_core.flow import euler_step
 from pdmd_core.metrics import frechet_distance, manifold, pairwise_distance
@@ -107,12 +108,9 @@ class MixtureStudy:
         """The weights of a run's experts; trained unless they are there."""
         path = self.folder / "experts" / f"{run.name}.safetensors"
         if not path.exists():
-            done = distil(run, self.mixture, self.initial, self.settings)
-            weights = {
-                f"{name}/{key}": value
-                for name, expert in done.experts.items()
-                for key, value in expert.state_dict().items()
-            }
+            problem = MixtureProblem(run.method, self.mixture, self.initial, self.settings)
+            done = distil(problem, run, self.settings.recipe())
+            weights = {f"{name}/{key}": value for name, own in done.experts.items() for key, value in own.items()}
             write_tensors(
                 path, weights, {"evaluations": json.dumps(done.evaluations), "skipped": json.dumps(done.skipped)}
             )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.claims.common import distilling
-from benchmarks.claims.common.distilling import Draw, Recipe
-from benchmarks.claims.common.methods import Method, Run
+from benchmarks.claims.common.distilling import Recipe
+from benchmarks.claims.common.methods import Method
 from benchmarks.claims.mixture.mixture import GaussianMixture, VelocityNetwork
-from pdmd_core.distillation import Objective
-from pdmd_core.families.base import Conditioning, classifier_free_guidance
+from pdmd_core.distillation import Batch, Objective
+from pdmd_core.families.base import Conditioning, TeacherRouting, classifier_free_guidance
 from pdmd_core.flow import Sigma
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, TEACHER
@@ -70,23 +69,55 @@ class Settings:
 
 
 class MixtureNetworks:
-    """What ``PhasedDistiller`` asks of ``Roles``: the exact teacher, experts, one fake. Counts evaluations by role."""
+    """The exact teacher, the experts and one fake, as the training of a phase asks for them.
 
-    def __init__(self, mixture: GaussianMixture, experts: Mapping[str, nn.Module], fake: nn.Module) -> None:
+    Args:
+        mixture: The teacher.
+        experts: Name to network.
+        fake: The fake score network.
+        evaluations: Counts evaluations by role.
+    """
+
+    routing = TeacherRouting()
+
+    def __init__(
+        self,
+        mixture: GaussianMixture,
+        experts: Mapping[str, nn.Module],
+        fake: nn.Module,
+        evaluations: Counter[str] | None = None,
+    ) -> None:
         self.mixture = mixture
         self.networks = {**experts, FAKE: fake}
-        self.evaluations: Counter[str] = Counter()
+        self.evaluations = Counter() if evaluations is None else evaluations
+        self._trained: list[str] = []
 
     def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
+        """Ask a role."""
         self.evaluations[role] += 1
         return self.mixture.velocity(x, sigma) if role == TEACHER else self.networks[role](x, sigma)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance, which the mixture has no use for."""
         return classifier_free_guidance(positive, negative, scale)
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The weights of an expert or of the fake."""
         return list(self.networks[role].parameters())
+
+    def components(self, role: str) -> tuple[str, ...]:
+        """The teacher is one network."""
+        return self.routing.components
+
+    def set_trainable(self, roles: Iterable[str]) -> None:
+        """Train these of the phase's roles, and freeze those that were trained; other phases are theirs."""
+        chosen = list(roles)
+        for role in [*self._trained, *chosen]:
+            self.networks[role].requires_grad_(role in chosen)
+        self._trained = chosen
+
+    def activate(self, role: str, component: str | None = None) -> None:
+        """Every role has a network of its own."""
 
 
 class MixtureProblem:
@@ -95,19 +126,20 @@ class MixtureProblem:
     def __init__(self, method: Method, mixture: GaussianMixture, initial: nn.Module, settings: Settings) -> None:
         self.plan, self.objective = settings.plan(method), settings.objective(method)
         self.mixture, self.initial = mixture, initial
-        self.experts = {phase.name: copy.deepcopy(initial) for phase in self.plan.phases}
+        self.own = {phase.name: copy.deepcopy(initial) for phase in self.plan.phases}
         self.evaluations: Counter[str] = Counter()
 
     def networks(self, phase: int) -> MixtureNetworks:
-        """With a new fake; the expert of the phase becomes trainable."""
-        self.experts[self.plan.phases[phase].name].requires_grad_(True)
-        networks = MixtureNetworks(self.mixture, self.experts, copy.deepcopy(self.initial).requires_grad_(True))
-        networks.evaluations = self.evaluations
-        return networks
+        """The networks with a new fake."""
+        return MixtureNetworks(self.mixture, self.own, copy.deepcopy(self.initial), self.evaluations)
 
-    def draw(self, count: int, generator: torch.Generator) -> Draw:
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
         """Noise alone."""
-        return Draw(torch.randn(count, 2, generator=generator), NOTHING, NOTHING)
+        return Batch(torch.randn(count, 2, generator=generator), NOTHING, NOTHING)
+
+    def experts(self) -> dict[str, dict[str, Tensor]]:
+        """The weights of each expert."""
+        return {name: network.state_dict() for name, network in self.own.items()}
 
 
 def fit_initial_network(mixture: GaussianMixture, settings: Settings) -> VelocityNetwork:
@@ -126,21 +158,3 @@ def fit_initial_network(mixture: GaussianMixture, settings: Settings) -> Velocit
         optimizer.step()
         schedule.step()
     return network.requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """What a run leaves."""
-
-    experts: dict[str, nn.Module]
-    evaluations: dict[str, int]
-    """Network evaluations of the whole training by role, a batch counted as one."""
-    skipped: int
-    """Updates with NaN or Inf in the gradient, which were not made."""
-
-
-def distil(run: Run, mixture: GaussianMixture, initial: VelocityNetwork, settings: Settings) -> Distilled:
-    """Train all experts of a run; see ``distilling.distil``."""
-    problem = MixtureProblem(run.method, mixture, initial, settings)
-    *_, skipped = distilling.distil(problem, run, settings.recipe())
-    return Distilled(problem.experts, dict(problem.evaluations), skipped)

@@ -14,12 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks import paper_claims
+from benchmarks.claims.common.distilling import Distilled, distil
 from benchmarks.claims.common.methods import METHODS, Run
 from benchmarks.claims.embedded import study as embedded_study
 from benchmarks.claims.embedded.measures import Measures, Scene, all_scenes, measured_scenes
 from benchmarks.claims.embedded.study import SETTINGS, AskedScenes, EmbeddedStudy, Measuring
-from benchmarks.claims.embedded.training import EmbeddedProblem, digest_of, distil, fake_of
+from benchmarks.claims.embedded.training import EmbeddedProblem, digest_of, fake_of
 from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.roles import FAKE
 from training.embedded.emoji import all_captions
 
 SCENES = {"pictures": tuple(measured_scenes(clips=False)[:3]), "clips": tuple(measured_scenes(clips=True)[:3])}
@@ -163,11 +165,15 @@ def test_clips_have_motion_and_moving_pictures(clips: EmbeddedStudy, command: Ca
 # --- trainings -------------------------------------------------------------------------------------------------------
 
 
+def trained(study: EmbeddedStudy, run: Run) -> Distilled:
+    return distil(EmbeddedProblem(run, study.sampler, study.settings), run, study.settings.recipe)
+
+
 @pytest.mark.parametrize("key", ["dmd_sgts", "phased_4x1", "phased_2x2", "joint"])
 def test_every_expert_moves_at_the_cost_the_library_states(key: str, pictures: EmbeddedStudy) -> None:
     method, settings = METHODS[key], pictures.settings
     updates = 4
-    done = distil(Run(method, 1e-3, 0, updates), pictures.sampler, settings)
+    done = trained(pictures, Run(method, 1e-3, 0, updates))
     plan = settings.plan(method)
     assert list(done.experts) == [phase.name for phase in plan.phases]
     for expert in done.experts.values():
@@ -182,7 +188,7 @@ def test_every_expert_moves_at_the_cost_the_library_states(key: str, pictures: E
 
 def test_equal_runs_are_equal_and_joint_ones_differ(pictures: EmbeddedStudy) -> None:
     def weights(key: str, seed: int) -> dict[str, torch.Tensor]:
-        done = distil(Run(METHODS[key], 1e-3, seed, 4), pictures.sampler, pictures.settings)
+        done = trained(pictures, Run(METHODS[key], 1e-3, seed, 4))
         return {f"{name}/{k}": value for name, own in done.experts.items() for k, value in own.items()}
 
     chosen = [("phased_2x2", 0), ("phased_2x2", 0), ("phased_2x2", 1), ("joint", 0)]
@@ -195,9 +201,11 @@ def test_equal_runs_are_equal_and_joint_ones_differ(pictures: EmbeddedStudy) -> 
 def test_a_phase_trains_its_expert_and_its_fake_alone(pictures: EmbeddedStudy) -> None:
     problem = EmbeddedProblem(Run(METHODS["phased_2x2"], 1e-3, 0, 4), pictures.sampler, pictures.settings)
     for phase, name in enumerate(("high_noise", "low_noise")):
-        problem.networks(phase)
+        networks = problem.networks(phase)
+        networks.set_trainable([name, FAKE])
         trainable = {role for role in problem.roles.specs if problem.roles.parameters(role)[0].requires_grad}
         assert trainable == {name, fake_of(name)}
+        networks.set_trainable([])
 
 
 # --- scenes and measures ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from training.config.keys import fields_of
 from training.config.schema import ConfigError, DistillConfig, load_config, with_defaults, with_overrides, with_values
 from training.loop.checkpoints import VALUES, list_checkpoints
 from training.loop.digests import write_digests
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 from training.monitoring.page import write_page
 
@@ -137,7 +138,7 @@ def test_a_configuration_under_old_names_becomes_that_of_today(settings_of_run: 
 
 
 def test_a_run_with_a_checkpoint_under_old_names_goes_on(config: DistillConfig) -> None:
-    run_and_stop(Trainer(config), after=3)
+    run_and_stop(Trainer(build_run(config)), after=3)
     checkpoint = list_checkpoints(config.output_dir / "checkpoints")[-1]
     values = json.loads((checkpoint / VALUES).read_text(encoding="utf-8"))
     values["config"] = under_old_names(values["config"])
@@ -145,8 +146,8 @@ def test_a_run_with_a_checkpoint_under_old_names_goes_on(config: DistillConfig) 
     (checkpoint / VALUES).write_text(json.dumps(values), encoding="utf-8")
     write_digests(checkpoint)
     with pytest.raises(ConfigError, match=r"Changed: generator\.lr: 0\.01 -> 0\.5$"):
-        Trainer(changed(config, **{"generator.lr": 0.5})).run(resume=True)
-    Trainer(changed(config, **{"checkpoints.keep": 1})).run(resume=True)
+        Trainer(build_run(changed(config, **{"generator.lr": 0.5}))).run(resume=True)
+    Trainer(build_run(changed(config, **{"checkpoints.keep": 1}))).run(resume=True)
     lines = (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["update"] for line in lines] == [1, 2, 3, 4, 5, 6]
 

@@ -13,6 +13,7 @@ from tests.helpers.configs import changed
 from training.config.schema import ConfigError, DistillConfig
 from training.data.examples import PromptError
 from training.loop.dry_run import describe
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 BUCKETS = [{"width": 32, "height": 16}, {"width": 16, "height": 32}]
@@ -39,7 +40,7 @@ def metrics(config: DistillConfig) -> list[str]:
 def test_a_run_in_buckets_resumes_to_the_same_numbers_and_notices_other_prompts(
     bucketed: DistillConfig, tmp_path: Path
 ) -> None:
-    whole = Trainer(changed(bucketed, output_dir=str(tmp_path / "whole")))
+    whole = Trainer(build_run(changed(bucketed, output_dir=str(tmp_path / "whole"))))
     shapes = []
     noise = whole.draws.noise
     with mock.patch.object(whole.draws, "noise", lambda shape: shapes.append(shape) or noise(shape)):
@@ -47,7 +48,7 @@ def test_a_run_in_buckets_resumes_to_the_same_numbers_and_notices_other_prompts(
     assert {tuple(shape) for shape in shapes} == set(whole.data.shapes) and len(whole.data.shapes) == 2
 
     stopped = changed(bucketed, output_dir=str(tmp_path / "stopped"))
-    trainer = Trainer(stopped)
+    trainer = Trainer(build_run(stopped))
     update = trainer.update
 
     def until_the_third() -> dict[str, float]:
@@ -61,10 +62,10 @@ def test_a_run_in_buckets_resumes_to_the_same_numbers_and_notices_other_prompts(
     words = prompts.read_text(encoding="utf-8")
     prompts.write_text(words.replace("a fox", "a wolf"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"words\.jsonl changed since the checkpoint") as caught:
-        Trainer(stopped).run(resume=True)
+        Trainer(build_run(stopped)).run(resume=True)
     assert "\n" not in str(caught.value)
     prompts.write_text(words, encoding="utf-8")
-    Trainer(stopped).run(resume=True)
+    Trainer(build_run(stopped)).run(resume=True)
     assert metrics(stopped) == metrics(changed(bucketed, output_dir=str(tmp_path / "whole")))
 
 
@@ -82,7 +83,7 @@ def test_sizes_that_the_model_does_not_have_and_empty_buckets_are_refused(bucket
     shares = [{**bucket, "share": 1.0} for bucket in [*BUCKETS, {"width": 16, "height": 16}]]
     Path(bucketed.data.prompts).write_text('{"caption": "a fox", "width": 2, "height": 1}\n', encoding="utf-8")
     with pytest.raises(PromptError, match=r"no example of .* suits 16x32: leave the bucket out"):
-        Trainer(changed(bucketed, **{"data.buckets": shares}))
+        Trainer(build_run(changed(bucketed, **{"data.buckets": shares})))
     with pytest.raises(ConfigError, match="a share is for all of them or for none, found 1 of 2"):
         changed(bucketed, **{"data.buckets": [{**BUCKETS[0], "share": 1.0}, BUCKETS[1]]})
 
@@ -91,6 +92,6 @@ def test_columns_can_be_the_buckets(bucketed: DistillConfig) -> None:
     rows = [{"caption": "a", "width": 32, "height": 16}, {"caption": "b", "width": 16, "height": 16}]
     Path(bucketed.data.prompts).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = changed(bucketed, **{"data.buckets": "columns"})
-    data = Trainer(columns).data
+    data = Trainer(build_run(columns)).data
     assert [str(bucket) for bucket in data.buckets] == ["32x16", "16x16"]
     assert [data.prompts.members(i).tolist() for i in (0, 1)] == [[0], [1]]

@@ -27,6 +27,7 @@ from tests.helpers.prompt_files import write_prompts
 from tests.helpers.tiny_families import qwen_image, wan_image_two_networks, wan_two_networks
 from training.config.schema import ConfigError, load_config, with_values
 from training.distributed.sharding import check_processes
+from training.loop.build import build_run
 from training.loop.checkpoints import list_checkpoints
 from training.loop.trainer import Trainer
 
@@ -124,7 +125,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         Path(configs[name]).write_text(yaml.safe_dump(with_values({}, settings)), encoding="utf-8")
     for name in ALONE:
         AcceleratorState._reset_state()  # it keeps the precision of the first run in a process
-        Trainer(load_config(Path(configs[name]))).run()
+        Trainer(build_run(load_config(Path(configs[name])))).run()
     output = launch(str(ROOT / "training" / "distill.py"), "--config", configs["lora-fsdp"])
     AcceleratorState._reset_state()
     two = ["full-none", "full-hsdp", "half-fsdp", "sent-fsdp", "sent-cp", "lora-cp", "full-cp-fsdp", "qwen-cp"]
@@ -135,7 +136,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     go_on_from(folder, "lora-fsdp", "lora-2-to-1")
     go_on_from(folder, "full-hsdp", "full-2-to-1")
     for name in ("lora-2-to-1", "full-2-to-1"):
-        Trainer(load_config(Path(configs[name]))).run(resume=True)
+        Trainer(build_run(load_config(Path(configs[name])))).run(resume=True)
     return Finished(folder, output)
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from tests.helpers.configs import changed
 from training.config.schema import ConfigError, DistillConfig
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 UPDATES = 4
@@ -40,10 +41,10 @@ def updates_of(trainer: Trainer) -> list[tuple[dict[str, float], int]]:
     seen = []
     for phase in range(2):
         trainer.progress.phase, trainer.progress.update = phase, 0
-        trainer._start_phase()
+        trainer.start_phase()
         for _ in range(UPDATES):
             before = counters["stats"]["unique_graphs"]
-            seen.append((trainer.update(), counters["stats"]["unique_graphs"] - before))
+            seen.append((trainer.update().values, counters["stats"]["unique_graphs"] - before))
     return seen
 
 
@@ -51,8 +52,8 @@ def test_blocks_are_compiled_in_the_first_updates_of_a_phase_and_never_again(
     config: DistillConfig, with_quick_backend: None, tmp_path: Path
 ) -> None:
     config.output_dir.mkdir(parents=True)
-    plain = updates_of(Trainer(with_two_phases(config)))
-    compiled = updates_of(Trainer(with_two_phases(config, compile="regional")))
+    plain = updates_of(Trainer(build_run(with_two_phases(config))))
+    compiled = updates_of(Trainer(build_run(with_two_phases(config, compile="regional"))))
     assert [graphs for _, graphs in plain] == [0] * 2 * UPDATES
     graphs = [graphs for _, graphs in compiled]
     assert graphs[0] > 0 and graphs[UPDATES] > 0

@@ -19,6 +19,7 @@ from training.config.command_line import UserError
 from training.config.schema import ConfigError, load_config, parse_config
 from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, networks_of
 from training.loop.dry_run import describe, pipeline_on_meta
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 from training.memory.offload import OneOnDevice
 from training.memory.static import static_memory
@@ -203,7 +204,7 @@ def test_bytes_are_the_most_that_a_run_holds(
         # gradients of a part are there when an expert comes for the next; together more than those of a small fake
         changes = {**changes, "memory.offload_idle_experts": True, "fake": {**role, "rank": 64}}
     config = changed(settings_of_run, **changes)
-    trainer = Trainer(config)
+    trainer = Trainer(build_run(config))
     found: list[int] = []
 
     def at_a_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

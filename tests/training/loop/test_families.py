@@ -26,6 +26,7 @@ from training.config.schema import ConfigError, DistillConfig
 from training.data.buckets import SampleSize
 from training.data.examples import Example, PromptError, read_examples
 from training.evaluation.sampler import Sampler
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 
@@ -161,7 +162,7 @@ def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
 ) -> None:
     kind, teacher = KINDS[name], teachers[name]
     config = config_of(name, teacher, tmp_path)
-    experts = PhasedExperts.open(Trainer(config).run())
+    experts = PhasedExperts.open(Trainer(build_run(config)).run())
     components = [expert.component for expert in experts.manifest.experts]
     assert components == (["transformer", "transformer_2"] if kind.two else ["transformer"] * 2)
     for expert in experts.manifest.experts:
@@ -181,10 +182,10 @@ def test_a_stopped_run_resumes_to_the_same_numbers(
     name: str, stop_after: int, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     whole = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "whole"))
-    Trainer(whole).run()
+    Trainer(build_run(whole)).run()
     broken = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "broken"))
-    run_and_stop(Trainer(broken), stop_after)
-    Trainer(broken).run(resume=True)
+    run_and_stop(Trainer(build_run(broken)), stop_after)
+    Trainer(build_run(broken)).run(resume=True)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
 
 
@@ -192,11 +193,11 @@ def test_a_stopped_run_resumes_to_the_same_numbers(
 def test_the_fake_of_two_networks_learns_on_both_and_each_expert_on_its_own(
     name: str, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    trainer = Trainer(config_of(name, teachers[name], tmp_path, batch_size=6, fake_updates=3))
+    trainer = Trainer(build_run(config_of(name, teachers[name], tmp_path, batch_size=6, fake_updates=3)))
     bases = {c: {k: v.clone() for k, v in trainer.roles.base_state_dict(c).items()} for c in trainer.roles.bases}
     for phase, expert, component in ((0, "high_noise", "transformer"), (1, "low_noise", "transformer_2")):
         trainer.progress.phase = phase
-        trainer._start_phase()
+        trainer.start_phase()
         trainer.update()
         assert trainer.roles.components(expert) == (component,)
         moved = {k.partition(".")[0] for k, v in trainer.roles.state_dict(FAKE).items() if "lora_B" in k and v.any()}
@@ -212,11 +213,11 @@ def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
 ) -> None:
     plan = {"steps": [4], "shift": 5.0}
     with pytest.raises(ConfigError, match=r"phase 'all_noise' runs at sigmas 1 to 0\.625, on both sides") as caught:
-        Trainer(config_of(name, teachers[name], tmp_path, plan=plan))
+        Trainer(build_run(config_of(name, teachers[name], tmp_path, plan=plan)))
     assert "generator.components" in str(caught.value) and len(str(caught.value).splitlines()) == 1
     role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "components": ["transformer"]}
     config = config_of(name, teachers[name], tmp_path, plan=plan, generator=role)
-    experts = PhasedExperts.open(Trainer(config).run())
+    experts = PhasedExperts.open(Trainer(build_run(config)).run())
     assert [expert.component for expert in experts.manifest.experts] == ["transformer"]
     found, teachers_own, call = sampled(name, config, experts, tmp_path)
     pipe = attach_experts(DiffusionPipeline.from_pretrained(teachers[name]), experts)
@@ -229,14 +230,14 @@ def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
 def test_a_component_that_the_teacher_does_not_have_is_one_line(teachers: dict[str, Path], tmp_path: Path) -> None:
     role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "components": ["transformer_2"]}
     with pytest.raises(ConfigError, match=r"generator\.components: the teacher has no transformer_2") as caught:
-        Trainer(config_of("qwen image", teachers["qwen image"], tmp_path, generator=role))
+        Trainer(build_run(config_of("qwen image", teachers["qwen image"], tmp_path, generator=role)))
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_full_copies_of_two_networks_train_and_reset(teachers: dict[str, Path], tmp_path: Path) -> None:
     role = {"kind": "full", "lr": 1e-4}
     config = config_of("wan 2.2 a14b", teachers["wan 2.2 a14b"], tmp_path, generator=role, fake=role, updates=1)
-    trainer = Trainer(config)
+    trainer = Trainer(build_run(config))
     experts = PhasedExperts.open(trainer.run())
     for expert, component in zip(experts.manifest.experts, ("transformer", "transformer_2"), strict=True):
         assert (expert.kind, expert.component) == ("full", component)
@@ -247,7 +248,7 @@ def test_full_copies_of_two_networks_train_and_reset(teachers: dict[str, Path], 
 
 def test_experts_of_two_networks_do_not_load_on_one(teachers: dict[str, Path], tmp_path: Path) -> None:
     config = config_of("wan 2.2 a14b", teachers["wan 2.2 a14b"], tmp_path, updates=1)
-    experts = PhasedExperts.open(Trainer(config).run())
+    experts = PhasedExperts.open(Trainer(build_run(config)).run())
     wan_pipeline().save_pretrained(tmp_path / "one")
     with pytest.raises(ExpertsError, match="'low_noise' belongs to transformer_2") as caught:
         Sampler(str(tmp_path / "one"), SampleSize(16, 32, 5, 12), ["x"], tmp_path / "cache", experts)
@@ -260,10 +261,10 @@ def test_a_pipeline_class_of_choice_makes_the_5b_teacher_an_image_to_video_one(
     tiny_families.wan_5b().save_pretrained(tmp_path / "5b")
     config = config_of("wan 2.2 5b image", tmp_path / "5b", tmp_path)
     with pytest.raises(PromptError, match=r"WanPipeline takes no images, 3 prompts have one; leave them out"):
-        Trainer(config)
+        Trainer(build_run(config))
     model = {**config.model.model_dump(mode="json"), "pipeline": "WanImageToVideoPipeline"}
-    trainer = Trainer(config_of("wan 2.2 5b image", tmp_path / "5b", tmp_path, model=model))
-    conditioning = trainer.data.prompts.conditioning(torch.arange(3), torch.device("cpu"))
+    trainer = Trainer(build_run(config_of("wan 2.2 5b image", tmp_path / "5b", tmp_path, model=model)))
+    conditioning = trainer.built.data.prompts.conditioning(torch.arange(3), torch.device("cpu"))
     assert conditioning["first_frame"].shape == (3, 48, 1, 2, 4)
 
 
@@ -273,7 +274,7 @@ def test_prompts_without_images_and_sample_prompts_are_refused_by_image_teachers
     name = "wan 2.2 a14b image"
     (tmp_path / "p.txt").write_text("a panda\na fox\n", encoding="utf-8")
     with pytest.raises(PromptError, match="takes an image with each prompt, 2 of 2 have none") as caught:
-        Trainer(config_of(name, teachers[name], tmp_path, **{"data.prompts": str(tmp_path / "p.txt")}))
+        Trainer(build_run(config_of(name, teachers[name], tmp_path, **{"data.prompts": str(tmp_path / "p.txt")})))
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(PromptError, match=r"validation\.prompts: the teacher takes images"):
-        Trainer(config_of(name, teachers[name], tmp_path, **{"validation.prompts": ["a fox"]}))
+        Trainer(build_run(config_of(name, teachers[name], tmp_path, **{"validation.prompts": ["a fox"]})))

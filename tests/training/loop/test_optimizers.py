@@ -18,6 +18,7 @@ from training.config.schema import ConfigError
 from training.config.sections import RoleSection
 from training.loop.checkpoints import load_tensors, save_checkpoint
 from training.loop.optimizers import MOMENTS, make_optimizer, make_state, set_rate
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -153,10 +154,10 @@ def test_a_missing_library_is_said_before_anything_is_loaded(
 ) -> None:
     for name in ("torchao", "torchao.optim", "torchao.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("training.loop.trainer.load_image_side", lambda *_: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr("training.loop.build.load_image_side", lambda *_: pytest.fail("a teacher was loaded"))
     config = changed(settings_of_run, **changes)
     with pytest.raises(UserError, match=r"takes the package torchao .* pip install 'phased-dmd\[low-memory\]'"):
-        Trainer(config)
+        Trainer(build_run(config))
 
 
 def test_half_precision_does_not_train() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,8 @@ from tests.helpers.interrupted import run_and_stop
 from tests.helpers.tiny import transformer
 from training.config.schema import ConfigError, DistillConfig
 from training.loop.checkpoints import list_checkpoints
+from training.loop import phase
+from training.loop.build import build_run
 from training.loop.trainer import Trainer, TrainingStopped
 
 
@@ -28,7 +31,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_experts_metrics_samples_and_its_configuration(config: DistillConfig) -> None:
-    folder = Trainer(config).run()
+    folder = Trainer(build_run(config)).run()
     experts = PhasedExperts.open(folder)
     assert [expert.name for expert in experts.manifest.experts] == ["high_noise", "low_noise"]
     assert experts.manifest.plan == config.plan.build()
@@ -50,11 +53,11 @@ def test_a_run_leaves_experts_metrics_samples_and_its_configuration(config: Dist
 def test_a_run_stopped_at_any_update_resumes_to_the_same_numbers(
     config: DistillConfig, tmp_path: Path, stop_after: int
 ) -> None:
-    whole = Trainer(changed(config, output_dir=str(tmp_path / "whole"), **{"checkpoints.every": 2}))
+    whole = Trainer(build_run(changed(config, output_dir=str(tmp_path / "whole"), **{"checkpoints.every": 2})))
     whole.run()
     broken = changed(config, output_dir=str(tmp_path / "broken"), **{"checkpoints.every": 2})
-    run_and_stop(Trainer(broken), stop_after)
-    Trainer(broken).run(resume=True)
+    run_and_stop(Trainer(build_run(broken)), stop_after)
+    Trainer(build_run(broken)).run(resume=True)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
     for name in ("high_noise", "low_noise"):
         first, second = (load_file(tmp_path / run / "experts" / f"{name}.safetensors") for run in ("whole", "broken"))
@@ -62,10 +65,10 @@ def test_a_run_stopped_at_any_update_resumes_to_the_same_numbers(
 
 
 def test_earlier_experts_and_the_base_do_not_move_in_a_later_phase(config: DistillConfig) -> None:
-    trainer = Trainer(config)
+    trainer = Trainer(build_run(config))
     base = {name: value.clone() for name, value in trainer.roles.base_state_dict().items()}
     trainer.progress.phase = 1
-    trainer._start_phase()
+    trainer.start_phase()
     before = {name: value.clone() for name, value in trainer.roles.state_dict("high_noise").items()}
     trainer.update()
     assert all(torch.equal(before[name], value) for name, value in trainer.roles.state_dict("high_noise").items())
@@ -76,12 +79,12 @@ def test_earlier_experts_and_the_base_do_not_move_in_a_later_phase(config: Disti
 
 
 def test_the_fake_starts_each_phase_as_the_teacher(config: DistillConfig) -> None:
-    trainer = Trainer(config)
-    trainer._start_phase()
+    trainer = Trainer(build_run(config))
+    trainer.start_phase()
     trainer.update()
     assert any(value.abs().max() > 0 for name, value in trainer.roles.state_dict(FAKE).items() if "lora_B" in name)
     trainer.progress.phase = 1
-    trainer._start_phase()
+    trainer.start_phase()
     assert all(value.abs().max() == 0 for name, value in trainer.roles.state_dict(FAKE).items() if "lora_B" in name)
 
 
@@ -90,7 +93,7 @@ def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfi
     for checkpointing in (False, True):
         own = {"memory.gradient_checkpointing": checkpointing, "output_dir": str(tmp_path / str(checkpointing))}
         run = changed(config, **own)
-        Trainer(run).run()
+        Trainer(build_run(run)).run()
         rows.append(metrics(run.output_dir))
     for plain, recomputed in zip(*rows, strict=True):
         assert plain["generator_loss"] == pytest.approx(recomputed["generator_loss"], rel=1e-4)
@@ -99,27 +102,27 @@ def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfi
 
 def test_samples_are_made_in_the_parts_that_updates_are_made_in(config: DistillConfig) -> None:
     """As many at once as memory has room for; the same samples."""
-    trainer = Trainer(changed(config, updates=1, **{"memory.micro_batch_size": 4}))
+    trainer = Trainer(build_run(changed(config, updates=1, **{"memory.micro_batch_size": 4})))
     trainer.run()
     counts, made = [], []
-    decode = trainer.family.decode
+    decode = trainer.built.family.decode
 
     def counted(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
         counts.append(len(latents))
         made.append(decode(pipeline, latents))
         return made[-1]
 
-    with mock.patch.object(trainer.family, "decode", counted):
+    with mock.patch.object(trainer.built.family, "decode", counted):
         for size in (None, 4):
-            trainer.config = changed(config, **{"memory.micro_batch_size": size})
-            trainer._validate("again")
+            trainer.built = replace(trainer.built, config=changed(config, **{"memory.micro_batch_size": size}))
+            trainer.validate("again")
     assert counts == [6, 4, 2], "three prompts, two seeds"
     torch.testing.assert_close(torch.cat(made[1:]), made[0], atol=1e-4, rtol=0)
 
 
 def test_full_copies_train_too(config: DistillConfig) -> None:
     role = {"kind": "full", "lr": 1e-4}
-    folder = Trainer(changed(config, generator=role, fake=role, updates=2)).run()
+    folder = Trainer(build_run(changed(config, generator=role, fake=role, updates=2))).run()
     experts = PhasedExperts.open(folder)
     high, low = experts.tensors("high_noise"), experts.tensors("low_noise")
     assert experts.manifest.experts[0].kind == "full"
@@ -134,8 +137,8 @@ def test_full_copies_train_too(config: DistillConfig) -> None:
 def test_several_draws_use_one_rollout(config: DistillConfig) -> None:
     calls = {1: 0, 3: 0}
     for draws in calls:
-        trainer = Trainer(changed(config, draws_per_rollout=draws))
-        trainer._start_phase()
+        trainer = Trainer(build_run(changed(config, draws_per_rollout=draws)))
+        trainer.start_phase()
         original = trainer.roles.velocity
 
         def counted(role: str, *arguments: Any, draws: int = draws, original: Any = original) -> torch.Tensor:
@@ -144,7 +147,7 @@ def test_several_draws_use_one_rollout(config: DistillConfig) -> None:
 
         with (
             mock.patch.object(trainer.roles, "velocity", counted),
-            mock.patch.object(trainer.distiller, "draw_step", return_value=0),
+            mock.patch.object(trainer.training.distiller, "draw_step", return_value=0),
         ):
             trainer.update()
     assert calls[1] == calls[3] == 3, "two fake rollouts and one generator rollout"
@@ -152,8 +155,8 @@ def test_several_draws_use_one_rollout(config: DistillConfig) -> None:
 
 def test_a_bad_loss_skips_the_update_is_counted_and_stops_the_run(config: DistillConfig) -> None:
     run = changed(config, max_bad_updates=2, updates=6)
-    trainer = Trainer(run)
-    trainer._start_phase()
+    trainer = Trainer(build_run(run))
+    trainer.start_phase()
     before = {name: value.clone() for name, value in trainer.roles.state_dict("high_noise").items()}
     nan = torch.tensor(float("nan"))
 
@@ -172,37 +175,45 @@ def test_a_bad_loss_skips_the_update_is_counted_and_stops_the_run(config: Distil
 
 
 def test_a_changed_configuration_is_not_resumed(config: DistillConfig) -> None:
-    Trainer(config).run()
-    Trainer(changed(config, **{"monitoring.log_every": 5})).run(resume=True)
+    Trainer(build_run(config)).run()
+    Trainer(build_run(changed(config, **{"monitoring.log_every": 5}))).run(resume=True)
     with pytest.raises(ConfigError, match="batch_size: 4 -> 8") as error:
-        Trainer(changed(config, batch_size=8)).run(resume=True)
+        Trainer(build_run(changed(config, batch_size=8))).run(resume=True)
     assert "\n" not in str(error.value)
 
 
 def test_a_size_the_model_does_not_have_is_one_line(config: DistillConfig) -> None:
     model = {**config.model.model_dump(), "frames": 3}
     with pytest.raises(ConfigError, match="1 \\+ a multiple of 4 frames, found 3"):
-        Trainer(changed(config, model=model))
+        Trainer(build_run(changed(config, model=model)))
 
 
-def test_learning_rates_fall_to_zero_at_the_end_of_each_phase(config: DistillConfig) -> None:
-    trainer = Trainer(changed(config, updates=10, lr_decay_share=0.5))
-    factors = []
-    for update in range(10):
-        trainer.progress.update = update
-        factors.append(trainer._lr_factor())
-    assert factors[:6] == [1.0] * 6
-    assert factors[6:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+def test_learning_rates_fall_to_zero_at_the_end_of_each_phase_and_what_is_logged_is_what_was_used(
+    config: DistillConfig,
+) -> None:
+    trainer = Trainer(build_run(changed(config, updates=[5, 1], lr_decay_share=0.8)))
+    used = []
+    set_rate = phase.set_rate
+
+    def noted(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        used.append(rate / config.generator.lr)
+        set_rate(optimizer, rate)
+
+    with mock.patch.object(phase, "set_rate", noted):
+        trainer.run()
+    factors = [row["lr_factor"] for row in metrics(config.output_dir)]
+    assert factors == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.25, 1.0])
+    assert used[::2] == pytest.approx(factors)
 
 
 def test_the_step_of_every_role_goes_down_its_loss(config: DistillConfig) -> None:
-    trainer = Trainer(config)
-    trainer._start_phase()
+    trainer = Trainer(build_run(config))
+    trainer.start_phase()
     training, roles = trainer.training, trainer.roles
     for role in (FAKE, training.expert):
 
-        def loss(part: Any, role: str = role) -> torch.Tensor:
-            return torch.stack([(parameter - 1).square().sum() for parameter in roles.parameters(role)]).sum()
-
-        first, second = (training._train(role, torch.zeros(training.batch), loss)[0] for _ in range(2))
-        assert second < first
+        losses = []
+        for _ in range(2):
+            loss = torch.stack([(parameter - 1).square().sum() for parameter in roles.parameters(role)]).sum()
+            losses.append(training._step(role, training._backward(role, loss, torch.zeros(training.batch))).loss)
+        assert losses[1] < losses[0]

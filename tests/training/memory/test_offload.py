@@ -16,6 +16,7 @@ from pdmd_core.roles import Roles
 from tests.helpers.configs import changed
 from tests.helpers.tiny_families import wan_two_networks
 from training.config.schema import ConfigError, DistillConfig
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 from training.memory.offload import OneOnDevice
 
@@ -74,7 +75,7 @@ def test_a_run_never_computes_with_the_network_that_is_away(
     """What is away is NaN here, so that any use of it, forwards, recomputed or backwards, would be seen."""
     role = {"kind": kind, "rank": 4, "alpha": 4, "lr": 1e-2 if kind == "lora" else 1e-4}
     config = changed(config, generator=role)
-    Trainer(config).run()
+    Trainer(build_run(config)).run()
     brought: list[str] = []
 
     def poison(self: OneOnDevice, name: str) -> None:
@@ -85,7 +86,7 @@ def test_a_run_never_computes_with_the_network_that_is_away(
     monkeypatch.setattr(OneOnDevice, "_send_home", poison)
     saving = {"memory.offload_idle_network": True, "memory.guidance_batched": False}
     one = changed(config, output_dir=str(tmp_path / "one"), **saving)
-    Trainer(one).run()
+    Trainer(build_run(one)).run()
     assert len(brought) > 10 and set(brought) == {"transformer", "transformer_2"}
     for row, wanted in zip(metrics(one), metrics(config), strict=True):
         assert row["bad_updates"] == 0
@@ -157,17 +158,17 @@ def test_idle_experts_are_on_the_device_only_while_they_compute(
     role = {"kind": kind, "rank": 4, "alpha": 4, "lr": 1e-2 if kind == "lora" else 1e-4}
     settings_of_run |= {"plan": {"steps": [1, 1, 1], "shift": 5.0}, "generator": role, "updates": 1}
     together = changed(settings_of_run, **{"memory.gradient_checkpointing": True, "checkpoints.keep": 9})
-    Trainer(together).run()
+    Trainer(build_run(together)).run()
     computed = request.getfixturevalue("device_of_its_own")
     apart, resumed = (
         changed(together, output_dir=str(tmp_path / name), **{"memory.offload_idle_experts": True})
         for name in ("apart", "resumed")
     )
-    Trainer(apart).run()
+    Trainer(build_run(apart)).run()
     shutil.copytree(
         together.output_dir / "checkpoints" / "update-00000001", tmp_path / "resumed/checkpoints/update-00000001"
     )
-    Trainer(resumed).run(resume=True)
+    Trainer(build_run(resumed)).run(resume=True)
     assert {"teacher", "fake", *(phase.name for phase in together.plan.build().phases)} == set(computed)
     assert metrics(apart) == metrics(together)
     assert metrics(resumed) == metrics(together)[1:]

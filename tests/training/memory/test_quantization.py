@@ -17,6 +17,7 @@ from tests.helpers.configs import changed
 from tests.helpers.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, transformer
 from training.config.command_line import UserError
 from training.config.schema import ConfigError
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 from training.memory.quantization import quantize, quantized_numbers
 
@@ -75,7 +76,7 @@ def test_adapters_on_it_get_gradient_and_pass_it_on(kind: str) -> None:
 
 def test_a_run_on_it_ends_in_experts_for_the_base(settings_of_run: dict[str, Any]) -> None:
     settings_of_run["model"] |= {"quantization": "int8"}
-    trainer = Trainer(changed(settings_of_run, updates=2))
+    trainer = Trainer(build_run(changed(settings_of_run, updates=2)))
     experts = PhasedExperts.open(trainer.run())
     assert trainer.progress.bad == 0
     assert experts.manifest.base.fingerprints == {"transformer": fingerprint_of(transformer())}  # of the whole weights

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
 from training.config.schema import DistillConfig
+from training.loop.build import build_run
 from training.loop.trainer import Trainer
 from training.monitoring import observer as observer_module
 from training.monitoring.jsonl import JsonLines, monitoring_log
@@ -84,7 +85,7 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "monitoring.diversity_fall": 0.01,
         "output_dir": str(folder / "run"),
     }
-    Trainer(changed({}, **settings)).run()
+    Trainer(build_run(changed({}, **settings))).run()
     return folder / "run"
 
 
@@ -154,10 +155,10 @@ def test_a_page_of_hostile_names_stays_a_page(config: DistillConfig, tmp_path: P
 def test_a_resumed_run_keeps_what_was_seen_and_does_not_repeat_itself(config: DistillConfig) -> None:
     limits = {"monitoring.window": 3, "monitoring.smallest_motion": 1e6, "monitoring.share_of_time": 1}
     watched = changed(config, **limits, **{"validation.every": 1, "checkpoints.every": 2})
-    run_and_stop(Trainer(watched), after=5)
+    run_and_stop(Trainer(build_run(watched)), after=5)
     run = config.output_dir
     assert [line["update"] for line in monitoring_log(run, "performance").read()] == [1, 2, 3, 4, 5]
-    Trainer(watched).run(resume=True)
+    Trainer(build_run(watched)).run(resume=True)
     assert [line["update"] for line in monitoring_log(run, "performance").read()] == [1, 2, 3, 4, 5, 6]
     assert [line["update"] for line in monitoring_log(run, "validations").read()] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert len(monitoring_log(run, "warnings").read()) == 1, "the second phase is too short after its resumption"
@@ -178,7 +179,7 @@ def test_a_resumed_run_keeps_what_was_seen_and_does_not_repeat_itself(config: Di
 def test_nothing_that_fails_in_watching_ends_a_run(
     broken: str, config: DistillConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = Trainer(changed(config, updates=2, **{"validation.every": 1}))
+    trainer = Trainer(build_run(changed(config, updates=2, **{"validation.every": 1})))
     failing: Callable[..., Any] = mock.Mock(side_effect=OSError("no space\nleft on device"))
     with mock.patch(f"{observer_module.__name__}.{broken}", failing):
         assert (trainer.run() / "phased_experts.json").exists()
@@ -189,11 +190,11 @@ def test_nothing_that_fails_in_watching_ends_a_run(
 
 def test_the_page_waits_for_the_end_when_watching_takes_too_long(config: DistillConfig) -> None:
     pages = mock.Mock(return_value=None)
-    trainer = Trainer(changed(config, **{"validation.every": 1, "monitoring.share_of_time": 0}))
+    trainer = Trainer(build_run(changed(config, **{"validation.every": 1, "monitoring.share_of_time": 0})))
     with mock.patch(f"{observer_module.__name__}.write_page", pages):
         trainer.run()
     assert pages.call_count == 1
-    trainer = Trainer(changed(config, **{"validation.every": 1, "monitoring.page": False}))
+    trainer = Trainer(build_run(changed(config, **{"validation.every": 1, "monitoring.page": False})))
     with mock.patch(f"{observer_module.__name__}.write_page", pages):
         trainer.run()
     assert pages.call_count == 1

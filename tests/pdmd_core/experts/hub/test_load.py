@@ -92,10 +92,13 @@ def test_a_manifest_is_checked_before_any_weight_is_downloaded(
 
 
 def test_sizes_are_bounded_before_anything_is_downloaded(hub: Hub, client: Client, stored: str, tmp_path: Path) -> None:
-    before = "from pdmd_core.experts import hub\nsaved = dict(hub.MAX_EXPERT_BYTES)\nhub.MAX_EXPERT_BYTES['lora'] = 99"
+    before = (
+        "from pdmd_core.experts.hub import download as hub\nsaved = dict(hub.MAX_EXPERT_BYTES)\n"
+        "hub.MAX_EXPERT_BYTES['lora'] = 99"
+    )
     refusal(load(client, stored, tmp_path, before), "high_noise.safetensors has", "at most 99")
     assert not hub.asked("GET .*safetensors")
-    client.run("from pdmd_core.experts import hub\nhub.MAX_EXPERT_BYTES['lora'] = 16 * 2**30")
+    client.run("from pdmd_core.experts.hub import download as hub\nhub.MAX_EXPERT_BYTES['lora'] = 16 * 2**30")
     done(load(client, stored, tmp_path))
     hub.put(stored, {**hub.files(stored), MANIFEST_NAME: b" " * (4 * 2**20 + 1)})
     hub.requests.clear()

@@ -1,0 +1,65 @@
+"""The batches of a run: examples and noise for rollouts, and where the scores of their samples are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pdmd_core.distillation import Batch, PhasedDistiller, Renoising
+from training.loop.rng import RunRNG
+
+
+class Batches(Protocol):
+    """Where the updates of a phase get everything that is random."""
+
+    def draw(self, negative: bool = False) -> Batch:
+        """Draw noise and conditioning for this process's samples, with the negative conditioning when asked."""
+
+    def step(self, distiller: PhasedDistiller) -> int:
+        """Draw the step inside the phase that trains, the same on all processes."""
+
+    def renoising(self, distiller: PhasedDistiller, like: Tensor) -> Renoising:
+        """Draw where the scores of samples of this shape are compared."""
+
+
+class Conditionings(Protocol):
+    """Conditioning of examples by their index, as ``data.prompt_cache.PromptCache`` keeps it."""
+
+    def conditioning(self, indices: Tensor, device: torch.device) -> Mapping[str, Tensor]: ...
+
+    def negative_conditioning(self, indices: Tensor, device: torch.device) -> Mapping[str, Tensor]: ...
+
+
+class DataBatches:
+    """Batches of the examples of a run.
+
+    Args:
+        rng: Everything that is random in a run.
+        prompts: Conditioning of the examples.
+        shapes: Shape of a latent in each bucket, without the batch.
+        device: Where batches are used.
+    """
+
+    def __init__(
+        self, rng: RunRNG, prompts: Conditionings, shapes: Sequence[tuple[int, ...]], device: torch.device
+    ) -> None:
+        self.rng, self.prompts, self.shapes, self.device = rng, prompts, shapes, device
+
+    def draw(self, negative: bool = False) -> Batch:
+        """Draw the next examples and their noise."""
+        bucket, indices = self.rng.examples()
+        noise = self.rng.noise(self.shapes[bucket]).to(self.device)
+        conditioning = self.prompts.conditioning(indices, self.device)
+        return Batch(noise, conditioning, self.prompts.negative_conditioning(indices, self.device) if negative else {})
+
+    def step(self, distiller: PhasedDistiller) -> int:
+        """Draw the step that trains from the generator that all processes share."""
+        return distiller.draw_step(self.rng.shared)
+
+    def renoising(self, distiller: PhasedDistiller, like: Tensor) -> Renoising:
+        """Draw a sigma and noise for each of this process's samples."""
+        t = self.rng.score_sigmas(distiller)
+        return Renoising(t, self.rng.noise(like.shape[1:]).to(self.device))

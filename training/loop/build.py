@@ -1,0 +1,152 @@
+"""Building a run: everything that its trainer works with, made in the one order in which it can be made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from pdmd_core.experts.format.fingerprint import fingerprint_of
+from pdmd_core.families import ModelFamily, TeacherRouting
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles
+from training.config.schema import DistillConfig
+from training.data.teacher import TeacherSource, family_of_pipeline, load_image_side, networks_of
+from training.data.training_data import TrainingData, training_data
+from training.distributed.context_parallel import check_context_parallel, divide_samples
+from training.distributed.sharding import check_processes, mesh_of, shard_roles
+from training.loop.compiling import compile_blocks
+from training.loop.optimizers import check_libraries
+from training.loop.rng import RunRNG
+from training.memory.offload import keep_one_network
+from training.memory.quantization import library_config, quantize
+
+
+@dataclass(frozen=True)
+class BuiltRun:
+    """What a trainer works with.
+
+    Attributes:
+        config: The configuration.
+        accelerator: Device, precision and processes.
+        plan: The phase plan.
+        pipeline: The teacher's pipeline without what encodes prompts and images.
+        family: The model family of the teacher.
+        data: Conditioning, sizes and order of the examples.
+        roles: The networks.
+        rng: Everything that is random once the weights exist.
+        fingerprints: Fingerprints of the teacher's networks by component, taken before they were changed in any way.
+    """
+
+    config: DistillConfig
+    accelerator: Accelerator
+    plan: PhasePlan
+    pipeline: DiffusionPipeline
+    family: ModelFamily
+    data: TrainingData
+    roles: Roles
+    rng: RunRNG
+    fingerprints: Mapping[str, Mapping[str, str]]
+
+    @property
+    def evaluates_with_others(self) -> bool:
+        """Whether an evaluation of a network takes all processes, because they share its weights or its samples."""
+        sharded = self.config.parallel.sharding != "none" and self.accelerator.num_processes > 1
+        return sharded or self.config.parallel.context_parallel > 1
+
+
+def build_run(config: DistillConfig) -> BuiltRun:
+    """Check a configuration, load its teacher, encode its data and make its networks.
+
+    All processes of a run call this together. What can be known to fail is said before anything is loaded.
+
+    Args:
+        config: The configuration of the run.
+
+    Returns:
+        Everything that ``Trainer`` needs.
+
+    Raises:
+        UserError: If the run cannot be: a library, the teacher, the prompts or the number of processes (one line).
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs do not find each other
+        mixed_precision=config.precision,
+        log_with=config.monitoring.tracker,
+        project_dir=str(config.output_dir / "logs"),
+    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    check_processes(config, processes)
+    check_libraries(config)
+    library_config(config.model.quantization)
+    source = TeacherSource(config.model.path, config.model.revision, config.model.pipeline)
+    pipeline = load_image_side(source, getattr(torch, config.model.dtype))
+    family = family_of_pipeline(pipeline)
+    check_context_parallel(config, family, pipeline)
+    data = training_data(config, source, family, pipeline, accelerator.device)
+    networks = networks_of(pipeline, family)
+    fingerprints = {name: fingerprint_of(network) for name, network in networks.items()}
+    torch.manual_seed(config.seed)  # the weights of adapters
+    mesh = mesh_of(config, accelerator.device, processes)
+    roles = build_roles(config, family, networks, family.teacher_routing(pipeline.config), accelerator.device, mesh)
+    together = config.parallel.context_parallel
+    rng = RunRNG(config.seed, config.batch_size, data.order, rank // together, config.groups(processes))
+    return BuiltRun(config, accelerator, config.plan.build(), pipeline, family, data, roles, rng, fingerprints)
+
+
+def build_roles(
+    config: DistillConfig,
+    family: ModelFamily,
+    networks: Mapping[str, nn.Module],
+    routing: TeacherRouting,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+) -> Roles:
+    """Make the roles of a run on a teacher's networks, and put them where they compute.
+
+    The order is the content: weights are quantised before adapters are put beside them; copies are made of what is
+    whole; blocks are compiled before they are sharded; only weights that stay whole are offloaded; samples are divided
+    last, by hooks around everything before.
+
+    Args:
+        config: The configuration of the run.
+        family: The model family of the teacher.
+        networks: The teacher's networks by component, on the CPU. They are taken over.
+        routing: Which of two networks runs where.
+        device: Where networks compute.
+        mesh: The processes that share the weights; None when every one holds all of them.
+
+    Returns:
+        The roles; everything is frozen.
+
+    Raises:
+        UserError: If a library is missing, or a role cannot stand on the networks.
+    """
+    quantize(networks.values(), config.model.quantization)
+    one_at_a_time = config.memory.offload_idle_network and len(networks) > 1
+    if mesh is None and not one_at_a_time:
+        networks = {name: network.to(device) for name, network in networks.items()}
+    roles = Roles(networks, family, config.role_specs(routing), routing, empty_copies=mesh is not None)
+    if config.compile == "regional":
+        compile_blocks(roles.networks())
+    if mesh is not None:
+        shard_roles(roles, mesh, device, torch.bfloat16 if config.precision == "bf16" else None)
+    if one_at_a_time:
+        keep_one_network(roles, device)
+    if config.parallel.context_parallel > 1:
+        divide_samples(roles.networks(), config.parallel.context_parallel, device)
+    if config.memory.gradient_checkpointing:
+        for network in roles.networks():
+            enable_gradient_checkpointing(network)
+    return roles
+
+
+def enable_gradient_checkpointing(network: Any) -> None:
+    """Recompute activations in the backward pass (a method of every diffusers network)."""
+    network.enable_gradient_checkpointing()
