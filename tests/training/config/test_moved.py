@@ -13,9 +13,9 @@ from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
 from training.config.keys import fields_of
 from training.config.schema import ConfigError, DistillConfig, load_config, with_defaults, with_overrides, with_values
+from training.loop.build import build_run
 from training.loop.checkpoints import VALUES, list_checkpoints
 from training.loop.digests import write_digests
-from training.loop.build import build_run
 from training.loop.trainer import Trainer
 from training.monitoring.page import write_page
 

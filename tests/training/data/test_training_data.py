@@ -12,8 +12,8 @@ import pytest
 from tests.helpers.configs import changed
 from training.config.schema import ConfigError, DistillConfig
 from training.data.examples import PromptError
-from training.loop.dry_run import describe
 from training.loop.build import build_run
+from training.loop.dry_run import describe
 from training.loop.trainer import Trainer
 
 BUCKETS = [{"width": 32, "height": 16}, {"width": 16, "height": 32}]

@@ -18,8 +18,8 @@ from tests.helpers.tiny_families import wan_two_networks
 from training.config.command_line import UserError
 from training.config.schema import ConfigError, load_config, parse_config
 from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, networks_of
-from training.loop.dry_run import describe, pipeline_on_meta
 from training.loop.build import build_run
+from training.loop.dry_run import describe, pipeline_on_meta
 from training.loop.trainer import Trainer
 from training.memory.offload import OneOnDevice
 from training.memory.static import static_memory

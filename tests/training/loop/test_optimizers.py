@@ -16,9 +16,9 @@ from tests.helpers.configs import changed
 from training.config.command_line import UserError
 from training.config.schema import ConfigError
 from training.config.sections import RoleSection
+from training.loop.build import build_run
 from training.loop.checkpoints import load_tensors, save_checkpoint
 from training.loop.optimizers import MOMENTS, make_optimizer, make_state, set_rate
-from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -20,9 +20,9 @@ from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
 from tests.helpers.tiny import transformer
 from training.config.schema import ConfigError, DistillConfig
-from training.loop.checkpoints import list_checkpoints
 from training.loop import phase
 from training.loop.build import build_run
+from training.loop.checkpoints import list_checkpoints
 from training.loop.trainer import Trainer, TrainingStopped
 
 
@@ -211,7 +211,6 @@ def test_the_step_of_every_role_goes_down_its_loss(config: DistillConfig) -> Non
     trainer.start_phase()
     training, roles = trainer.training, trainer.roles
     for role in (FAKE, training.expert):
-
         losses = []
         for _ in range(2):
             loss = torch.stack([(parameter - 1).square().sum() for parameter in roles.parameters(role)]).sum()
