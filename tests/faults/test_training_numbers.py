@@ -20,7 +20,7 @@ from training.loop.trainer import Trainer
 
 def state(trainer: Trainer, role: str) -> dict[str, Tensor]:
     """Weights, average and optimizer of a role."""
-    tensors = tensors_of_run(trainer.roles, trainer.training, trainer.draws)
+    tensors = tensors_of_run(trainer.roles, trainer.training, trainer.built.rng)
     return {name: value.clone() for name, value in tensors.items() if f"/{role}/" in name or name.startswith("average")}
 
 
