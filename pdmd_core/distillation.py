@@ -38,11 +38,34 @@ Rows = slice | Tensor
 
 
 class VelocityOfRole(Protocol):
-    """What a distiller needs of ``Roles``: the velocity of a role at x, sigma, and how the teacher is guided."""
+    """What a distiller needs of ``Roles``."""
 
-    def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor: ...
+    def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
+        """Evaluate a role; see ``Roles.velocity``.
 
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor: ...
+        Args:
+            role: The name of a role.
+            x: Samples of shape (batch, ...).
+            sigma: Their noise level in (0, 1], a number or of shape (batch,).
+            conditioning: What the samples are conditioned on.
+
+        Returns:
+            The velocity of the shape of ``x``.
+        """
+        ...
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Combine the teacher's velocities with prompt and negative prompt.
+
+        Args:
+            positive: The velocity with the prompt.
+            negative: The velocity with the negative prompt.
+            scale: The guidance scale.
+
+        Returns:
+            The guided velocity.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +94,7 @@ class Objective:
     """With fake_weighting margin, t stays this far (relative to the range, in raw time) above s."""
 
     def __post_init__(self) -> None:
+        """Check the values."""
         check_number("guidance_scale", self.guidance_scale, at_least=1)
         check_choice("fake_weighting", self.fake_weighting, FakeWeighting)
         check_choice("fake_target", self.fake_target, FakeTarget)
@@ -82,68 +106,71 @@ class Objective:
 
 @dataclass(frozen=True)
 class Batch:
-    """What rollouts start from: noise, and what the samples are to show.
-
-    Attributes:
-        noise: Standard normal noise of shape (batch, ...) at sigma 1.
-        conditioning: The conditioning of each sample: name to tensor of shape (batch, ...).
-        negative: The same with the negative prompt, from which the teacher's guidance moves away; empty where no
-            teacher is asked.
-    """
+    """What rollouts start from: noise, and what the samples are to show."""
 
     noise: Tensor
+    """Standard normal noise of shape (batch, ...) at sigma 1."""
     conditioning: Conditioning
+    """The conditioning of each sample: name to tensor of shape (batch, ...)."""
     negative: Conditioning = field(default_factory=dict)
+    """The same with the negative prompt, from which guidance moves away; empty where no teacher is asked."""
 
     def __len__(self) -> int:
+        """Count the samples."""
         return len(self.noise)
 
     def rows(self, part: Rows) -> Batch:
-        """Take some of the samples."""
+        """Take some of the samples.
+
+        Args:
+            part: Which ones.
+
+        Returns:
+            A batch of those.
+        """
         return Batch(self.noise[part], rows_of(self.conditioning, part), rows_of(self.negative, part))
 
 
 @dataclass(frozen=True)
 class Renoising:
-    """Where scores are compared: a noise level for each sample, and the noise that brings it there.
-
-    Attributes:
-        t: Sigmas of shape (batch,), between the end of the phase and 1.
-        noise: Standard normal noise of shape (batch, ...).
-    """
+    """Where scores are compared: a noise level for each sample, and the noise that brings it there."""
 
     t: Tensor
+    """Sigmas of shape (batch,), between the end of the phase and 1."""
     noise: Tensor
+    """Standard normal noise of shape (batch, ...)."""
 
     def rows(self, part: Rows) -> Renoising:
-        """Take some of the samples."""
+        """Take some of the samples.
+
+        Args:
+            part: Which ones.
+
+        Returns:
+            The noise levels and the noise of those.
+        """
         return Renoising(self.t[part], self.noise[part])
 
 
 @dataclass(frozen=True)
 class GeneratorLoss:
-    """The generator's loss, and what was measured on the way.
-
-    Attributes:
-        loss: Mean over the batch; it carries gradient.
-        score_distance: Mean of ``|v_teacher - v_fake|``, without gradient: how far the fake is from the teacher.
-    """
+    """The generator's loss, and what was measured on the way."""
 
     loss: Tensor
+    """The mean over the batch, which carries gradient."""
     score_distance: Tensor
+    """Mean of ``|v_teacher - v_fake|``, without gradient: how far the fake is from the teacher."""
 
 
 class PhasedDistiller:
     """The losses of one phase of a plan. It owns no weights; the roles are "teacher", "fake" and the plan's phases.
 
-    Attributes:
+    Args:
         plan: The phase plan.
         phase: Index of the phase that trains.
         networks: The velocities of the roles.
         objective: The choices of the method.
         guidance_batched: Whether the guided teacher sees prompt and negative prompt in one batch.
-        sigma_end: s, the sigma at which the phase ends.
-        score_interval: The open range of sigmas at which teacher and fake are compared.
     """
 
     def __init__(
@@ -160,7 +187,9 @@ class PhasedDistiller:
         self.objective = objective
         self.guidance_batched = guidance_batched
         self.sigma_end, _ = plan.interval(phase)
+        """The sigma s at which the phase ends."""
         self.score_interval = score_interval(plan, phase, objective.score_range)
+        """The open range of sigmas at which teacher and fake are compared."""
 
     @property
     def expert(self) -> str:

@@ -26,23 +26,24 @@ GeneratorWeighting = Literal["dmd2", "paper"]
 
 @dataclass(frozen=True)
 class RenoisedSamples:
-    """Samples at the end of a phase, and the noise that brings them up to where scores are compared.
-
-    Attributes:
-        x_s: Samples of shape (batch, ...) at the noise level ``s``.
-        noise: Standard normal noise of the shape of ``x_s``.
-        s: The sigma of ``x_s`` in [0, 1).
-        t: The sigma to which the samples are brought, s < t < 1.
-    """
+    """Samples at the end of a phase, and the noise that brings them up to where scores are compared."""
 
     x_s: Tensor
+    """Samples of shape (batch, ...) at the noise level ``s``."""
     noise: Tensor
+    """Standard normal noise of the shape of ``x_s``."""
     s: Sigma
+    """The sigma of ``x_s`` in [0, 1)."""
     t: Sigma
+    """The sigma to which the samples are brought, s < t < 1."""
 
     @cached_property
     def x_t(self) -> Tensor:
-        """The samples at ``t``: ``a x_s + b noise`` with a and b of ``flow.transition``."""
+        """The samples at ``t``.
+
+        Returns:
+            ``a x_s + b noise`` with a and b of ``flow.transition``.
+        """
         return renoise(self.x_s, self.noise, self.s, self.t)
 
 

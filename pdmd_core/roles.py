@@ -50,6 +50,7 @@ class RoleSpec:
     configuration, null is the one of its sigmas for an expert."""
 
     def __post_init__(self) -> None:
+        """Check the values."""
         check_choice("kind", self.kind, RoleKind)
         check_number("rank", self.rank, at_least=1, whole=True)
         check_number("alpha", self.alpha, above=0)
@@ -59,13 +60,18 @@ class RoleSpec:
 
 
 class Roles:
-    """The networks of a distillation. Every role starts as the teacher; all weights start frozen.
+    """The networks of a distillation. Every role starts as the teacher, and all weights start frozen.
 
-    base:    the teacher's network, or its two by component name. Taken over: adapters are put into it and its weights
-             are frozen.
-    specs:   role name to how it holds weights, for every role but the teacher.
-    routing: which of two networks runs where; names the one network where there is one.
-    empty_copies: full copies get their shapes on the meta device but no weights: whoever asks gives them some.
+    Args:
+        base: The teacher's network, or its two by component name. It is taken over: adapters are put into it, and its
+            weights are frozen.
+        family: The model family of the networks.
+        specs: Name of each role but the teacher to how it holds its weights.
+        routing: Which of two networks runs where; it names the one network where there is one.
+        empty_copies: Give full copies their shapes on the meta device but no weights; the caller fills them.
+
+    Raises:
+        ValueError: If the networks are not those of the routing, or a role cannot stand on them.
     """
 
     def __init__(
@@ -96,11 +102,12 @@ class Roles:
         self._trainable: frozenset[str] = frozenset()
         self._active: dict[str, str] = {}
         self.asked_anywhere: Callable[[list[bool]], list[bool]] = lambda networks: networks
-        """Which networks some process asks, given which ones this process asks: where they must run in step, all do."""
+        """This tells which networks some process asks, given those that this process asks. Where networks must run in
+        step, all processes run what one of them asks."""
         self.before_use: Callable[[str], None] = lambda component: None
-        """Told which of the teacher's networks is about to run, or about to be run backwards."""
+        """This is called with the teacher's network that is about to run, forwards or backwards."""
         self.before_role: Callable[[str], None] = lambda role: None
-        """Told which role is about to compute."""
+        """This is called with the role that is about to compute."""
         for role, spec in specs.items():
             if spec.kind == "lora":
                 self._add_adapter(role, spec)
@@ -123,7 +130,18 @@ class Roles:
             parameter.data = at_least_float32(parameter.data)
 
     def components(self, role: str) -> tuple[str, ...]:
-        """The networks of the teacher that this role stands on, high noise first."""
+        """List the networks of the teacher that a role stands on.
+
+        Args:
+            role: The name of a role.
+
+        Returns:
+            Names of components, high noise first.
+
+        Raises:
+            KeyError: If there is no such role.
+            ValueError: If the role stands on a network that the teacher does not have.
+        """
         self._check_known(role)
         chosen = None if role == TEACHER else self.specs[role].components
         if chosen is None:
@@ -135,18 +153,30 @@ class Roles:
         return tuple(name for name in self.routing.components if name in chosen)
 
     def network(self, role: str, component: str | None = None) -> nn.Module:
-        """The module that computes this role, with the right adapter active. Valid until another role is asked for.
+        """Get the module that computes a role, with the right adapter active until another role is asked for.
 
-        component: which one, of a role that stands on two; the first when None.
+        Args:
+            role: The name of a role.
+            component: Which network of a role that stands on two; the first when None.
+
+        Returns:
+            A network of the teacher, or the role's own copy.
         """
         component = component or self.components(role)[0]
         self._activate(role, component)
         return self._copies.get((role, component), self.bases[component])
 
     def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
-        """The role's velocity at x of shape (batch, ...) and sigma (number or shape (batch,)).
+        """Evaluate a role. A role on two networks evaluates each on its part of the batch only.
 
-        A role on two networks evaluates each on its part of the batch only.
+        Args:
+            role: The name of a role.
+            x: Samples of shape (batch, ...).
+            sigma: Their noise level in (0, 1], a number or of shape (batch,).
+            conditioning: What the samples are conditioned on: name to tensor of shape (batch, ...).
+
+        Returns:
+            The velocity of the shape of ``x``.
         """
         components = self.components(role)
         if len(components) == 1:
@@ -171,20 +201,38 @@ class Roles:
         return torch.cat(parts)[torch.cat(rows).argsort()] if len(parts) > 1 else parts[0]
 
     def networks(self) -> list[nn.Module]:
-        """Every network: those of the teacher, then the full copies."""
+        """List every network.
+
+        Returns:
+            Those of the teacher, then the full copies.
+        """
         return [*self.bases.values(), *self._copies.values()]
 
     def forget_parameters(self) -> None:
-        """To be called when the parameters of networks were replaced by others."""
+        """Look up all parameters again, after those of networks were replaced by others."""
         self._own.clear()
         self._restore_gradients()
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """The guided velocity from those with prompt and negative prompt, as the teacher's pipeline combines them."""
+        """Combine the velocities with prompt and negative prompt as the teacher's pipeline does.
+
+        Args:
+            positive: The velocity with the prompt, of shape (batch, ...).
+            negative: The velocity with the negative prompt.
+            scale: The guidance scale.
+
+        Returns:
+            The guided velocity.
+        """
         return self.family.guide(positive, negative, scale)
 
     def activate(self, role: str, component: str | None = None) -> None:
-        """Make the base networks (or this one) compute this role; does nothing for a role that owns copies."""
+        """Make the base networks compute a role. Nothing changes for a role that owns copies.
+
+        Args:
+            role: The name of a role.
+            component: The one network to switch; all that the role stands on when None.
+        """
         for name in self.components(role) if component is None else [component]:
             self._activate(role, name)
 
@@ -208,13 +256,28 @@ class Roles:
             raise KeyError(f"unknown role {role!r}, expected one of: {', '.join([TEACHER, *self.specs])}")
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """The role's own weights (not those of the shared base), in a fixed order."""
+        """List a role's own weights, without those of the shared base, in a fixed order.
+
+        Args:
+            role: The name of a role but the teacher.
+
+        Returns:
+            The parameters in the order of ``named_parameters``.
+        """
         return list(self.named_parameters(role).values())
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The role's own weights by name: ``<module>.lora_A`` / ``.lora_B``, or the network's own names.
+        """Get a role's own weights by name.
 
-        Those of a role on two networks start with the component: ``transformer_2.<module>.lora_A``.
+        Args:
+            role: The name of a role but the teacher.
+
+        Returns:
+            ``<module>.lora_A`` and ``.lora_B``, or the network's own names, to parameters. Names of a role on two
+            networks start with the component: ``transformer_2.<module>.lora_A``.
+
+        Raises:
+            KeyError: If the role is the teacher, or there is no such role.
         """
         if role == TEACHER:
             raise KeyError("the teacher has no weights of its own to train")
@@ -227,7 +290,14 @@ class Roles:
         return self._own[role]
 
     def owns_copies(self, role: str) -> bool:
-        """Whether the role is full copies of its networks."""
+        """Whether a role is full copies of its networks.
+
+        Args:
+            role: The name of a role.
+
+        Returns:
+            False for adapters and the teacher.
+        """
         return (role, self.components(role)[0]) in self._copies
 
     def _prefix(self, role: str, component: str) -> str:
@@ -244,7 +314,14 @@ class Roles:
         return named
 
     def set_trainable(self, roles: Iterable[str]) -> None:
-        """Exactly these roles get gradient from now on; everything else is frozen."""
+        """Give gradient to exactly these roles from now on; everything else is frozen.
+
+        Args:
+            roles: Names of roles but the teacher.
+
+        Raises:
+            KeyError: If one is the teacher, or there is no such role.
+        """
         trainable = frozenset(roles)
         for role in trainable:
             self.named_parameters(role)  # raises for the teacher and for unknown roles
@@ -260,7 +337,12 @@ class Roles:
                     parameter.requires_grad_(wanted)
 
     def reset(self, role: str, generator: torch.Generator | None = None) -> None:
-        """Make the role the teacher again: up-projections zero, fresh down-projections; or copies of the base."""
+        """Make a role the teacher again: zero up-projections and fresh down-projections, or copies of the base.
+
+        Args:
+            role: The name of a role but the teacher.
+            generator: Of the fresh weights, on the CPU; torch's own when None.
+        """
         if self.owns_copies(role):
             for component in self.components(role):
                 self._copies[role, component].load_state_dict(self.base_state_dict(component))
@@ -274,7 +356,14 @@ class Roles:
                     parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
     def base_state_dict(self, component: str | None = None) -> dict[str, Tensor]:
-        """A network of the teacher (the first when None) under its own names, without adapters."""
+        """Get the weights of a network of the teacher under its own names, without adapters.
+
+        Args:
+            component: Which network; the first when None.
+
+        Returns:
+            Name to tensor; not copies.
+        """
         state = {}
         for name, value in self.bases[component or self.routing.components[0]].state_dict().items():
             if ".lora_A." in name or ".lora_B." in name:
@@ -283,7 +372,14 @@ class Roles:
         return state
 
     def state_dict(self, role: str) -> dict[str, Tensor]:
-        """The role's own weights, detached, by the names of ``named_parameters`` (buffers too for a full copy)."""
+        """Get a role's own weights, detached; those of a full copy with its buffers.
+
+        Args:
+            role: The name of a role but the teacher.
+
+        Returns:
+            The names of ``named_parameters`` to tensors; not copies.
+        """
         if self.owns_copies(role):
             return {
                 self._prefix(role, component) + name: value
@@ -293,7 +389,15 @@ class Roles:
         return {name: parameter.detach() for name, parameter in self.named_parameters(role).items()}
 
     def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """Inverse of ``state_dict``. Raises ValueError, and changes nothing, when names or shapes differ."""
+        """Copy weights into a role. Nothing changes when they do not fit.
+
+        Args:
+            role: The name of a role but the teacher.
+            state: What ``state_dict`` gives.
+
+        Raises:
+            ValueError: If names or shapes differ.
+        """
         own = self.state_dict(role)
         if set(own) != set(state):
             raise ValueError(

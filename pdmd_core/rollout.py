@@ -17,26 +17,41 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one backward simulation leaves: samples at the end of the phase and how the last step made them."""
+    """What one backward simulation leaves: samples at the end of the phase, and how the last step made them."""
 
     x_s: Tensor
-    """Samples at ``sigma_end``; carries gradient when the last step did."""
+    """The samples of shape (batch, ...) at ``sigma_end``; they carry gradient when the last step did."""
     x0: Tensor
     """The jump from ``sigma`` to 0 with the same velocity, without gradient."""
     sigma: float
-    """Where the training step was taken."""
+    """The sigma at which the training step was taken."""
     sigma_end: float
-    """s, the end of the phase."""
+    """The sigma s at which the phase ends."""
 
 
 def simulate(
     experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, gradient: bool
 ) -> Rollout:
-    """Run experts 0..phase from pure noise to the end of ``phase``; the last jump leaves from ``step`` inside it.
+    """Run the experts from pure noise to the end of a phase; the last jump leaves from a step inside the phase.
 
-    Steps before are taken without gradient. Stochastic gradient truncation (SGTS): the caller draws ``step`` in
-    0..len(sigmas of the phase) - 1, and the jump goes from there straight to the phase's end. With ``gradient`` exactly
-    one network evaluation, that jump, is recorded. Nothing runs past the end of the phase.
+    This is stochastic gradient truncation (SGTS): the caller draws the step, and from there the sample jumps straight
+    to the end of the phase. Steps before are taken without gradient. Nothing runs past the end of the phase.
+
+    Args:
+        experts: One velocity for each phase of the plan.
+        plan: The phase plan.
+        phase: Index of the phase at whose end the samples are wanted.
+        step: The step inside the phase from which the sample jumps, from 0.
+        noise: Standard normal noise of shape (batch, ...) at sigma 1.
+        gradient: Whether the jump, one network evaluation, is recorded for the backward pass.
+
+    Returns:
+        The samples at the end of the phase, and how the last step made them.
+
+    Raises:
+        ValueError: If the phase has no such step.
+
+    Source: arXiv 2510.27684, section 3.
     """
     end, _ = plan.interval(phase)
     sigmas = plan.phases[phase].sigmas
@@ -58,7 +73,17 @@ def simulate(
 def sample(
     velocity: Velocity, sigmas: Sequence[float], noise: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Euler from noise at ``sigmas[0]`` to 0. The velocity routes by its sigma; ``progress(step, of)`` is optional."""
+    """Sample with Euler steps from noise to sigma 0, without gradient.
+
+    Args:
+        velocity: A velocity that routes by its sigma, as ``route`` makes it.
+        sigmas: Where the velocity is asked, descending, in (0, 1]; without the final 0.
+        noise: The starting point of shape (batch, ...) at ``sigmas[0]``.
+        progress: Called after each step with the number of steps that are taken, and of all steps.
+
+    Returns:
+        Samples of the shape of ``noise`` at sigma 0.
+    """
     x = noise
     following = [*sigmas[1:], 0.0]
     for step, (sigma, after) in enumerate(zip(sigmas, following, strict=True)):
@@ -69,5 +94,13 @@ def sample(
 
 
 def route(experts: Sequence[Velocity], plan: PhasePlan) -> Velocity:
-    """One velocity that calls the expert which owns sigma."""
+    """Make one velocity of the experts of a plan, which calls the expert that owns its sigma.
+
+    Args:
+        experts: One velocity for each phase of the plan.
+        plan: The phase plan.
+
+    Returns:
+        A velocity of (x, sigma).
+    """
     return lambda x, sigma: experts[plan.phase_index(sigma)](x, sigma)
