@@ -116,7 +116,11 @@ class Batch:
     """The same with the negative prompt, from which guidance moves away; empty where no teacher is asked."""
 
     def __len__(self) -> int:
-        """Count the samples."""
+        """Count the samples.
+
+        Returns:
+            The size of the batch.
+        """
         return len(self.noise)
 
     def rows(self, part: Rows) -> Batch:
