@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pdmd_core import arguments
 from training.config.command_line import UserError, exit_status
 from training.config.keys import fields_of
+from training.config.moved import MOVED
 from training.config.schema import DistillConfig, load_config
 
 _EXAMPLES = """examples:
@@ -100,6 +101,8 @@ def main(given: list[str] | None = None) -> int:
                 key = override.lstrip("-")
                 if key in keys:
                     raise UserError(f"{key} is a configuration key: write it as {key}=value")
+                if key in MOVED:
+                    raise UserError(f"{key} is {MOVED[key]} now, a configuration key: write it as {MOVED[key]}=value")
                 raise UserError(f"{parser.unknown(override)} (configuration values are key.inner=value, see --help)")
         refuse_unheard(options, overrides)
         if options.config is None:

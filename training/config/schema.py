@@ -149,9 +149,15 @@ class DistillConfig(Section):
         return self
 
     def role_specs(self, routing: TeacherRouting) -> dict[str, RoleSpec]:
-        """Every role but the teacher and how it holds its weights. Raises ConfigError.
+        """Every role but the teacher, and how it holds its weights.
 
         Without ``components`` an expert stands on the network of its sigmas, the fake on all of them, as the teacher.
+
+        Args:
+            routing: The teacher's networks.
+
+        Raises:
+            ConfigError: The networks that are asked for cannot be, or a phase runs on two.
         """
         for section, role in (("generator", self.generator), ("fake", self.fake)):
             if unknown := [name for name in role.components or () if name not in routing.components]:
@@ -188,7 +194,15 @@ class DistillConfig(Section):
 
 
 def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply dotted overrides ``key.inner=value`` (leading dashes are fine; the value is YAML). Raises ConfigError."""
+    """A configuration with overrides of the command line.
+
+    Args:
+        data: Keys and values; sections are mappings. It stays as it is.
+        overrides: Texts ``key.inner=value``; leading dashes are fine, the value is YAML.
+
+    Raises:
+        ConfigError: A text is no override, or its key is called otherwise now.
+    """
     values = {}
     for text in overrides:
         key, equals, value = text.lstrip("-").partition("=")
@@ -204,7 +218,15 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def with_values(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with these values of dotted keys. Raises ConfigError where a part of a key is no section."""
+    """A configuration with other values.
+
+    Args:
+        data: Keys and values; sections are mappings. It stays as it is.
+        values: New values by dotted key.
+
+    Raises:
+        ConfigError: A part of a key holds a value, not a section.
+    """
     merged: dict[str, Any] = json.loads(json.dumps(data, default=str))  # a YAML anchor shares what must be separate
     for key, value in values.items():
         *parents, last = key.split(".")
@@ -217,8 +239,12 @@ def with_values(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     return merged
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
-    """Read a YAML file, apply overrides, check everything. Raises ConfigError with one line for each problem."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: There is no such file, or it is no mapping.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -227,23 +253,56 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(data).__name__}")
-    return parse_config(with_overrides(data, overrides), str(path))
+    return data
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Read a YAML file, apply overrides, check everything.
+
+    Args:
+        path: The file.
+        overrides: Texts ``key.inner=value``.
+
+    Raises:
+        ConfigError: The file or a value cannot be; one line for each problem.
+    """
+    return parse_config(with_overrides(read_settings(path), overrides), str(path))
 
 
 def parse_config(data: Mapping[str, Any], source: str) -> DistillConfig:
-    """Check a configuration given as plain data. Raises ConfigError."""
+    """Check a configuration given as plain data.
+
+    Args:
+        data: Keys and values; sections are mappings.
+        source: Where they are from; every line of an error starts with it.
+
+    Raises:
+        ConfigError: A key or a value cannot be; one line for each problem.
+    """
     if moved := moved_keys(data):
         raise ConfigError("\n".join(f"{source}: {line}" for line in moved))
     try:
-        return DistillConfig.model_validate(dict(data))
+        config = DistillConfig.model_validate(dict(data))
     except PhasePlanError as error:
         raise ConfigError(f"{source}: plan: {error}") from None
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {line}" for line in _lines(error.errors()))) from None
+    understood = leaves_of(config.model_dump())
+    for key, value in leaves_of(data).items():  # pydantic takes true for 1
+        if isinstance(value, bool) and not isinstance(understood.get(key), bool):
+            raise ConfigError(f"{source}: {key}: expected a number, found {value!r}")
+    return config
 
 
 def with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as plain data under today's keys, with all of them where it is valid today."""
+    """A configuration as plain data under today's keys.
+
+    Args:
+        data: That of a run of today or of an older one.
+
+    Returns:
+        All of today's keys and their values; those of ``data`` alone where it is not valid today.
+    """
     renamed = with_todays_keys(data)
     try:
         return json.loads(DistillConfig.model_validate(renamed).model_dump_json())
@@ -252,7 +311,12 @@ def with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaves_of(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration as dotted keys and their values."""
+    """A configuration as dotted keys and their values.
+
+    Args:
+        data: Keys and values; sections are mappings.
+        prefix: What stands before the keys.
+    """
     found: dict[str, Any] = {}
     for key, value in data.items():
         found |= leaves_of(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

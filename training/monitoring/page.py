@@ -18,7 +18,7 @@ import yaml
 
 from training.config.command_line import UserError, exit_status
 from training.config.moved import with_todays_keys
-from training.config.schema import DistillConfig, parse_config
+from training.config.schema import DistillConfig, parse_config, read_settings
 from training.monitoring.jsonl import JsonLines, monitoring_log
 from training.monitoring.plots import Curves, curves, timeline
 
@@ -36,11 +36,11 @@ figure {display: inline-block; margin: 0 1em 1em 0} figcaption {color: #666; fon
 
 def write_page(run: Path) -> Path:
     """``run/report.html`` of a run with a config.yaml. Raises UserError when there is none."""
-    try:
-        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{run}: no config.yaml in it; expected the output folder of training/distill.py") from None
-    config = parse_config(with_todays_keys(settings), str(run / "config.yaml"))
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: no config.yaml in it; expected the output folder of training/distill.py")
+    settings = with_todays_keys(read_settings(path))
+    config = parse_config(settings, str(path))
     metrics = JsonLines(run / "metrics.jsonl").read()
     performance, validations, warnings = (
         monitoring_log(run, name).read() for name in ("performance", "validations", "warnings")

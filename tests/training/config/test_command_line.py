@@ -121,6 +121,7 @@ def test_user_mistakes_are_one_line(
         return failure(capsys, distill.main, "--config", str(config_file), *overrides)
 
     assert "did you mean 'batch_size'" in refused("batch_sise=3")
+    assert "sample_every is validation.every now" in refused("--sample_every", "3")
     assert "no such prompt file" in refused("data.prompts=missing.txt")
     assert "neither a folder" in refused("model.path=nowhere")
     assert "no such config" in failure(capsys, distill.main, "--config", "missing.yaml")

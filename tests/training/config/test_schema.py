@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from pdmd_core.distillation import Objective
 from pdmd_core.families import TeacherRouting
-from pdmd_core.roles import FAKE
+from pdmd_core.roles import FAKE, RoleSpec
+from tests.helpers.configs import changed
 from training.config.keys import fields_of
 from training.config.schema import (
     ConfigError,
@@ -21,6 +23,8 @@ from training.config.schema import (
     with_defaults,
     with_overrides,
 )
+from training.data.buckets import Bucket
+from training.data.examples import ExampleSource
 
 CONFIGS = sorted((Path(__file__).parents[3] / "training" / "configs").glob("*.yaml"))
 
@@ -82,6 +86,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(
         ("objective.fake_target=bias", ["fake_target", "'unbiased' or 'biased'"]),
         ("generator.kind=lorra", ["generator.kind", "'lora' or 'full'"]),
         ("updates=many", ["updates: ", "a valid integer or a valid list", "'many'"]),
+        ("generator.rank=true", ["generator.rank: expected a number, found True"]),
+        ("validation.seeds=yes", ["validation.seeds: expected a number, found True"]),
         ("generator=null", ["generator: expected a section with keys, found None"]),
         ("generator.targets=to_q", ["generator.targets: ", "list", "'to_q'"]),
         ("data.buckets=column", ["data.buckets: ", "'columns'", "'column'"]),
@@ -102,6 +108,14 @@ def test_a_wrong_value_is_one_line_that_names_the_key(
     text = one_line(error)
     assert text.startswith("file.yaml: ")
     assert all(word in text for word in words), text
+
+
+def test_sections_are_what_the_library_and_the_data_take(config: DistillConfig) -> None:
+    assert type(config.objective) is Objective
+    assert isinstance(config.generator, RoleSpec) and isinstance(config.data, ExampleSource)
+    assert [example.prompt for example in config.data] == ["a panda", "a fox", "an apple"]
+    sized = changed(config, **{"data.buckets": [{"width": 32, "height": 16}]})
+    assert sized.data.buckets == [Bucket(32, 16)] and sized.data.sizes and not config.data.sizes
 
 
 def test_overrides_are_dotted_and_typed_and_leave_the_source_alone(settings_of_run: dict[str, Any]) -> None:

@@ -134,13 +134,18 @@ def test_the_page_holds_everything_and_needs_nothing(run: Path) -> None:
     assert "low_noise.safetensors" in page.text and "update-00000008" in page.text
 
 
-def test_the_page_is_written_again_by_its_own_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_written_again_by_its_own_command(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (run / "report.html").read_text(encoding="utf-8")
     (run / "report.html").unlink()
     assert page_main([str(run)]) == 0 and (run / "report.html").read_text(encoding="utf-8") == before
     capsys.readouterr()
     assert page_main([str(run / "nothing")]) == 2
     assert "no config.yaml" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    assert page_main([str(tmp_path)]) == 2
+    assert "a config is a mapping of keys to values, found NoneType" in capsys.readouterr().err
 
 
 def test_a_page_of_hostile_names_stays_a_page(config: DistillConfig, tmp_path: Path) -> None:
