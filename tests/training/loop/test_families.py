@@ -234,12 +234,13 @@ def test_a_component_that_the_teacher_does_not_have_is_one_line(teachers: dict[s
     assert len(str(caught.value).splitlines()) == 1
     both, two = {"generator.components": ["transformer", "transformer_2"]}, "wan 2.2 a14b"
     with pytest.raises(ConfigError, match="an expert stands on one network, found two: give transformer or transf"):
-        Trainer(config_of(two, teachers[two], tmp_path, **both))
+        build_run(config_of(two, teachers[two], tmp_path, **both))
 
 
 def test_a_fake_of_one_network_is_asked_at_all_sigmas(teachers: dict[str, Path], tmp_path: Path) -> None:
     name = "wan 2.2 a14b"
-    trainer = Trainer(config_of(name, teachers[name], tmp_path, updates=1, **{"fake.components": ["transformer_2"]}))
+    config = config_of(name, teachers[name], tmp_path, updates=1, **{"fake.components": ["transformer_2"]})
+    trainer = Trainer(build_run(config))
     before = {key: value.clone() for key, value in trainer.roles.state_dict(FAKE).items()}
     assert trainer.roles.components(FAKE) == ("transformer_2",)
     trainer.run()
