@@ -46,7 +46,7 @@ def measure(kind: str, layers: int, side: int, repetitions: int, device: str) ->
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for repetition in range(repetitions + 1):
         for changes, steps in ((True, (1, 2)), (False, (2, 3))):
-            scheduler._step_index = steps[0]
+            scheduler.set_begin_index(steps[0])
             _ = pipe.transformer
             call = {
                 "hidden_states": tensors["latents"],
@@ -55,7 +55,7 @@ def measure(kind: str, layers: int, side: int, repetitions: int, device: str) ->
             }
             finished(device)
             start = time.perf_counter()
-            scheduler._step_index = steps[1]
+            scheduler.set_begin_index(steps[1])
             network = pipe.transformer
             for hook in network._forward_pre_hooks.values():
                 hook(network, (), call)
