@@ -33,7 +33,7 @@ test-long: environment
 
 # Families, roles, pipelines and the Hub on the lowest versions that pyproject.toml allows, laid over the environment; without
 # offloading, which diffusers 0.40 does in groups only where there is an accelerator
-OLDEST := pipelines experts/hub experts/convert/test_released.py families test_roles.py test_scheduler.py
+OLDEST := pipelines experts/hub experts/convert/test_released.py families roles scheduler
 test-oldest: environment
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest --requirement .ci/oldest.txt
 	PYTHONPATH=.oldest $(BIN)/python -m pytest $(wildcard $(addprefix tests/pdmd_core/,$(OLDEST))) -k "not offload"

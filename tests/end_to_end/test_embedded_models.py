@@ -12,8 +12,9 @@ from transformers import UMT5EncoderModel
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.scheduler import PhasedDMDScheduler
+from training.data.buckets import SampleSize
 from training.embedded.features import load_features, see
-from training.evaluation.sampler import Sampler, SampleSize
+from training.evaluation.sampler import Sampler
 
 PROMPTS = ["a panda on a blue background", "a fox on a green background", "a rocket on a black background"]
 

@@ -1,4 +1,4 @@
-"""Private names of other libraries stand in docs/borders.md with a reason, and nothing stands there that is not used."""
+"""Private names of other libraries stand in docs/borders.md with a reason, and no other name stands there."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def uses() -> dict[str, list[str]]:
 def test_the_private_names_of_other_libraries_are_those_of_the_page() -> None:
     page, code = listed(), uses()
     assert len(code) > 10
-    assert not {name: places for name, places in code.items() if name not in page}, "without a reason in docs/borders.md"
+    assert not {name: places for name, places in code.items() if name not in page}, (
+        "without a reason in docs/borders.md"
+    )
     assert not set(page) - set(code), "in docs/borders.md but not used"
     assert all(len(reason) > 20 for reason in page.values())
 

@@ -18,8 +18,9 @@ from pdmd_core.distillation import (
 )
 from pdmd_core.families.base import classifier_free_guidance
 from pdmd_core.flow import renoise, velocity_to_x0
+from pdmd_core.noise_level import unshift_sigma
 from pdmd_core.objectives import RenoisedSamples, fake_score_loss, generator_direction
-from pdmd_core.phases import PhasePlan, unshift_sigma
+from pdmd_core.phases import PhasePlan
 
 PLAN = PhasePlan.from_steps([2, 3, 1], shift=5.0, names=["first", "second", "third"])
 ROLES = ["teacher", "first", "second", "third", "fake"]
