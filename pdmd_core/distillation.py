@@ -9,12 +9,13 @@ Source: Phased DMD, arXiv 2510.27684, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from .batch import Batch, Renoising
 from .checks import check_choice, check_number
 from .families import Conditioning
 from .flow import Sigma
@@ -33,8 +34,6 @@ from .roles import FAKE, TEACHER
 from .rollout import Rollout, Velocity, simulate
 
 ScoreRange = Literal["nested", "disjoint"]
-Rows = slice | Tensor
-"""Some of the samples of a batch: a slice, or indices of shape (samples,)."""
 
 
 class VelocityOfRole(Protocol):
@@ -102,58 +101,6 @@ class Objective:
         check_choice("score_range", self.score_range, ScoreRange)
         check_number("score_shift", self.score_shift, above=0)
         check_number("margin", self.margin, at_least=0, below=1)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What rollouts start from: noise, and what the samples are to show."""
-
-    noise: Tensor
-    """Standard normal noise of shape (batch, ...) at sigma 1."""
-    conditioning: Conditioning
-    """The conditioning of each sample: name to tensor of shape (batch, ...)."""
-    negative: Conditioning = field(default_factory=dict)
-    """The same with the negative prompt, from which guidance moves away; empty where no teacher is asked."""
-
-    def __len__(self) -> int:
-        """Count the samples.
-
-        Returns:
-            The size of the batch.
-        """
-        return len(self.noise)
-
-    def rows(self, part: Rows) -> Batch:
-        """Take some of the samples.
-
-        Args:
-            part: Which ones.
-
-        Returns:
-            A batch of those.
-        """
-        return Batch(self.noise[part], rows_of(self.conditioning, part), rows_of(self.negative, part))
-
-
-@dataclass(frozen=True)
-class Renoising:
-    """Where scores are compared: a noise level for each sample, and the noise that brings it there."""
-
-    t: Tensor
-    """Sigmas of shape (batch,), between the end of the phase and 1."""
-    noise: Tensor
-    """Standard normal noise of shape (batch, ...)."""
-
-    def rows(self, part: Rows) -> Renoising:
-        """Take some of the samples.
-
-        Args:
-            part: Which ones.
-
-        Returns:
-            The noise levels and the noise of those.
-        """
-        return Renoising(self.t[part], self.noise[part])
 
 
 @dataclass(frozen=True)
@@ -310,19 +257,6 @@ class PhasedDistiller:
 
     def _renoised(self, x_s: Tensor, renoising: Renoising) -> RenoisedSamples:
         return RenoisedSamples(x_s, renoising.noise, self.sigma_end, self._checked(renoising.t).to(x_s.device))
-
-
-def rows_of(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:
-    """Take the conditioning of some of the samples.
-
-    Args:
-        conditioning: Name to tensor of shape (batch, ...).
-        part: A slice, or indices of shape (samples,).
-
-    Returns:
-        The same names with those rows.
-    """
-    return {name: value[part] for name, value in conditioning.items()}
 
 
 def score_interval(plan: PhasePlan, phase: int, score_range: ScoreRange) -> tuple[float, float]:

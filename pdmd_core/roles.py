@@ -7,9 +7,7 @@ networks is a mixture: each sample goes to the network that runs at its sigma. S
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,6 +17,15 @@ from torch import Tensor, nn
 from .checks import check_choice, check_number
 from .families import Conditioning, ModelFamily, TeacherRouting
 from .flow import Sigma, at_least_float32
+from .role_weights import (
+    activate_adapter,
+    adapter_parameters,
+    add_adapter,
+    check_fits,
+    full_copy,
+    reset_adapter,
+    state_without_adapters,
+)
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -92,7 +99,7 @@ class Roles:
             raise ValueError(f"the teacher's networks are {_names(self.routing.components)}, found {_names(bases)}")
         self.bases = {name: bases[name].requires_grad_(False).eval() for name in self.routing.components}
         self._copies = {
-            (role, name): _copy(self.bases[name], empty_copies)
+            (role, name): full_copy(self.bases[name], empty_copies)
             for role, spec in specs.items()
             if spec.kind == "full"
             for name in self.components(role)
@@ -115,17 +122,9 @@ class Roles:
         self.activate(TEACHER)
 
     def _add_adapter(self, role: str, spec: RoleSpec) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        targets = list(spec.targets or self.family.lora_targets)
+        targets = spec.targets or self.family.lora_targets
         for name in self.components(role):
-            base = self.bases[name]
-            config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets)
-            with warnings.catch_warnings():  # several adapters are the point
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                inject_adapter_in_model(config, base, adapter_name=role)
-            self._layers[name] = {path: m for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+            self._layers[name] = add_adapter(self.bases[name], role, spec.rank, spec.alpha, targets)
         for parameter in self.parameters(role):  # Adam-sized updates vanish in half precision, whatever the base's
             parameter.data = at_least_float32(parameter.data)
 
@@ -243,12 +242,7 @@ class Roles:
         self.before_use(component)
         if role == self._active.get(component):
             return
-        # What peft's set_adapter and enable_adapters set. They also freeze the other adapters, which would cut a graph
-        # that is still to be run backwards, and take 20 times as long, in every evaluation.
-        for layer in self._layers[component].values():
-            layer._disable_adapters = role == TEACHER
-            if role != TEACHER:
-                layer._active_adapter = role
+        activate_adapter(self._layers[component], None if role == TEACHER else role)
         self._active[component] = role
 
     def _check_known(self, role: str) -> None:
@@ -306,12 +300,7 @@ class Roles:
     def _find_parameters(self, role: str, component: str) -> dict[str, nn.Parameter]:
         if (role, component) in self._copies:
             return dict(self._copies[role, component].named_parameters())
-        named = {}
-        for path, layer in self._layers[component].items():
-            if role in layer.lora_A:
-                named[f"{path}.lora_A"] = layer.lora_A[role].weight
-                named[f"{path}.lora_B"] = layer.lora_B[role].weight
-        return named
+        return adapter_parameters(self._layers[component], role)
 
     def set_trainable(self, roles: Iterable[str]) -> None:
         """Give gradient to exactly these roles from now on; everything else is frozen.
@@ -347,13 +336,7 @@ class Roles:
             for component in self.components(role):
                 self._copies[role, component].load_state_dict(self.base_state_dict(component))
             return
-        with torch.no_grad():
-            for name, parameter in self.named_parameters(role).items():
-                if name.endswith("lora_B"):
-                    parameter.zero_()
-                else:
-                    bound = 1 / parameter.shape[1] ** 0.5  # drawn on the CPU: the same on every device
-                    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        reset_adapter(self.named_parameters(role), generator)
 
     def base_state_dict(self, component: str | None = None) -> dict[str, Tensor]:
         """Get the weights of a network of the teacher under its own names, without adapters.
@@ -364,12 +347,7 @@ class Roles:
         Returns:
             Name to tensor; not copies.
         """
-        state = {}
-        for name, value in self.bases[component or self.routing.components[0]].state_dict().items():
-            if ".lora_A." in name or ".lora_B." in name:
-                continue
-            state[name.replace(".base_layer.", ".")] = value
-        return state
+        return state_without_adapters(self.bases[component or self.routing.components[0]])
 
     def state_dict(self, role: str) -> dict[str, Tensor]:
         """Get a role's own weights, detached; those of a full copy with its buffers.
@@ -399,35 +377,11 @@ class Roles:
             ValueError: If names or shapes differ.
         """
         own = self.state_dict(role)
-        if set(own) != set(state):
-            raise ValueError(
-                f"the weights of {role!r} do not match its network: missing {_few(set(own) - set(state))}, "
-                f"unexpected {_few(set(state) - set(own))}"
-            )
-        for name, value in own.items():
-            if value.shape != state[name].shape:
-                raise ValueError(
-                    f"{role!r} expects {name} of shape {tuple(value.shape)}, found {tuple(state[name].shape)}"
-                )
+        check_fits(role, own, state)
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
 
 
-def _copy(network: nn.Module, empty: bool) -> nn.Module:
-    """A float32 copy; an empty one has its parameters on the meta device."""
-    instead = {}
-    if empty:
-        for parameter in network.parameters():
-            shape = torch.empty_like(parameter, dtype=torch.float32, device="meta")
-            instead[id(parameter)] = nn.Parameter(shape, requires_grad=False)
-    return copy.deepcopy(network, instead).float()
-
-
 def _names(components: Iterable[str]) -> str:
     return " and ".join(components) or "none"
-
-
-def _few(names: set[str]) -> str:
-    shown: Sequence[str] = sorted(names)[:2]
-    return f"{len(names)} ({', '.join(shown)}{', ...' if len(names) > 2 else ''})" if names else "none"

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdmd_core.distillation import Batch, Objective, PhasedDistiller, Renoising
+from pdmd_core.batch import Batch, Renoising
+from pdmd_core.distillation import Objective, PhasedDistiller
 from pdmd_core.phases import PhasePlan
 
 MEAN = torch.tensor([2.0, -1.0], dtype=torch.float64)

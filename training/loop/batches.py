@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pdmd_core.distillation import Batch, PhasedDistiller, Renoising
+from pdmd_core.batch import Batch, Renoising
+from pdmd_core.distillation import PhasedDistiller
 from training.loop.rng import RunRNG
 
 

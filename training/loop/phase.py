@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from pdmd_core.distillation import Batch, PhasedDistiller, Renoising, Rows, VelocityOfRole, rows_of
+from pdmd_core.batch import Batch, Renoising, Rows, rows_of
+from pdmd_core.distillation import PhasedDistiller, VelocityOfRole
 from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE

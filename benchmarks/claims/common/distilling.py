@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.claims.common.methods import Run
-from pdmd_core.distillation import Batch, Objective, PhasedDistiller, Renoising
+from pdmd_core.batch import Batch, Renoising
+from pdmd_core.distillation import Objective, PhasedDistiller
 from pdmd_core.phases import PhasePlan
 from training.config.schema import DistillConfig, parse_config
 from training.loop.optimizers import lr_factor

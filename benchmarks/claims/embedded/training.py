@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.claims.common.distilling import Recipe
 from benchmarks.claims.common.methods import Method, Run
-from pdmd_core.distillation import Batch, Objective
+from pdmd_core.batch import Batch
+from pdmd_core.distillation import Objective
 from pdmd_core.families.base import Conditioning
 from pdmd_core.flow import Sigma
 from pdmd_core.hashing import sha256_of, sha256_of_bytes

@@ -1,0 +1,77 @@
+"""What an update is given: the noise and conditioning of its samples, and where scores are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .families import Conditioning
+
+Rows = slice | Tensor
+"""Some of the samples of a batch: a slice, or indices of shape (samples,)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What rollouts start from: noise, and what the samples are to show."""
+
+    noise: Tensor
+    """Standard normal noise of shape (batch, ...) at sigma 1."""
+    conditioning: Conditioning
+    """The conditioning of each sample: name to tensor of shape (batch, ...)."""
+    negative: Conditioning = field(default_factory=dict)
+    """The same with the negative prompt, from which guidance moves away; empty where no teacher is asked."""
+
+    def __len__(self) -> int:
+        """Count the samples.
+
+        Returns:
+            The size of the batch.
+        """
+        return len(self.noise)
+
+    def rows(self, part: Rows) -> Batch:
+        """Take some of the samples.
+
+        Args:
+            part: Which ones.
+
+        Returns:
+            A batch of those.
+        """
+        return Batch(self.noise[part], rows_of(self.conditioning, part), rows_of(self.negative, part))
+
+
+@dataclass(frozen=True)
+class Renoising:
+    """Where scores are compared: a noise level for each sample, and the noise that brings it there."""
+
+    t: Tensor
+    """Sigmas of shape (batch,), between the end of the phase and 1."""
+    noise: Tensor
+    """Standard normal noise of shape (batch, ...)."""
+
+    def rows(self, part: Rows) -> Renoising:
+        """Take some of the samples.
+
+        Args:
+            part: Which ones.
+
+        Returns:
+            The noise levels and the noise of those.
+        """
+        return Renoising(self.t[part], self.noise[part])
+
+
+def rows_of(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:
+    """Take the conditioning of some of the samples.
+
+    Args:
+        conditioning: Name to tensor of shape (batch, ...).
+        part: A slice, or indices of shape (samples,).
+
+    Returns:
+        The same names with those rows.
+    """
+    return {name: value[part] for name, value in conditioning.items()}
