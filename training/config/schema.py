@@ -111,6 +111,8 @@ class DistillConfig(Section):
             raise ValueError(f"parallel.shard_size is for sharding hsdp, found sharding {sharding}: leave it out")
         if memory.offload_idle_network and sharding != "none":
             raise ValueError(f"memory.offload_idle_network keeps networks whole: {whole}")
+        if memory.offload_idle_network and len(self.fake.components or ()) == 1:
+            raise ValueError("memory.offload_idle_network is for a fake on all networks: leave fake.components out")
         if memory.offload_idle_experts and sharding != "none":
             raise ValueError(f"memory.offload_idle_experts keeps experts whole: {whole}")
         if self.compile != "none" and sharding != "none":

@@ -103,6 +103,10 @@ def test_a_run_never_computes_with_the_network_that_is_away(
             "frees memory only with memory.gradient_c",
         ),
         (
+            {"memory.offload_idle_network": True, "fake.components": ["transformer_2"]},
+            "is for a fake on all networks: leave fake.components out",
+        ),
+        (
             {"memory.offload_idle_experts": True, "parallel.sharding": "hsdp"},
             "keeps experts whole: set parallel.sharding to none",
         ),
