@@ -72,6 +72,9 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     Args:
         name: The unknown key.
         known: Every key there is.
+
+    Returns:
+        The end of a sentence that starts with the unknown key.
     """
     *_, last = parts = re.sub(r"\[\d+\]", "[]", name).split(".")
     meant: list[str] = []

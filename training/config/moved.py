@@ -41,7 +41,14 @@ MOVED = {
 
 
 def moved_keys(data: Mapping[str, Any]) -> list[str]:
-    """A line for each old key in a configuration: what it is called now."""
+    """What the old keys in a configuration are called now.
+
+    Args:
+        data: Keys and values; sections are mappings.
+
+    Returns:
+        A line for each old key.
+    """
     left, lines = copy.deepcopy(dict(data)), []
     for old, new in MOVED.items():
         if _pop(left, old) is not None:
@@ -50,7 +57,14 @@ def moved_keys(data: Mapping[str, Any]) -> list[str]:
 
 
 def with_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of an older run under today's keys; of a run of today, the same."""
+    """The configuration of an older run under today's keys.
+
+    Args:
+        data: Keys and values; sections are mappings. It stays as it is.
+
+    Returns:
+        The same values under today's keys; of a run of today, an equal configuration.
+    """
     result = copy.deepcopy(dict(data))
     for old, new in MOVED.items():
         found = _pop(result, old)

@@ -57,7 +57,12 @@ ANY = -1
 def bucket_of(example: Example, buckets: Sequence[Bucket]) -> int:
     """Where an example belongs: the bucket of the nearest aspect ratio, among equals that of the nearest frames.
 
-    The aspect ratio is that of the size that the example asks for, or else of its image; ``ANY`` for one with neither.
+    Args:
+        example: Its aspect ratio is that of the size that it asks for, or else of its image.
+        buckets: The sizes of samples.
+
+    Returns:
+        The number of a bucket; ``ANY`` for an example with neither size nor image.
     """
     if example.size is None and example.image is None:
         return ANY
@@ -73,7 +78,15 @@ def bucket_of(example: Example, buckets: Sequence[Bucket]) -> int:
 
 
 def buckets_in(examples: Iterable[Example], frames: int) -> list[Bucket]:
-    """The distinct sizes that examples ask for, in order; ``frames`` where they do not say. Raises PromptError."""
+    """The distinct sizes that examples ask for, in order.
+
+    Args:
+        examples: The examples.
+        frames: Frames where an example does not say.
+
+    Raises:
+        PromptError: An example asks for no size.
+    """
     found: dict[Bucket, None] = {}
     for number, example in enumerate(examples, 1):
         if example.size is None:

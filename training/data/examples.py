@@ -74,7 +74,11 @@ class ExampleSource:
         return False
 
     def __iter__(self) -> Iterator[Example]:
-        """The examples in their order. Raises PromptError, naming line or row."""
+        """The examples in their order.
+
+        Raises:
+            PromptError: There is nothing, or it cannot be used; the text names line or row.
+        """
         read = False
         for where, row in itertools.islice(self._rows(), self.limit):
             read = True
@@ -250,7 +254,14 @@ def _table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def read_examples(location: str | Path) -> list[Example]:
-    """All examples of a short file, with the usual columns. Raises PromptError."""
+    """All examples of a short file, with the usual columns.
+
+    Args:
+        location: A file, a folder or a Hub id, as in ``ExampleSource``.
+
+    Raises:
+        PromptError: There is nothing, or it cannot be used.
+    """
     return list(ExampleSource(str(location)))
 
 

@@ -37,7 +37,14 @@ class TrainingData:
 
 
 def buckets_of(config: DistillConfig) -> list[Bucket]:
-    """The buckets that a configuration gives, or that its data names. Raises PromptError."""
+    """The buckets that a configuration gives, or that its data names.
+
+    Args:
+        config: The configuration of a run.
+
+    Raises:
+        PromptError: The data cannot be read, or an example asks for no size.
+    """
     model, given = config.model, config.data.buckets
     if given is None:
         return [Bucket(model.width, model.height, model.frames)]
@@ -47,7 +54,16 @@ def buckets_of(config: DistillConfig) -> list[Bucket]:
 
 
 def latent_shapes(buckets: Sequence[Bucket], family: ModelFamily, pipeline: DiffusionPipeline) -> list[tuple[int, ...]]:
-    """Shape of a latent in each bucket. Raises ConfigError for a size that the model does not have."""
+    """Shape of a latent in each bucket.
+
+    Args:
+        buckets: The sizes of samples.
+        family: The teacher's family.
+        pipeline: The teacher's pipeline.
+
+    Raises:
+        ConfigError: The model does not have a size.
+    """
     shapes = []
     for bucket in buckets:
         try:
@@ -66,7 +82,16 @@ def training_data(
 ) -> TrainingData:
     """Read and encode, or find what was encoded before. All processes call this together.
 
-    pipeline: of the teacher, for the sizes of latents. Raises PromptError, ConfigError.
+    Args:
+        config: The configuration of the run.
+        source: Where the teacher's encoders are.
+        family: The teacher's family.
+        pipeline: The teacher's pipeline, for the sizes of latents.
+        device: Where prompts and images are encoded.
+
+    Raises:
+        PromptError: A prompt or an image cannot be used, or no example suits a bucket that has a share.
+        ConfigError: The model does not have a size.
     """
     examples, model = config.data, config.model
     buckets, whole = buckets_of(config), Bucket(model.width, model.height, model.frames)
