@@ -42,10 +42,11 @@ def test_a_run_in_buckets_resumes_to_the_same_numbers_and_notices_other_prompts(
 ) -> None:
     whole = Trainer(build_run(changed(bucketed, output_dir=str(tmp_path / "whole"))))
     shapes = []
-    noise = whole.draws.noise
-    with mock.patch.object(whole.draws, "noise", lambda shape: shapes.append(shape) or noise(shape)):
+    rng, data = whole.built.rng, whole.built.data
+    noise = rng.noise
+    with mock.patch.object(rng, "noise", lambda shape: shapes.append(shape) or noise(shape)):
         whole.run()
-    assert {tuple(shape) for shape in shapes} == set(whole.data.shapes) and len(whole.data.shapes) == 2
+    assert {tuple(shape) for shape in shapes} == set(data.shapes) and len(data.shapes) == 2
 
     stopped = changed(bucketed, output_dir=str(tmp_path / "stopped"))
     trainer = Trainer(build_run(stopped))
@@ -77,13 +78,13 @@ def test_a_dry_run_counts_the_examples_of_every_bucket(bucketed: DistillConfig) 
 
 def test_sizes_that_the_model_does_not_have_and_empty_buckets_are_refused(bucketed: DistillConfig) -> None:
     odd = changed(bucketed, **{"data.buckets": [*BUCKETS, {"width": 17, "height": 16}]})
-    for run in (describe, Trainer):
+    for run in (describe, build_run):
         with pytest.raises(ConfigError, match=r"data\.buckets: .*17x16"):
             run(odd)
     shares = [{**bucket, "share": 1.0} for bucket in [*BUCKETS, {"width": 16, "height": 16}]]
     Path(bucketed.data.prompts).write_text('{"caption": "a fox", "width": 2, "height": 1}\n', encoding="utf-8")
     with pytest.raises(PromptError, match=r"no example of .* suits 16x32: leave the bucket out"):
-        Trainer(build_run(changed(bucketed, **{"data.buckets": shares})))
+        build_run(changed(bucketed, **{"data.buckets": shares}))
     with pytest.raises(ConfigError, match="a share is for all of them or for none, found 1 of 2"):
         changed(bucketed, **{"data.buckets": [{**BUCKETS[0], "share": 1.0}, BUCKETS[1]]})
 
@@ -92,6 +93,6 @@ def test_columns_can_be_the_buckets(bucketed: DistillConfig) -> None:
     rows = [{"caption": "a", "width": 32, "height": 16}, {"caption": "b", "width": 16, "height": 16}]
     Path(bucketed.data.prompts).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     columns = changed(bucketed, **{"data.buckets": "columns"})
-    data = Trainer(build_run(columns)).data
+    data = build_run(columns).data
     assert [str(bucket) for bucket in data.buckets] == ["32x16", "16x16"]
     assert [data.prompts.members(i).tolist() for i in (0, 1)] == [[0], [1]]
