@@ -22,9 +22,16 @@ from benchmarks.claims.embedded.study import SETTINGS, AskedScenes, EmbeddedStud
 from benchmarks.claims.embedded.training import EmbeddedProblem, digest_of, fake_of
 from pdmd_core.distillation import evaluations_per_update
 from pdmd_core.roles import FAKE
-from training.embedded.emoji import all_captions
+from tests.helpers.debian import installed
+from training.embedded.emoji import FONT, all_captions
 
 SCENES = {"pictures": tuple(measured_scenes(clips=False)[:3]), "clips": tuple(measured_scenes(clips=True)[:3])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emoji() -> None:
+    """Real scenes are drawn with the artwork."""
+    installed("fonts-noto-color-emoji", FONT)
 
 
 def make(work_dir: Path, teacher: str, seeds: int = 2, batch_size: int = 2) -> EmbeddedStudy:
