@@ -8,7 +8,7 @@ from .clips import clip_features, flow_statistics, over_time, standardised
 from .diversity import cosine_distance, euclidean_distance, pairwise_distance, seed_diversity
 from .extractors import DinoV3, EffLite0, Extractor, extract
 from .frechet import frechet_distance, frechet_estimate
-from .intervals import Estimate, bootstrap, mean_of_units, share
+from .intervals import CorrectedEstimate, Estimate, bootstrap, bootstrap_corrected, mean_of_units, share
 from .kernel import KernelDistance, kernel_distance, kernel_estimate, polynomial_discrepancy
 from .manifold import Manifold, manifold
 from .motion import Motion, flow_length, is_dynamic, motion, optical_flow, smoothness
@@ -16,6 +16,7 @@ from .perceptual import AlexLpips, perceptual_distance
 
 __all__ = [
     "AlexLpips",
+    "CorrectedEstimate",
     "DinoV3",
     "EffLite0",
     "Estimate",
@@ -24,6 +25,7 @@ __all__ = [
     "Manifold",
     "Motion",
     "bootstrap",
+    "bootstrap_corrected",
     "clip_features",
     "cosine_distance",
     "euclidean_distance",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .features import check_pair
-from .intervals import Estimate, bootstrap
+from .intervals import CorrectedEstimate, Estimate, bootstrap_corrected
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -53,11 +53,11 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 def frechet_estimate(
     first: Tensor, second: Tensor, seeds: tuple[int, int] = (1, 1), resamples: int = 200, seed: int = 0
-) -> Estimate:
-    """Compute the Frechet distance with a 95 % interval from a bootstrap over the samples of both sets.
+) -> CorrectedEstimate:
+    """Compute the Frechet distance as it is, and without the bias of few samples and with a 95 % interval.
 
-    The basic bootstrap takes the bias of few samples out of the interval, which may therefore lie below the value. It
-    is cut off at 0.
+    The raw distance of few samples is too large, and a resample of them is too far again by about as much, which
+    ``bootstrap_corrected`` takes off. The corrected distance and its interval are cut off at 0.
 
     Args:
         first: Features of shape (samples, dimensions), prompt by prompt.
@@ -69,7 +69,8 @@ def frechet_estimate(
         seed: The seed of the resampling.
 
     Returns:
-        The distance with its interval, in squared units of the features.
+        ``frechet_distance`` as ``raw``, and the corrected distance with its interval, in squared units of the
+        features.
 
     Raises:
         ValueError: If the features cannot be compared, or if a set has fewer than two samples or seeds to resample.
@@ -78,15 +79,15 @@ def frechet_estimate(
         (len(features), features.__getitem__) if count == 1 else (count, functools.partial(_of_seeds, features, count))
         for features, count in zip((first, second), seeds, strict=True)
     )
-    value = bootstrap(
+    found = bootstrap_corrected(
         lambda i, j: frechet_distance(of_first(i), of_second(j)),
         first_units,
         second_units,
-        kind="basic",
         resamples=resamples,
         seed=seed,
     )
-    return Estimate(value.value, max(0.0, value.low), max(0.0, value.high), min(len(first), len(second)))
+    value, low, high = (max(0.0, x) for x in (found.corrected.value, found.corrected.low, found.corrected.high))
+    return CorrectedEstimate(found.raw, Estimate(value, low, high, min(len(first), len(second))))
 
 
 def _of_seeds(features: Tensor, count: int, chosen: Tensor) -> Tensor:

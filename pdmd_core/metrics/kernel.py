@@ -69,7 +69,9 @@ def kernel_estimate(first: Tensor, second: Tensor, resamples: int = 1000, seed: 
     between = ((draws[0] @ _kernel(*sets)) * draws[1]).sum(1) / (len(sets[0]) * len(sets[1]))
     values = within[0] + within[1] - 2 * between
     low, high = quantiles(values[values.isfinite()])  # of very few samples, a resample may be one sample and no pair
-    return Estimate(polynomial_discrepancy(*sets), low, high, min(len(first), len(second)))
+    value = polynomial_discrepancy(*sets)
+    # two or three samples have resamples that are all elsewhere, or are equal but for rounding
+    return Estimate(value, min(low, value), max(high, value), min(len(first), len(second)))
 
 
 def _multiplicities(count: int, resamples: int, generator: torch.Generator) -> Tensor:

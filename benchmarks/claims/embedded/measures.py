@@ -185,9 +185,10 @@ def distances(
     kernel = kernel_distance(of_samples, of_reference)
     reached = manifold(features.layout, reference.layout)
     columns: dict[str, Value] = {
-        "frechet": frechet.value,
-        "frechet_low": frechet.low,
-        "frechet_high": frechet.high,
+        "frechet": frechet.raw,
+        "frechet_corrected": frechet.corrected.value,
+        "frechet_low": frechet.corrected.low,
+        "frechet_high": frechet.corrected.high,
         "frechet_layout": frechet_distance(features.layout, reference.layout),
         "kernel_distance": kernel.value,
         "kernel_distance_deviation": kernel.deviation,

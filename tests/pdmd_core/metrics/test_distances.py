@@ -26,17 +26,27 @@ def test_the_interval_covers_the_closed_form_distance_of_two_gaussians_at_its_no
         frechet_estimate(normal(150, 3, 2 * seed), shift + 2 * normal(150, 3, 2 * seed + 1), resamples=60, seed=seed)
         for seed in range(60)
     ]
-    assert 0.86 <= sum(e.low <= 4 <= e.high for e in found) / len(found) <= 1.0
-    assert sum(e.high - e.low for e in found) / len(found) < 2.5
-    assert found[0].value == frechet_distance(normal(150, 3, 0), shift + 2 * normal(150, 3, 1))
-    assert found[0].samples == 150
+    corrected = [e.corrected for e in found]
+    assert 0.86 <= sum(e.low <= 4 <= e.high for e in corrected) / len(found) <= 1.0
+    assert sum(e.high - e.low for e in corrected) / len(found) < 2.5
+    assert found[0].raw == frechet_distance(normal(150, 3, 0), shift + 2 * normal(150, 3, 1))
+    assert corrected[0].samples == 150
 
 
-def test_the_interval_of_equal_distributions_reaches_zero_though_the_value_cannot() -> None:
+def test_the_correction_takes_most_of_the_bias_of_few_samples_off() -> None:
+    """Twelve standard normal dimensions: the distance of equal distributions is 0, of 40 samples never."""
+    found = [
+        frechet_estimate(normal(40, 12, 2 * seed), normal(40, 12, 2 * seed + 1), resamples=60, seed=seed)
+        for seed in range(20)
+    ]
+    raw, corrected = (sum(x) / len(found) for x in ([e.raw for e in found], [e.corrected.value for e in found]))
+    assert raw > 1.5 and corrected < 0.25 * raw
+
+
+def test_the_interval_of_equal_distributions_reaches_zero_though_the_raw_value_cannot() -> None:
     found = frechet_estimate(normal(60, 8, 0), normal(60, 8, 1), resamples=100)
-    assert found.value > 0.3
-    assert found.low == 0
-    assert found.high < found.value
+    assert found.raw > 0.3
+    assert found.corrected.low == 0 <= found.corrected.value <= found.corrected.high < found.raw
 
 
 def test_whole_seeds_are_resampled_where_prompts_differ_more_than_seeds() -> None:
@@ -44,13 +54,14 @@ def test_whole_seeds_are_resampled_where_prompts_differ_more_than_seeds() -> Non
     prompts = 10 * normal(20, 3, 5).repeat_interleave(8, 0)
     first, second = prompts + normal(160, 3, 6), prompts + 0.5 + normal(160, 3, 7)
     by_seed, one_by_one = (frechet_estimate(first, second, seeds, resamples=200) for seeds in ((8, 8), (1, 1)))
-    assert by_seed.value == one_by_one.value == frechet_distance(first, second)
+    assert by_seed.raw == one_by_one.raw == frechet_distance(first, second)
+    by_seed, one_by_one = by_seed.corrected, one_by_one.corrected
     assert by_seed.low < 0.75 < by_seed.high, "the means are 0.5 apart in three dimensions"
     assert by_seed.high - by_seed.low < 1
     assert one_by_one.high < 0.75
     assert by_seed.samples == one_by_one.samples == 160
     mixed = frechet_estimate(first, second[:50], (8, 1), resamples=50)
-    assert mixed.samples == 50
+    assert mixed.corrected.samples == 50
 
 
 # --- kernel distance -----------------------------------------------------------------------------------------------

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from pdmd_core.metrics import Estimate, bootstrap, mean_of_units, share
+from pdmd_core.metrics import (
+    Estimate,
+    bootstrap,
+    bootstrap_corrected,
+    euclidean_distance,
+    frechet_estimate,
+    kernel_estimate,
+    manifold,
+    mean_of_units,
+    seed_diversity,
+    share,
+)
+from tests.helpers.tiny import randn
 
 
 def exponential(count: int, seed: int) -> torch.Tensor:
@@ -38,15 +50,51 @@ def test_the_interval_of_a_mean_has_the_width_of_its_standard_error() -> None:
     assert found.high - found.value == pytest.approx(1.96 * error, rel=0.15)
 
 
-def test_the_basic_interval_reflects_the_quantiles_about_the_value() -> None:
+def test_the_corrected_estimate_and_its_interval_are_reflected_about_the_raw_value() -> None:
     values = exponential(40, 3)
 
     def statistic(i: torch.Tensor) -> float:
         return float(values[i].max())
 
-    percentile, basic = (bootstrap(statistic, 40, kind=kind) for kind in ("percentile", "basic"))
-    assert percentile.high == percentile.value == basic.low == basic.value == float(values.max())
-    assert basic.high - basic.value == pytest.approx(percentile.value - percentile.low)
+    percentile, found = bootstrap(statistic, 40), bootstrap_corrected(statistic, 40)
+    assert percentile.high == percentile.value == found.raw == found.corrected.low == float(values.max())
+    assert found.corrected.high - found.raw == pytest.approx(percentile.value - percentile.low)
+    draws = [float(values[torch.randint(40, (40,))].max()) for _ in range(4000)]
+    assert found.corrected.value - found.raw == pytest.approx(found.raw - float(torch.tensor(draws).median()), abs=0.3)
+
+
+SETS = {
+    "normal": lambda x: x,
+    "rounded": lambda x: x.round(),
+    "one far away": lambda x: torch.cat([1000 * x[:1], x[1:]]),
+    "all the same": lambda x: torch.full_like(x, 0.1),
+    "all but one the same": lambda x: torch.cat([torch.zeros_like(x[1:]), torch.ones_like(x[:1])]),
+    "long tail": lambda x: x.exp().exp(),
+}
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("count", [2, 3, 5, 20, 60])
+def test_every_interval_contains_its_estimate(count: int, kind: str) -> None:
+    """Whatever the samples are: few, equal, far from each other."""
+    for seed in range(2):
+        first, second = (SETS[kind](randn(count, 3, seed=2 * seed + i).double()) for i in range(2))
+        other = SETS["normal"](randn(7, 3, seed=50 + seed).double())
+        groups = torch.arange(count) // 2 if count > 2 else torch.zeros(2)
+        found = [
+            mean_of_units(first[:, 0], resamples=100),
+            share(first[:, 0] > 0),
+            seed_diversity(first, groups, euclidean_distance),
+            *(kernel_estimate(first, against, resamples=100) for against in (second, other)),
+            *(frechet_estimate(first, against, resamples=20).corrected for against in (second, other, first)),
+        ]
+        if count % 5 == 0:
+            found.append(frechet_estimate(first, other, (5 if count > 5 else 1, 1), resamples=20).corrected)
+        if count > 5:
+            measured = manifold(first, second)
+            found += [measured.precision, measured.recall, measured.coverage]
+        for estimate in found:
+            assert estimate.low <= estimate.value <= estimate.high or math.isnan(estimate.low), estimate
 
 
 def test_sets_are_resampled_independently() -> None:
