@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from training import distill
+from training.config.schema import parse_config, with_overrides
 
 
 @pytest.fixture
@@ -24,6 +25,45 @@ def test_the_output_folder_is_a_path_and_no_yaml(
 ) -> None:
     assert distill.main(["--config", str(config_file), "--dry-run", "--output_dir", folder]) == 0
     assert f"writes {folder}/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("output_dir=runs/x #1", Path("runs/x #1")),
+        ("output_dir=2024-01-01", Path("2024-01-01")),
+        ("data.negative_prompt=blurry: #1, no hands", "blurry: #1, no hands"),
+        ("data.negative_prompt=", ""),
+        ("data.negative_prompt=no", "no"),
+        ("data.negative_prompt='a: b'", "a: b"),
+        ("data.prompt_column=1", "1"),
+        ("data.cache_dir=null", None),
+        ("data.cache_dir=1e3", Path("1e3")),
+        ("model.revision=1234567", "1234567"),
+        ("precision=no", "no"),
+        ("updates=3", 3),
+        ("validation.prompts=[a, b]", ["a", "b"]),
+        ("generator.targets=null", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_text_of_an_override_is_what_it_says(override: str, value: Any, settings_of_run: dict[str, Any]) -> None:
+    found: Any = parse_config(with_overrides(settings_of_run, [override]), "here")
+    for name in override.partition("=")[0].split("."):
+        found = getattr(found, name)
+    assert found == value and isinstance(found, Path if isinstance(value, Path) else type(value))
+
+
+def test_keys_that_nothing_comes_of_are_refused(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, says in (
+        (["plan.steps=null", "plan.sigmas=[[1.0], [0.5]]", "plan.shift=3"], "shift is for steps"),
+        (["validation.prompts=[]"], "validation.prompts"),
+    ):
+        assert distill.main(["--config", str(config_file), "--dry-run", *overrides]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+    assert distill.main(["--config", str(config_file.parent)]) == 2
+    assert "not a file that can be read" in capsys.readouterr().err
 
 
 def test_overrides_count_in_their_order(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
@@ -35,6 +36,25 @@ def fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, str, str]]
                 yield from fields_of(item, f"{prefix}{name}[].")
         choices = f" of {'|'.join(get_args(kind))}" if get_origin(kind) is Literal else ""
         yield f"{prefix}{name}", default + choices, described.get(name, "")
+
+
+def is_plain_text(section: type, key: str) -> bool:
+    """Whether the value of a dotted key is text, a path or one of some words: no number, truth, list or section.
+
+    Args:
+        section: A pydantic model or a dataclass.
+        key: The name of a field in it, or in a section in it; False for one that is not there.
+    """
+    name, _, inner = key.partition(".")
+    kind = next((kind for own, kind, _ in _own_fields(section) if own == name), None)
+    if inner:
+        return kind is not None and is_section(kind) and is_plain_text(kind, inner)
+    kinds = [kind] if kind in (str, Path) or get_origin(kind) is Literal else [*get_args(kind)]
+    given = [item for item in kinds if item is not type(None)]
+    return bool(given) and all(
+        item in (str, Path) or (get_origin(item) is Literal and all(isinstance(word, str) for word in get_args(item)))
+        for item in given
+    )
 
 
 def is_section(kind: Any) -> bool:

@@ -22,7 +22,7 @@ from pdmd_core.families import TeacherRouting
 from pdmd_core.phases import Phase, PhasePlanError
 from pdmd_core.roles import FAKE, RoleSpec
 from training.config.command_line import UserError
-from training.config.keys import fields_of, suggestion
+from training.config.keys import fields_of, is_plain_text, suggestion
 from training.config.moved import MOVED, moved_keys, with_todays_keys
 from training.config.sections import (
     CheckpointsSection,
@@ -200,7 +200,9 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
     Args:
         data: Keys and values; sections are mappings. It stays as it is.
-        overrides: Texts ``key.inner=value``; leading dashes are fine, the value is YAML.
+        overrides: Texts ``key.inner=value``; leading dashes are fine. The value is YAML, but where it is text, a path
+            or a word, which ``no``, ``2024-01-01`` and ``runs/x #1`` are not in YAML: there it is taken as it is. Text
+            in quotes, and null, are YAML everywhere.
 
     Raises:
         ConfigError: A text is no override, or its key is called otherwise now.
@@ -212,6 +214,9 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             raise ConfigError(f"an override is key.inner=value, found {text!r}; --help lists the keys")
         if key in MOVED:
             raise ConfigError(f"override {text!r}: {key} is {MOVED[key]} now")
+        if is_plain_text(DistillConfig, key) and not value.startswith(("'", '"')) and value not in ("null", "~"):
+            values[key] = value
+            continue
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -251,6 +256,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config; training/configs/ has examples") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: not a file that can be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

@@ -96,6 +96,8 @@ class PlanSection(Section):
     def _is_a_plan(self) -> PlanSection:
         if (self.steps is None) == (self.sigmas is None):
             raise ValueError("give either steps (with shift) or sigmas")
+        if self.sigmas is not None and self.shift != type(self).model_fields["shift"].default:
+            raise ValueError(f"shift is for steps, sigmas are shifted: leave it out, found {self.shift:g}")
         self.build()
         return self
 
@@ -171,7 +173,7 @@ class ValidationSection(Section):
 
     every: Count | None = 200
     """Updates between sample grids; null is only at the end of a phase."""
-    prompts: list[str] | None = None
+    prompts: Annotated[list[str], Field(min_length=1)] | None = None
     """Prompts of the grids; the first training prompts if null."""
     seeds: Count = 4
     """Seeds for each prompt of the grids."""

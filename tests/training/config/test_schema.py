@@ -127,7 +127,7 @@ def test_overrides_are_dotted_and_typed_and_leave_the_source_alone(settings_of_r
     assert settings_of_run["generator"]["lr"] == 1e-2
 
 
-@pytest.mark.parametrize("override", ["batch_size", "=3", "batch_size.inner=3", "data.prompts=[unclosed"])
+@pytest.mark.parametrize("override", ["batch_size", "=3", "batch_size.inner=3", "updates=[unclosed"])
 def test_a_malformed_override_says_what_an_override_is(settings_of_run: dict[str, Any], override: str) -> None:
     with pytest.raises(ConfigError) as error:
         with_overrides(settings_of_run, [override])
