@@ -13,8 +13,8 @@ import pytest
 
 from tests.helpers.tiny import save_wan_pipeline
 from tests.helpers.tiny_experts import save_experts
-from training.evaluate import SPACES
 from training.evaluation.comparison import METRICS
+from training.evaluation.measures import FEATURE_SPACES
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -53,6 +53,6 @@ def test_the_commands_run_and_share_what_was_computed(clone: Path) -> None:
 
 def test_the_tables_name_every_metric_and_every_network() -> None:
     cells = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
-    assert cells == [*METRICS, *SPACES]
+    assert cells == [*METRICS, *FEATURE_SPACES]
     for link in re.findall(r"\]\(([^)#]+)", TEXT):
         assert (ROOT / "docs" / link).exists()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from PIL import Image
 
 from pdmd_core.experts import read_manifest
 from pdmd_core.experts.hub.card import write_card
+from pdmd_core.hashing import sha256_of
 from tests.helpers.tiny import randn
 from tests.helpers.tiny_experts import save_experts
 from tests.helpers.tiny_families import picture
 from training import evaluate
 from training.evaluation.comparison import METRICS
+from training.evaluation.sampler import Sampler
 
 ROOT = Path(__file__).parents[2]
 MARGIN = 2
@@ -47,9 +50,12 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def arguments(experts: Path, cache: Path, prompts: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    def make(*more: str, experts: Sequence[str] = (str(experts),), cache: Path = cache) -> list[str]:
+    def make(
+        *more: str, experts: Sequence[str] = (str(experts),), cache: Path = cache, reference: bool = True
+    ) -> list[str]:
+        steps = ["--teacher_steps", "3"] if reference else []
         fixed = ["--output_dir", str(tmp_path / "report"), "--prompts", str(prompts), "--cache_dir", str(cache)]
-        return ["--experts", *experts, *fixed, "--device", "cpu", "--teacher_steps", "3", "--seeds", "3", *more]
+        return ["--experts", *experts, *fixed, "--device", "cpu", *steps, "--seeds", "3", *more]
 
     return make
 
@@ -67,7 +73,11 @@ def without_seconds(folder: Path) -> dict[str, Any]:
 
 def failure(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     capsys.readouterr()
-    assert evaluate.main(arguments) == 2
+    try:
+        status: Any = evaluate.main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py: ")]
     return line
 
@@ -81,17 +91,22 @@ def test_a_report_has_every_number_with_its_interval(arguments: Callable[..., li
         ("teacher, 2 steps with guidance", 4),
         ("phase experts, 2 steps", 2),
     ]
-    keys = ["frechet", "diversity", "agreement", "kernel", "recall", "coverage", "precision"]
+    keys = ["frechet", "frechet_corrected", "diversity", "agreement", "kernel", "recall", "coverage", "precision"]
     assert [metric["key"] for metric in data["metrics"]] == keys
     for metric in data["metrics"]:
         assert [value["method"] for value in metric["values"]] == [row["method"] for row in data["rows"]]
         for row, value in zip(data["rows"], metric["values"], strict=True):
             assert row[metric["key"]] == value["value"]
-            assert value["low"] <= value["high"] and value["count"] == (2 if metric["key"] == "diversity" else 6)
+            assert value["count"] == (2 if metric["key"] == "diversity" else 6)
+            if metric["key"] == "frechet":
+                assert value["low"] is value["high"] is None
+            else:
+                assert value["low"] <= value["value"] <= value["high"]
         assert metric["label"] in text and metric["definition"] in text
     for row in data["rows"]:
         assert row["frechet"] > 0 and row["diversity"] > 0 and row["seconds"] >= 0
         assert row["method"] in text
+    assert "A raw Frechet distance" in text and "FD-Emoji to the teacher, corrected" in text
     assert "noise floor" in text and "6 samples a method: 2 prompts, 3 seeds" in text
 
 
@@ -116,7 +131,7 @@ def test_a_stopped_run_goes_on_to_the_same_report_and_a_damaged_file_changes_not
     arguments: Callable[..., list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own, quick = tmp_path / "cache", ["--metrics", "diversity", "agreement", "--no_noise_floor", "--batch_size", "2"]
-    command = [str(ROOT / "training/evaluate.py"), *arguments(*quick, cache=own)]
+    command = [str(ROOT / "training/evaluate.py"), *arguments(*quick, cache=own, reference=False)]
     killed = "import os, sys, runpy, training.evaluation.cache as s; add = s.TensorCache.add; count = [0]\n"
     killed += "def dies(self, *rest):\n    add(self, *rest); count[0] += 1; count[0] == 5 and os._exit(9)\n"
     killed += f"s.TensorCache.add = dies; sys.argv = {command!r}; runpy.run_path({command[0]!r}, run_name='__main__')"
@@ -139,12 +154,36 @@ def test_a_stopped_run_goes_on_to_the_same_report_and_a_damaged_file_changes_not
     assert without_seconds(tmp_path / "report") == resumed
 
 
+def test_a_report_is_rendered_anew_from_the_cache_alone_and_reads_each_file_once(
+    arguments: Callable[..., list[str]], experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, quick = tmp_path / "cache", ["--metrics", "diversity", "frechet"]
+    says = failure(capsys, arguments(*quick, "--no_sampling", cache=own))
+    assert "--no_sampling: 6 samples of 'phase experts, 2 steps' are not in" in says
+    assert evaluate.main(arguments(*quick, cache=own)) == 0
+    first = report(tmp_path / "report")
+    shutil.rmtree(tmp_path / "report")
+    files, read = list(own.rglob("*.safetensors")), []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return sha256_of(path)
+
+    forbidden = mock.patch.object(Sampler, "__init__", side_effect=AssertionError("sampled"))
+    with forbidden, mock.patch("training.evaluation.cache.sha256_of", counted):
+        assert evaluate.main(arguments(*quick, "--no_sampling", cache=own)) == 0
+    assert report(tmp_path / "report") == first, "the times of sampling too"
+    kept = [path for path in files if not path.parent.name.startswith("prompts")]
+    assert sorted(read) == sorted(kept), "each file is verified, once"
+
+
 def test_several_experts_stand_side_by_side_under_their_names(
     arguments: Callable[..., list[str]], experts: Path, teacher: Path, tmp_path: Path
 ) -> None:
     other = save_experts(tmp_path / "sgts" / "experts", teacher, (64, 64, 1), seed=1)
     few = ["--metrics", "diversity", "--no_noise_floor", "--few_steps"]
-    assert evaluate.main(arguments(*few, experts=[f"mine={experts}", str(other), f"copy={experts}"])) == 0
+    named = [f"mine={experts}", str(other), f"copy={experts}"]
+    assert evaluate.main(arguments(*few, experts=named, reference=False)) == 0
     rows = report(tmp_path / "report")["rows"]
     assert [row["method"] for row in rows] == ["mine", "sgts, 2 steps", "copy"]
     assert rows[0]["diversity"] == rows[2]["diversity"] != rows[1]["diversity"]
@@ -184,9 +223,9 @@ def test_real_pictures_are_a_reference_too(arguments: Callable[..., list[str]], 
     for i in range(4):
         picture(i, (80, 72)).save(tmp_path / f"{i}.png")
     assert evaluate.main(arguments("--data", str(tmp_path), "--metrics", "data_frechet")) == 0
-    (metric,) = report(tmp_path / "report")["metrics"]
-    assert metric["label"] == "FD-Emoji to the data" and "4 real samples" in metric["definition"]
-    assert all(value["value"] > 0 for value in metric["values"])
+    raw, corrected = report(tmp_path / "report")["metrics"]
+    assert raw["label"] == "FD-Emoji to the data" and "4 real samples" in raw["definition"]
+    assert all(value["value"] > 0 for value in raw["values"]) and corrected["key"] == "data_frechet_corrected"
 
 
 def test_lpips_with_weights_is_diversity(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -232,6 +271,27 @@ def test_user_mistakes_are_one_line(
     def refused(*more: str, **changes: Any) -> str:
         return failure(capsys, arguments(*more, **changes))
 
+    def unheard(option: str, *more: str, **changes: Any) -> None:
+        assert f"evaluate.py: {option} is for " in refused(*more, **changes)
+
+    unheard("--data", "--data", str(tmp_path), "--metrics", "diversity")
+    unheard("--lpips_weights", "--lpips_weights", "a", "b", "--metrics", "diversity")
+    unheard("--dino_weights", "--dino_weights", "a", "--features", "emoji")
+    nothing = ["--metrics", "diversity", "--no_noise_floor", "--few_steps"]
+    unheard("--shift", "--shift", "3", *nothing, reference=False)
+    unheard("--guidance_scale", "--guidance_scale", "3", *nothing, reference=False)
+    unheard("--negative_prompt", "--negative_prompt", "x", *nothing, reference=False)
+    unheard("--negative_prompt", "--negative_prompt", "x", "--guidance_scale", "1")
+    unheard("--teacher_steps", *nothing)
+    unheard("--batch_size", "--batch_size", "1", "--no_sampling")
+    assert "--shift: expected a number above 0, found '0'" in refused("--shift", "0")
+    assert "--frames: expected a whole number of at least 1, found '0'" in refused("--frames", "0")
+    assert "--seeds: expected a whole number from 1 to 1000000, found '-1'" in refused("--seeds", "-1")
+    assert "--prompts: expected some text" in refused("--prompts", "")
+    assert "--guidance_scale: expected a number of at least 0, found 'nan'" in refused("--guidance_scale", "nan")
+    assert "unknown option --metric, did you mean --metrics?" in refused("--metric", "frechet")
+    assert f"and {prompts} is a file" in refused("--output_dir", str(prompts))
+    assert "expected [NAME=]FOLDER, found '=x'" in refused(experts=["=x"])
     assert f"unknown fid, expected some of: {', '.join(METRICS)}" in refused("--metrics", "frechet", "fid")
     assert "--metrics motion: is for clips, these samples have 1 frame" in refused("--metrics", "motion")
     assert "--metrics lpips: needs --lpips_weights" in refused("--metrics", "lpips")
@@ -241,9 +301,10 @@ def test_user_mistakes_are_one_line(
     assert "samples of 64x64 pixels, found 16x16" in refused("--features", "emoji", "--height", "16", "--width", "16")
     assert "expected a folder of pictures, found no" in refused("--data", str(tmp_path / "none"))
     assert "at least 2 files of .png" in refused("--data", str(teacher))
-    assert "--seeds: expected at least 1" in refused("--seeds", "0")
-    assert "--batch_size: expected at least 1, found 0" in refused("--batch_size", "0")
-    assert "steps are whole numbers" in refused("--few_steps", "0")
+    assert "--seeds: expected a whole number from 1" in refused("--seeds", "0")
+    assert "--batch_size: expected a whole number of at least 1, found '0'" in refused("--batch_size", "0")
+    assert "--few_steps: expected a whole number of at least 1" in refused("--few_steps", "0")
+    assert "at most 1000 steps, found 1001" in refused("--few_steps", "1001")
     assert "--device: expected one that torch can use here, found 'tpu9'" in refused("--device", "tpu9")
     assert "neither a folder" in refused("--teacher", "nowhere")
     assert "two are called 'a'" in refused(experts=[f"a={experts}", f"a={experts}"])

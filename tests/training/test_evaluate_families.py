@@ -110,7 +110,7 @@ def test_two_images_with_one_prompt_are_two_examples(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": "it moves", "image": f"{i}.png"}) for i in (0, 1, 0)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["--experts", str(experts), "--output_dir", str(output), "--prompts", str(tmp_path / "p.jsonl")]
-    arguments += ["--seeds", "2", "--teacher_steps", "2", "--metrics", "diversity", "--no_noise_floor", "--few_steps"]
+    arguments += ["--seeds", "2", "--metrics", "diversity", "--no_noise_floor", "--few_steps"]
     assert evaluate.main([*arguments, "--dtype", "bfloat16", "--device", "cpu"]) == 0
     assert json.loads((output / "report.json").read_text(encoding="utf-8"))["prompts"] == 2
     assert len(list((output / "report").glob("*.png"))) == 2

@@ -1,4 +1,4 @@
-"""What evaluation keeps on disk: rows of tensors by id; nothing is computed twice and nothing damaged is used."""
+"""What evaluation keeps on disk: rows of tensors by id. Nothing is computed twice, nothing damaged is used."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ class TensorCache:
     """Rows of tensors under ids, in the safetensors files of a folder; each file holds what was added at once.
 
     A file is named after its own SHA-256 and takes its place as a whole: a run that is killed leaves all of a batch or
-    none of it, and a file that does not match its name is deleted, with a line on standard error, when the store is
-    opened. Its ids are then missing like those that were never added.
+    none of it. Opening the cache reads every file and deletes those that do not match their names, with a line on
+    standard error; their ids are then missing like those that were never added. Whoever needs a cache again keeps it
+    open: files are not read a second time.
+
+    Args:
+        folder: Where the files are; it need not be there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,11 +50,19 @@ class TensorCache:
         return name in self._where
 
     def missing(self, ids: Sequence[str]) -> list[str]:
-        """Those of the ids that are not here, in their order, each once."""
+        """List those of the ids that are not here, in their order, each once."""
         return [name for name in dict.fromkeys(ids) if name not in self._where]
 
     def add(self, ids: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        """Write rows (ids, ...) of every tensor."""
+        """Write a file.
+
+        Args:
+            ids: Names of the rows.
+            tensors: Tensors of shape (ids, ...) by name.
+
+        Raises:
+            ValueError: When a tensor has another number of rows.
+        """
         wrong = {name: tuple(value.shape) for name, value in tensors.items() if len(value) != len(ids)}
         if wrong:
             raise ValueError(f"expected {len(ids)} rows of each tensor, found shapes {wrong}")
@@ -65,7 +77,18 @@ class TensorCache:
         self._index(path)
 
     def rows(self, ids: Sequence[str], tensors: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """The tensors of these names (all when None), rows in the order of the ids. Raises KeyError for missing ids."""
+        """Read rows.
+
+        Args:
+            ids: Names of the rows, in any order.
+            tensors: Names of the tensors; all when None.
+
+        Returns:
+            Tensors by name, with the rows in the order of the ids.
+
+        Raises:
+            KeyError: When an id is missing.
+        """
         places: dict[Path, list[tuple[int, int]]] = {}
         for position, name in enumerate(ids):
             path, row = self._where[name]
@@ -73,7 +96,7 @@ class TensorCache:
         found: dict[str, list[Tensor]] = {}
         for path, rows in places.items():
             with safe_open(path, "pt") as file:
-                for name in tensors or file.keys():
+                for name in file.keys() if tensors is None else tensors:
                     values = file.get_slice(name)
                     column = found.setdefault(name, [torch.empty(0)] * len(ids))
                     for position, row in rows:

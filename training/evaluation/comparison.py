@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pdmd_core.metrics import (
+    CorrectedEstimate,
     Estimate,
     cosine_distance,
     euclidean_distance,
@@ -22,125 +24,48 @@ from pdmd_core.metrics import (
     share,
     standardised,
 )
-from training.evaluation.measures import MotionMeasure, Preview, Space
+from training.evaluation.measures import FeatureSpace, MotionMeasure, Preview
+from training.evaluation.quantities import Measurement, Metric, Quantity, Rows, Setting
 
-Rows = Mapping[str, Mapping[str, Tensor]]
-"""Of one method: name of a measure to its tensors, one row a sample, prompt by prompt."""
 NEIGHBOURS = 5
-"""Of the neighbourhoods of recall and coverage."""
+"""Neighbours that make a neighbourhood of recall and coverage."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """What a number of a report is."""
-
-    key: str
-    label: str
-    text: str
-    better: Literal["lower", "higher", "near the teacher's"]
-    units: str
-    """What its interval is over."""
-    style: str = ".4g"
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A number of one method."""
-
-    column: Column
-    estimate: Estimate
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all methods of a report share."""
-
-    prompts: int
-    seeds: int
-    frames: int
-    spaces: Sequence[Space]
-    """The first is the main one: keys of its metrics have no suffix."""
-    wanted: Tensor | None
-    """Classes that each prompt names, (prompts, attributes); None without a classifier."""
-    lpips: Callable[[Tensor, Tensor], Tensor] | None
-    """Distances of pairs of pictures (pairs, 3, height, width) in [0, 1]."""
-    data: Rows | None
-    """Of real pictures or clips."""
-
-    @property
-    def groups(self) -> Tensor:
-        """The prompt of each sample."""
-        return torch.arange(self.prompts).repeat_interleave(self.seeds)
-
-    @property
-    def both_seeds(self) -> tuple[int, int]:
-        """Samples of each prompt, of a method and of the reference."""
-        return self.seeds, self.seeds
-
-    def key(self, name: str, space: Space) -> str:
-        """The key of a metric in a space."""
-        return name if space is self.spaces[0] else f"{name}_{space.name}"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One name of ``--metrics``."""
-
-    text: str
-    source: str
-    measure: Callable[[Setting, Rows, Rows], list[Measurement]]
-    """From the setting, a method's rows and those of the reference."""
-    seeds: int = 1
-    samples: int = 1
-    frames: int = 1
-    needs: Literal["classifier", "lpips", "data"] | None = None
-    """At least so many of each, and what has to be there."""
-    to_teacher: bool = False
-    """Whether it compares with the reference."""
-
-
-def inapplicable(metric: Metric, frames: int, has: Collection[str]) -> str | None:
-    """Why a metric says nothing of such samples, None when it does. has: those of ``Metric.needs`` that are there."""
-    if frames < metric.frames:
-        return f"is for clips, these samples have {frames} frame"
-    missing = {
-        "classifier": "needs a classifier that knows the prompts: there is one for the embedded teacher's only",
-        "lpips": "needs --lpips_weights BACKBONE HEADS",
-        "data": "needs --data FOLDER",
-    }
-    return missing[metric.needs] if metric.needs and metric.needs not in has else None
-
-
-def shortage(metric: Metric, prompts: int, seeds: int) -> str | None:
-    """Of what there are too few samples for a metric, None when there are enough."""
-    if seeds < metric.seeds:
-        return f"needs at least {metric.seeds} seeds for each prompt, found {seeds}: raise --seeds"
-    if prompts * seeds < metric.samples:
-        return f"needs at least {metric.samples} samples, found {prompts * seeds}: raise --seeds or give more prompts"
-    return None
+def _raw_and_corrected(quantity: Quantity, corrected_key: str, found: CorrectedEstimate) -> list[Measurement]:
+    """A distance as it is, and beside it without the bias of few samples; the interval is of the second."""
+    corrected = replace(
+        quantity,
+        key=corrected_key,
+        label=f"{quantity.label}, corrected",
+        text=f"{quantity.label} without the bias of few samples: twice the raw distance less the median of resamples",
+    )
+    raw = replace(quantity, text=f"{quantity.text}, raw: too large by the bias of few samples")
+    return [
+        Measurement(raw, Estimate(found.raw, math.nan, math.nan, found.corrected.samples)),
+        Measurement(corrected, found.corrected),
+    ]
 
 
 def _frechet(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
-    return [
-        Measurement(
-            Column(
-                setting.key("frechet", space),
-                f"FD-{space.label} to the teacher",
-                f"Frechet distance of {space.label} features to other samples of the many-step teacher",
-                "lower",
-                "samples",
-            ),
-            frechet_estimate(own[space.name]["features"], reference[space.name]["features"], setting.both_seeds),
+    measured = []
+    for space in setting.spaces:
+        quantity = Quantity(
+            setting.key("frechet", space),
+            f"FD-{space.label} to the teacher",
+            f"Frechet distance of {space.label} features to other samples of the many-step teacher",
+            "lower",
+            "samples",
         )
-        for space in setting.spaces
-    ]
+        pair = own[space.name]["features"], reference[space.name]["features"]
+        found = frechet_estimate(*pair, setting.both_seeds)
+        measured += _raw_and_corrected(quantity, setting.key("frechet_corrected", space), found)
+    return measured
 
 
 def _kernel(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
     return [
         Measurement(
-            Column(
+            Quantity(
                 setting.key("kernel", space),
                 f"KD-{space.label} to the teacher",
                 f"Kernel distance of {space.label} features to the same samples, without the bias of few samples",
@@ -163,15 +88,15 @@ def _coverage(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]
             ("precision", value.precision, "Share of the method's samples that lie among the teacher's"),
         ):
             text = f"{text} ({space.label} features, {NEIGHBOURS} neighbours)"
-            column = Column(setting.key(name, space), f"{name} ({space.label})", text, "higher", "samples", ".1%")
-            found.append(Measurement(column, estimate))
+            quantity = Quantity(setting.key(name, space), f"{name} ({space.label})", text, "higher", "samples", ".1%")
+            found.append(Measurement(quantity, estimate))
     return found
 
 
 def _diversity(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
     return [
         Measurement(
-            Column(
+            Quantity(
                 setting.key("diversity", space),
                 "diversity" if space is setting.spaces[0] else f"diversity ({space.label})",
                 f"Mean {'1 - cosine' if space.cosine else 'distance'} of {space.label} features between seeds of one "
@@ -187,7 +112,7 @@ def _diversity(setting: Setting, own: Rows, reference: Rows) -> list[Measurement
     ]
 
 
-def _layout(rows: Rows, space: Space) -> Tensor:
+def _layout(rows: Rows, space: FeatureSpace) -> Tensor:
     return rows[space.name].get("layout", rows[space.name]["features"])
 
 
@@ -196,26 +121,26 @@ def _lpips(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
     middle, network = frames[:, frames.shape[1] // 2], setting.lpips
     assert network is not None
     text = "Mean LPIPS (AlexNet) between seeds of one prompt, of pictures or middle frames of at most 256 pixels"
-    column = Column("lpips", "LPIPS diversity", text, "near the teacher's", "prompts")
+    quantity = Quantity("lpips", "LPIPS diversity", text, "near the teacher's", "prompts")
     estimate = seed_diversity(middle, setting.groups, lambda a, b: network(a / 255, b / 255), 16)
-    return [Measurement(column, estimate)]
+    return [Measurement(quantity, estimate)]
 
 
 def _agreement(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
     assert setting.wanted is not None
     (seen,) = [own[space.name]["seen"] for space in setting.spaces if "seen" in own[space.name]]
     text = "Share of samples in which the classifier sees everything that the prompt names"
-    column = Column("agreement", "prompt agreement", text, "higher", "samples", ".1%")
-    return [Measurement(column, prompt_agreement(seen, setting.wanted[setting.groups]))]
+    quantity = Quantity("agreement", "prompt agreement", text, "higher", "samples", ".1%")
+    return [Measurement(quantity, prompt_agreement(seen, setting.wanted[setting.groups]))]
 
 
 def _motion(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
     rows = own[MotionMeasure.name]
-    flow = Column("flow", "optical flow", "Mean optical flow, pixels a frame", "near the teacher's", "samples")
+    flow = Quantity("flow", "optical flow", "Mean optical flow, pixels a frame", "near the teacher's", "samples")
     text = "Share of clips in which something moves fast"
-    dynamic = Column("dynamic_degree", "dynamic degree", text, "near the teacher's", "samples", ".1%")
+    dynamic = Quantity("dynamic_degree", "dynamic degree", text, "near the teacher's", "samples", ".1%")
     text = "1 - mean error of frames interpolated from their neighbours along the flow"
-    smooth = Column("smoothness", "smoothness", text, "higher", "samples")
+    smooth = Quantity("smoothness", "smoothness", text, "higher", "samples")
     found = [
         Measurement(flow, mean_of_units(rows["flow"])),
         Measurement(dynamic, share(rows["dynamic"])),
@@ -224,13 +149,13 @@ def _motion(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
 
 
 def _clip_frechet(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
-    found = []
+    measured = []
     for space in setting.spaces:
         clips = [
             torch.cat([rows[space.name]["clip"], rows[MotionMeasure.name]["statistics"]], dim=1)
             for rows in (reference, own)
         ]
-        column = Column(
+        quantity = Quantity(
             setting.key("clip_frechet", space),
             f"FD-{space.label}+flow to the teacher",
             f"Frechet distance of clips: {space.label} features over time beside statistics of the optical flow, in "
@@ -239,26 +164,26 @@ def _clip_frechet(setting: Setting, own: Rows, reference: Rows) -> list[Measurem
             "samples",
         )
         far, near = standardised(*clips)
-        found.append(Measurement(column, frechet_estimate(near, far, setting.both_seeds)))
-    return found
+        found = frechet_estimate(near, far, setting.both_seeds)
+        measured += _raw_and_corrected(quantity, setting.key("clip_frechet_corrected", space), found)
+    return measured
 
 
 def _data_frechet(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
-    data = setting.data
+    data, measured = setting.data, []
     assert data is not None
-    return [
-        Measurement(
-            Column(
-                setting.key("data_frechet", space),
-                f"FD-{space.label} to the data",
-                f"Frechet distance of {space.label} features to {len(data[space.name]['features'])} real samples",
-                "lower",
-                "samples",
-            ),
-            frechet_estimate(own[space.name]["features"], data[space.name]["features"], (setting.seeds, 1)),
+    for space in setting.spaces:
+        real = data[space.name]["features"]
+        quantity = Quantity(
+            setting.key("data_frechet", space),
+            f"FD-{space.label} to the data",
+            f"Frechet distance of {space.label} features to {len(real)} real samples",
+            "lower",
+            "samples",
         )
-        for space in setting.spaces
-    ]
+        found = frechet_estimate(own[space.name]["features"], real, (setting.seeds, 1))
+        measured += _raw_and_corrected(quantity, setting.key("data_frechet_corrected", space), found)
+    return measured
 
 
 _FRECHET = "Heusel et al. 2017, arXiv 1706.08500"
@@ -292,12 +217,15 @@ METRICS: dict[str, Metric] = {
         _lpips,
         seeds=2,
         needs="lpips",
+        in_features=False,
     ),
     "motion": Metric(
         "clips: optical flow, dynamic degree, smoothness",
         "flow: Kroeger et al. 2016, arXiv 1603.03590; the others after VBench, arXiv 2311.17982",
         _motion,
         frames=2,
+        in_features=False,
+        of_motion=True,
     ),
     "clip_frechet": Metric(
         "clips: Frechet distance of features over time beside motion",
@@ -306,11 +234,35 @@ METRICS: dict[str, Metric] = {
         samples=2,
         frames=2,
         to_teacher=True,
+        of_motion=True,
     ),
     "data_frechet": Metric(
         "Frechet distance to real pictures or clips (with --data)", _FRECHET, _data_frechet, samples=2, needs="data"
     ),
 }
-"""In the order of a report."""
-MOVING = {"motion", "clip_frechet"}
-"""Those that need optical flow."""
+"""All metrics by name, in the order of a report."""
+
+
+def compare(
+    setting: Setting, names: Sequence[str], methods: Sequence[tuple[str, Rows]], reference: Rows
+) -> dict[str, list[Measurement]]:
+    """Compute metrics of methods.
+
+    Args:
+        setting: What all methods share.
+        names: The metrics.
+        methods: Name and rows of each method.
+        reference: Rows of the reference; empty where no metric compares with it.
+
+    Returns:
+        Name of the method to its measurements, in the order of the metrics.
+    """
+    found: dict[str, list[Measurement]] = {method: [] for method, _ in methods}
+    with tqdm(total=len(names) * len(methods), desc="metrics", leave=False) as bar:  # bootstraps take time
+        for name in names:
+            for method, rows in methods:
+                metric = METRICS[name]
+                for own in metric.measure(setting, rows, reference):
+                    found[method].append(replace(own, quantity=replace(own.quantity, source=metric.source)))
+                bar.update()
+    return found

@@ -6,7 +6,7 @@ import gc
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,63 +18,44 @@ from pdmd_core.hashing import digest_of
 from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 from training.data.examples import Example
-from training.data.teacher import TeacherSource
 from training.evaluation.cache import TensorCache
-from training.evaluation.comparison import METRICS, Measurement, Rows, Setting
 from training.evaluation.identity import FileHashes, example_identity, experts_identity, teacher_identity
 from training.evaluation.measures import Measure, Pixels
+from training.evaluation.methods import Method, Teacher
+from training.evaluation.quantities import Rows
 from training.evaluation.real_data import data_files, read_sample
 from training.evaluation.sampler import Decoder, Sampler, decoded_at_once
-
-REFERENCE_SEED = 1_000_000
-"""Seeds of the reference start here, those of the methods at 0."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What samples are made with: experts as their plan says, or the teacher in some steps."""
-
-    name: str
-    experts: PhasedExperts | None = None
-    steps: int = 0
-    """Of the teacher."""
-    first_seed: int = 0
-
-    @property
-    def calls(self) -> int:
-        """Network calls for one batch, guidance not counted."""
-        return len(self.experts.manifest.plan.sigmas) if self.experts else self.steps
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The teacher and how it samples."""
-
-    source: TeacherSource
-    shift: float
-    guidance_scale: float
-    negative_prompt: str = ""
-
-    @property
-    def guided(self) -> bool:
-        """Whether it takes two evaluations a step."""
-        return self.guidance_scale != 1
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how networks run. None: a GPU if there is one; a moderate number of samples."""
+    """Where and how networks run."""
 
     device: str | None = None
+    """A device of torch; a GPU if there is one when None."""
     batch: int | None = None
+    """Samples at once; a moderate number for their size when None."""
     dtype: torch.dtype = torch.float32
+    """The dtype of the networks."""
 
 
 class Evaluation:
-    """Prompts and seeds, and everything that was computed for them, in ``cache_dir``.
+    """Prompts and seeds, and everything that was computed for them, in a cache.
 
     Samples are kept by what decides them (weights, plan, steps, guidance, size, dtype, prompt, seed), so that more
     seeds, prompts, methods and metrics are added to what is there.
+
+    Args:
+        teacher: The teacher and how it samples.
+        size: Of the samples.
+        examples: Prompts, with images for teachers that take one; those that are there twice count once.
+        seeds: Samples of each prompt.
+        cache_dir: Folder of the cache, which reports may share.
+        machine: Where and how networks run.
+
+    Raises:
+        UserError: When there is no sample to make.
+        TeacherError: When there is no such teacher.
     """
 
     def __init__(
@@ -97,20 +78,21 @@ class Evaluation:
             unique.setdefault(example_identity(example, self.hashes), example)
         self.examples, self._example_ids = list(unique.values()), list(unique)
         self._decoder: Decoder | None = None
+        self._caches: dict[Path, TensorCache] = {}
 
     # --- samples ------------------------------------------------------------
 
-    def evaluations(self, method: Method) -> int:
+    def network_evaluations(self, method: Method) -> int:
         """Network evaluations for one sample, guidance counted as two."""
-        return method.calls * (2 if not method.experts and self.teacher.guided else 1)
+        return method.network_calls * (2 if not method.experts and self.teacher.guided else 1)
 
     def ids(self, method: Method) -> list[str]:
-        """Of a method's samples, prompt by prompt."""
+        """Names of a method's samples in the cache, prompt by prompt."""
         seeds = range(method.first_seed, method.first_seed + self.seeds)
         return [f"{example}-{seed}" for example in self._example_ids for seed in seeds]
 
     def _pairs(self, method: Method) -> dict[str, tuple[int, int]]:
-        """Id to (example, seed)."""
+        """Name of a sample to its prompt's index and its seed."""
         seeds = range(method.first_seed, method.first_seed + self.seeds)
         pairs = [(index, seed) for index in range(len(self.examples)) for seed in seeds]
         return dict(zip(self.ids(method), pairs, strict=True))
@@ -125,30 +107,47 @@ class Evaluation:
             how |= {"negative_prompt": self.teacher.negative_prompt} if self.teacher.guided else {}
         how |= {"teacher": self._teacher_identity, "size": size, "dtype": str(self.machine.dtype), "version": 1}
         folder = self.cache_dir / "samples" / digest_of(how)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "method.json").write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
+        if not (folder / "method.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "method.json").write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
         return folder
 
-    def _latents(self, method: Method) -> TensorCache:
-        return TensorCache(self._folder(method) / "latents")
+    def _cache(self, folder: Path) -> TensorCache:
+        """The rows in a folder; opening it reads every file to its end, so it is opened once."""
+        if folder not in self._caches:
+            self._caches[folder] = TensorCache(folder)
+        return self._caches[folder]
 
-    def sample(self, methods: Sequence[Method]) -> None:
+    def _latents(self, method: Method) -> TensorCache:
+        return self._cache(self._folder(method) / "latents")
+
+    def sample(self, methods: Sequence[Method], new: bool = True) -> None:
         """Make the samples that are missing, experts first: they are quick, and what is wrong with them shows at once.
 
-        Raises UserError and ExpertsError.
+        Args:
+            methods: What samples.
+            new: Whether samples may be made; otherwise all have to be in the cache.
+
+        Raises:
+            UserError: When a sample is missing that may not be made, a sample is not finite, or memory runs out.
+            ExpertsError: When experts do not fit the teacher.
         """
         owners = {id(method.experts): method.experts for method in methods}
         for owner in sorted(owners.values(), key=lambda experts: experts is None):
-            own = [method for method in methods if method.experts is owner]
-            todo = [
-                (method, store, store.missing(self.ids(method))) for method in own for store in [self._latents(method)]
-            ]
-            if not any(ids for _, _, ids in todo):
+            todo = [(method, self._latents(method)) for method in methods if method.experts is owner]
+            missing = {method.name: cache.missing(self.ids(method)) for method, cache in todo}
+            if not any(missing.values()):
                 continue
+            if not new:
+                name, ids = next((name, ids) for name, ids in missing.items() if ids)
+                raise UserError(
+                    f"--no_sampling: {len(ids)} samples of {name!r} are not in {self.cache_dir}: leave the option out "
+                    "to make them, or give the --cache_dir that has them"
+                )
             try:
                 sampler = self._sampler(owner)
-                for method, store, ids in todo:
-                    self._fill(sampler, method, store, ids)
+                for method, cache in todo:
+                    self._sample_into(cache, sampler, method, missing[method.name])
             except torch.OutOfMemoryError:
                 raise UserError(
                     "the device ran out of memory; what was sampled is kept. Use --dtype bfloat16, or --batch_size "
@@ -173,10 +172,10 @@ class Evaluation:
             source.revision,
         )
 
-    def _fill(self, sampler: Sampler, method: Method, store: TensorCache, ids: Sequence[str]) -> None:
+    def _sample_into(self, cache: TensorCache, sampler: Sampler, method: Method, ids: Sequence[str]) -> None:
         pairs = self._pairs(method)
         parts = [ids[i : i + sampler.batch] for i in range(0, len(ids), sampler.batch)]
-        with tqdm(total=len(parts) * method.calls, desc=f"sample {method.name}", unit="step") as bar:
+        with tqdm(total=len(parts) * method.network_calls, desc=f"sample {method.name}", unit="step") as bar:
             for part in parts:
                 wanted = [pairs[name] for name in part]
                 start = time.perf_counter()
@@ -194,61 +193,65 @@ class Evaluation:
                             f"{method.name}: seed {seed} of {self.examples[index].prompt[:40]!r} has values that are "
                             f"not finite: use another --dtype than {str(self.machine.dtype)[6:]}, or train anew"
                         )
-                store.add(part, {"latents": latents, "seconds": torch.full((len(part),), seconds)})
+                cache.add(part, {"latents": latents, "seconds": torch.full((len(part),), seconds)})
 
     def seconds(self, method: Method) -> float:
-        """Time that sampling took, whenever it was."""
+        """The time that sampling took, whenever it was."""
         return float(self._latents(method).rows(self.ids(method), ["seconds"])["seconds"].sum())
 
-    # --- what is seen in samples ------------------------------------------------------------
+    # --- what is measured of samples ------------------------------------------------------------
 
-    def look(self, method: Method, measures: Sequence[Measure]) -> Rows:
-        """What the measures see in a method's samples, in the order of ``ids``; samples must be there."""
+    def measure(self, method: Method, measures: Sequence[Measure]) -> Rows:
+        """Measure a method's samples, which must be there.
+
+        Args:
+            method: What sampled.
+            measures: What is measured.
+
+        Returns:
+            Name of the measure to its tensors, in the order of ``ids``.
+        """
         ids, folder = self.ids(method), self._folder(method)
-        stores = {m.name: TensorCache(folder / f"{m.name}-{m.identity}") for m in measures}
-        missing = [name for name in dict.fromkeys(ids) if any(name not in store for store in stores.values())]
+        caches = {m.name: self._cache(folder / f"{m.name}-{m.identity}") for m in measures}
+        missing = [name for name in dict.fromkeys(ids) if any(name not in cache for cache in caches.values())]
         if missing:
             latents = self._latents(method)
-            for part in _parts(missing, decoded_at_once(self.size), f"look at {method.name}"):
-                self._add(stores, measures, part, self._decode(latents.rows(part, ["latents"])["latents"]))
-        return {name: store.rows(ids) for name, store in stores.items()}
+            for part in _parts(missing, decoded_at_once(self.size), f"measure {method.name}"):
+                _add(caches, measures, part, self._decode(latents.rows(part, ["latents"])["latents"]))
+        return {name: cache.rows(ids) for name, cache in caches.items()}
 
-    def look_at_data(self, folder: Path, measures: Sequence[Measure]) -> Rows:
-        """What the measures see in the pictures or clips of a folder. Raises UserError."""
+    def measure_data(self, folder: Path, measures: Sequence[Measure]) -> Rows:
+        """Measure real pictures or clips, brought to the size of the samples.
+
+        Args:
+            folder: Where the files are, or below it.
+            measures: What is measured.
+
+        Returns:
+            Name of the measure to its tensors, one row a file.
+
+        Raises:
+            UserError: When there are not enough files, or one cannot be read.
+        """
         size = [self.size.height, self.size.width, self.size.frames]
         files = {digest_of(self.hashes(path), size): path for path in data_files(folder, self.size)}
-        stores = {m.name: TensorCache(self.cache_dir / "data" / f"{m.name}-{m.identity}") for m in measures}
-        missing = [name for name in files if any(name not in store for store in stores.values())]
-        for part in _parts(missing, decoded_at_once(self.size), "look at the data"):
-            self._add(stores, measures, part, torch.stack([read_sample(files[name], self.size) for name in part]))
-        return {name: store.rows(list(files)) for name, store in stores.items()}
+        caches = {m.name: self._cache(self.cache_dir / "data" / f"{m.name}-{m.identity}") for m in measures}
+        missing = [name for name in files if any(name not in cache for cache in caches.values())]
+        for part in _parts(missing, decoded_at_once(self.size), "measure the data"):
+            _add(caches, measures, part, torch.stack([read_sample(files[name], self.size) for name in part]))
+        return {name: cache.rows(list(files)) for name, cache in caches.items()}
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self._decoder is None:
             self._decoder = Decoder(self.teacher.source, self.size, self.machine.device)
         return self._decoder(latents)
 
-    @staticmethod
-    def _add(stores: dict[str, TensorCache], measures: Sequence[Measure], ids: Sequence[str], pixels: Tensor) -> None:
-        seen = Pixels(pixels)
-        for measure in measures:
-            if stores[measure.name].missing(ids):
-                stores[measure.name].add(ids, measure(seen))
 
-
-def compare(
-    setting: Setting, names: Sequence[str], methods: Sequence[tuple[str, Rows]], reference: Rows
-) -> dict[str, list[Measurement]]:
-    """Every metric of these names for every method, by method; the bar counts both, since bootstraps take time."""
-    found: dict[str, list[Measurement]] = {method: [] for method, _ in methods}
-    with tqdm(total=len(names) * len(methods), desc="metrics", leave=False) as bar:
-        for name in names:
-            for method, rows in methods:
-                metric = METRICS[name]
-                for measured in metric.measure(setting, rows, reference):
-                    found[method].append(replace(measured, column=replace(measured.column, source=metric.source)))
-                bar.update()
-    return found
+def _add(caches: dict[str, TensorCache], measures: Sequence[Measure], ids: Sequence[str], pixels: Tensor) -> None:
+    samples = Pixels(pixels)
+    for measure in measures:
+        if caches[measure.name].missing(ids):
+            caches[measure.name].add(ids, measure(samples))
 
 
 def _parts(ids: Sequence[str], size: int, label: str) -> tqdm[list[str]]:

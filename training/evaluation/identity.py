@@ -17,7 +17,11 @@ if TYPE_CHECKING:  # they import diffusers, and --help needs this module
 
 
 class FileHashes:
-    """SHA-256 of files; those that have neither a new size nor a new date are not read again by a later run."""
+    """SHA-256 of files; those that have neither a new size nor a new date are not read again by a later run.
+
+    Args:
+        memory: The JSON file that holds what is known.
+    """
 
     def __init__(self, memory: Path) -> None:
         self.memory = memory
@@ -37,13 +41,26 @@ class FileHashes:
         return str(known[2])
 
     def of_folder(self, folder: Path, files: Iterable[Path] | None = None) -> str:
-        """A hash of names and contents of these files of a folder, of all of them when None."""
-        chosen = sorted(path for path in files or folder.rglob("*") if path.is_file())
+        """Hash names and contents of files.
+
+        Args:
+            folder: What names are relative to.
+            files: Files in it; all of them when None.
+        """
+        chosen = sorted(path for path in (folder.rglob("*") if files is None else files) if path.is_file())
         return digest_of([(path.relative_to(folder).as_posix(), self(path)) for path in chosen])
 
 
 def teacher_identity(source: TeacherSource, hashes: FileHashes) -> str:
-    """Of a teacher's weights and configuration: a folder is its content, a Hub id its commit. Raises TeacherError."""
+    """Hash a teacher's weights and configuration: a folder is its content, a Hub id its commit.
+
+    Args:
+        source: Where the teacher is.
+        hashes: Remembers the hashes of weight files.
+
+    Raises:
+        TeacherError: When there is no such teacher.
+    """
     index, folder = source.index(), Path(source.path)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -57,12 +74,12 @@ def teacher_identity(source: TeacherSource, hashes: FileHashes) -> str:
 
 
 def experts_identity(manifest: Manifest) -> str:
-    """Of the experts' weights and plan."""
+    """Hash the experts' weights and plan."""
     return digest_of([asdict(expert) for expert in manifest.experts], manifest.plan.to_dict())
 
 
 def example_identity(example: Example, hashes: FileHashes) -> str:
-    """Of a prompt and its image's content."""
+    """Hash a prompt and the content of its image."""
     image = example.image
     if isinstance(image, bytes):
         return digest_of(example.prompt, sha256_of_bytes(image))

@@ -1,4 +1,4 @@
-"""What is read off the pixels of a sample once and kept: features, motion, a preview. Metrics are made of these.
+"""What is measured of each sample once and kept: features, motion, a preview. Metrics are computed from these.
 
 A measure turns a batch of samples into rows of named tensors, one row a sample.
 """
@@ -40,13 +40,17 @@ FRAMES = 16
 PREVIEW = 256
 """Previews are at most this large on the shorter side, in pixels."""
 EMOJI_SIDE = 64
+"""Width and height of the pictures of the embedded data, in pixels."""
+FEATURE_SPACES = ("emoji", "efflite0", "dinov3")
+"""Names of the networks that features are taken from."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A batch of samples (count, frames, 3, height, width) in [0, 1]."""
+    """A batch of samples."""
 
     all: Tensor
+    """Pixels in [0, 1] of shape (count, frames, 3, height, width)."""
 
     @property
     def is_clip(self) -> bool:
@@ -61,19 +65,30 @@ class Pixels:
 
 
 class Measure(Protocol):
-    """See the module. name: a word for files. identity: of everything that rows depend on but the samples."""
+    """What turns samples into rows of named tensors."""
 
     name: str
+    """A word for the names of folders."""
     identity: str
+    """A hash of everything that the rows depend on, but the samples."""
 
-    def __call__(self, pixels: Pixels) -> dict[str, Tensor]: ...
+    def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
+        """Measure a batch of samples.
+
+        Args:
+            pixels: The samples.
+
+        Returns:
+            Tensors by name, one row a sample.
+        """
+        ...
 
 
-class Space(Measure, Protocol):
+class FeatureSpace(Measure, Protocol):
     """A measure whose rows hold features that distances and diversity are computed in.
 
-    Rows: ``features`` for distances; ``layout``, which sees what is where, for diversity and coverage, if it differs;
-    ``clip``, mean and deviation of the features over time, of clips; ``seen``, classes, if it classifies.
+    The rows are ``features`` for distances; ``layout``, which tells what is where, for diversity and coverage, where it
+    differs; ``clip``, mean and deviation of the features over time, of clips; ``seen``, classes, if it classifies.
     """
 
     label: str
@@ -83,7 +98,7 @@ class Space(Measure, Protocol):
 
 
 class EmojiSpace:
-    """The classifier of the embedded data: pixels of 64x64."""
+    """Features of the classifier of the embedded data, for samples of 64x64 pixels."""
 
     name, label, cosine = "emoji", "Emoji", False
 
@@ -105,7 +120,14 @@ class EmojiSpace:
 
 
 class NetworkSpace:
-    """Features of a network for any pictures; those of a clip are averaged over frames."""
+    """Features of a network for any pictures; those of a clip are averaged over frames.
+
+    Args:
+        name: A word for the names of folders.
+        extractor: The network.
+        identity: A hash of its weights.
+        device: Where it runs.
+    """
 
     cosine = True
 
@@ -123,7 +145,11 @@ class NetworkSpace:
 
 
 class MotionMeasure:
-    """Optical flow of clips: ``flow``, ``dynamic``, ``smoothness`` (NaN for two frames), and ``statistics`` of it."""
+    """Optical flow of clips.
+
+    The rows are ``flow``, its mean length in pixels a frame; ``dynamic``, whether something moves fast; ``smoothness``
+    in [0, 1], NaN for clips of two frames; and ``statistics`` of the flow for a Frechet distance of clips.
+    """
 
     name = "motion"
     identity = digest_of(1)
@@ -140,7 +166,7 @@ class MotionMeasure:
 
 
 class Preview:
-    """``frames``: small 8-bit pictures (count, frames, 3, height, width), for people to look at and for LPIPS."""
+    """Small 8-bit pictures ``frames`` (count, frames, 3, height, width), for people to look at and for LPIPS."""
 
     name = "preview"
     identity = digest_of(1, FRAMES, PREVIEW)
@@ -151,7 +177,15 @@ class Preview:
 
 
 def shrunk(pixels: Tensor, side: int) -> Tensor:
-    """Pictures (count, 3, height, width) in [0, 1], at most this large on the shorter side."""
+    """Scale pictures down.
+
+    Args:
+        pixels: Pictures in [0, 1] of shape (count, 3, height, width).
+        side: The largest length of the shorter side, in pixels.
+
+    Returns:
+        The pictures, unchanged where they are small enough.
+    """
     height, width = pixels.shape[-2:]
     if min(height, width) <= side:
         return pixels
@@ -159,8 +193,18 @@ def shrunk(pixels: Tensor, side: int) -> Tensor:
     return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def load_space(name: str, dino_weights: Path | None, hashes: FileHashes, device: torch.device) -> Space:
-    """The space of this name. Raises UserError when its weights are not there."""
+def load_space(name: str, dino_weights: Path | None, hashes: FileHashes, device: torch.device) -> FeatureSpace:
+    """Load a network that features are taken from.
+
+    Args:
+        name: One of ``FEATURE_SPACES``.
+        dino_weights: Folder of a DINOv3 model, for ``dinov3``.
+        hashes: Remembers the hashes of weight files.
+        device: Where the network runs.
+
+    Raises:
+        UserError: When its weights are not there, or are not those of such a network.
+    """
     try:
         if name == "emoji":
             return EmojiSpace(hashes)
@@ -174,11 +218,23 @@ def load_space(name: str, dino_weights: Path | None, hashes: FileHashes, device:
             return NetworkSpace("dinov3", dino, hashes.of_folder(dino_weights), device)
     except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"--features {name}: {' '.join(str(error).split())}") from None
-    raise UserError(f"--features: unknown {name!r}, expected one of: emoji, efflite0, dinov3")
+    raise UserError(f"--features: unknown {name!r}, expected one of: {', '.join(FEATURE_SPACES)}")
 
 
 def load_lpips(backbone: Path, heads: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS of pairs of pictures. Raises UserError for files that are not its weights."""
+    """Load LPIPS, the distance of pairs of pictures.
+
+    Args:
+        backbone: AlexNet of torchvision.
+        heads: The linear heads of lpips 0.1.
+        device: Where the networks run.
+
+    Returns:
+        A function of two batches (pairs, 3, height, width) in [0, 1] that returns distances (pairs,).
+
+    Raises:
+        UserError: When the files are not these weights.
+    """
     try:
         network = AlexLpips.from_files(backbone, heads).to(device)
     except Exception as error:  # what unpickling of another file trips over can be anything
@@ -191,7 +247,16 @@ def load_lpips(backbone: Path, heads: Path, device: torch.device) -> Callable[[T
 
 
 def wanted_classes(prompts: Sequence[str], emoji: Sequence[str], backgrounds: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Indices of the emoji and of the background that each prompt names; -1 where it names none."""
+    """Find which classes each prompt names.
+
+    Args:
+        prompts: The prompts, "SUBJECT on a BACKGROUND".
+        emoji: Names of the classes of subjects.
+        backgrounds: Names of the classes of backgrounds.
+
+    Returns:
+        Indices of the emoji and of the background, each of shape (prompts,); -1 where a prompt names none.
+    """
 
     def find(text: str, names: Sequence[str]) -> int:
         return next((i for i, name in enumerate(names) if name in text), -1)
@@ -203,7 +268,7 @@ def wanted_classes(prompts: Sequence[str], emoji: Sequence[str], backgrounds: Se
     )
 
 
-def speaks_of_emoji(prompts: Sequence[str]) -> bool:
+def all_name_emoji(prompts: Sequence[str]) -> bool:
     """Whether all prompts name an emoji and a background of the embedded data."""
     _, emoji, backgrounds = load_features()
     return all(bool((found >= 0).all()) for found in wanted_classes(prompts, emoji, backgrounds))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pdmd_core.metrics import Estimate
-from training.evaluation.comparison import Column, Measurement
 from training.evaluation.measures import shrunk
 from training.evaluation.pictures import animation, labelled_columns
+from training.evaluation.quantities import Measurement, Quantity
 
 HEADLINE = ("frechet", "diversity", "agreement", "flow")
 """Keys of the first table, where they were measured."""
@@ -29,15 +29,21 @@ class Row:
     """One method."""
 
     method: str
+    """Its name."""
     network_evaluations: int
-    """For one sample, guidance counted as two."""
+    """Network evaluations for one sample, guidance counted as two."""
     seconds: float
-    """Time of sampling for all samples, whenever it was."""
+    """The time that sampling took for all samples, whenever it was."""
     measurements: Sequence[Measurement]
+    """Its numbers, the same ones in the same order for all methods."""
 
     def estimate(self, key: str) -> Estimate:
-        """The number of this key. Raises KeyError."""
-        return {m.column.key: m.estimate for m in self.measurements}[key]
+        """Look a number up.
+
+        Raises:
+            KeyError: When there is none of this key.
+        """
+        return {m.quantity.key: m.estimate for m in self.measurements}[key]
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,15 @@ class Report:
     """What was measured and how."""
 
     prompts: Sequence[str]
+    """The prompts, each sampled with the same seeds by all methods."""
     seeds: int
-    features: str
-    """What the main Frechet distance is called."""
+    """The number of samples of each prompt."""
+    features: str | None
+    """What the main Frechet distance is called; None where nothing was measured in features."""
     rows: Sequence[Row]
+    """The methods."""
     settings: Mapping[str, Any]
+    """What a reader has to know of how the samples were made."""
     plans: Mapping[str, str] = field(default_factory=dict)
     """Method to its phase plan as text."""
     not_measured: Mapping[str, str] = field(default_factory=dict)
@@ -58,12 +68,12 @@ class Report:
     """The row that says how far samples of the reference are from each other."""
 
     @property
-    def columns(self) -> list[Column]:
-        """Of all numbers, in order."""
-        return [measurement.column for measurement in self.rows[0].measurements]
+    def quantities(self) -> list[Quantity]:
+        """What the numbers are, in their order."""
+        return [measurement.quantity for measurement in self.rows[0].measurements]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form. ``rows`` has the bare numbers, ``metrics`` what they are and their intervals."""
+        """Convert to the JSON form: ``rows`` has the bare numbers, ``metrics`` what they are and their intervals."""
         return {
             "prompts": len(self.prompts),
             "seeds": self.seeds,
@@ -71,41 +81,55 @@ class Report:
             "features": self.features,
             "rows": [
                 {"method": row.method, "network_evaluations": row.network_evaluations}
-                | {m.column.key: _rounded(m.estimate.value) for m in row.measurements}
+                | {m.quantity.key: _rounded(m.estimate.value) for m in row.measurements}
                 | {"seconds": round(row.seconds, 2)}
                 for row in self.rows
             ],
             "metrics": [
                 {
-                    "key": column.key,
-                    "label": column.label,
-                    "definition": column.text,
-                    "better": column.better,
-                    "source": column.source,
-                    "interval_over": column.units,
-                    "values": [_interval(row.method, row.estimate(column.key)) for row in self.rows],
+                    "key": quantity.key,
+                    "label": quantity.label,
+                    "definition": quantity.text,
+                    "better": quantity.better,
+                    "source": quantity.source,
+                    "interval_over": quantity.units,
+                    "values": [_interval(row.method, row.estimate(quantity.key)) for row in self.rows],
                 }
-                for column in self.columns
+                for quantity in self.quantities
             ],
             "not_measured": dict(self.not_measured),
             "settings": dict(self.settings),
         }
 
     def write(self, folder: Path, pictures: Sequence[tuple[str, str]]) -> None:
-        """report.json and report.md; pictures: (caption, path relative to the folder) of those beside the overview."""
+        """Write report.json and report.md.
+
+        Args:
+            folder: Where they go, beside report.png.
+            pictures: Caption and path relative to the folder of each further picture.
+        """
         (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(self.to_markdown(pictures), encoding="utf-8")
 
     def to_markdown(self, pictures: Sequence[tuple[str, str]] = ()) -> str:
-        """The report for people."""
+        """Convert to the report for people.
+
+        Args:
+            pictures: Caption and path relative to the report of each further picture.
+        """
         parts = [
             "# Phase experts against their teacher",
             "![methods side by side, the same prompts and seeds](report.png)",
             self._headline(),
             self._samples(),
         ]
-        if self.columns:
+        if self.quantities:
             parts += ["## Every number with its 95 % interval", self._intervals(), self._definitions()]
+        if any("_corrected" in quantity.key for quantity in self.quantities):
+            parts.append(
+                "A raw Frechet distance, as it is usually reported, grows as samples get fewer: compare it at equal "
+                "counts alone. The corrected one estimates what it is of many samples, and the interval is of that."
+            )
         parts += [f"Not measured: {name} {reason}." for name, reason in self.not_measured.items()]
         if pictures:
             links = ", ".join(f"[{_cell(caption)}]({path})" for caption, path in pictures)
@@ -115,13 +139,13 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def _headline(self) -> str:
-        columns = [column for column in self.columns if column.key in HEADLINE]
-        head = ["method", "network evaluations", *(column.label for column in columns), "seconds"]
+        columns = [quantity for quantity in self.quantities if quantity.key in HEADLINE]
+        head = ["method", "network evaluations", *(quantity.label for quantity in columns), "seconds"]
         lines = [
             [
                 row.method,
                 str(row.network_evaluations),
-                *(format(row.estimate(column.key).value, column.style) for column in columns),
+                *(format(row.estimate(quantity.key).value, quantity.style) for quantity in columns),
                 f"{row.seconds:.1f}",
             ]
             for row in self.rows
@@ -134,35 +158,41 @@ class Report:
             f"{_count(self.seeds, 'seed')}, the same for all methods. Seconds are the time of sampling on the machine "
             "that sampled."
         )
-        if self.floor and any(column.better == "lower" for column in self.columns):
+        if self.floor and any(quantity.better == "lower" for quantity in self.quantities):
             text += f" The row of {self.floor} is the noise floor: the teacher against other samples of itself."
         return text
 
     def _intervals(self) -> str:
         head = ["metric", "better", *(row.method for row in self.rows), "interval over"]
         lines = []
-        for column in self.columns:
-            estimates = [row.estimate(column.key) for row in self.rows]
-            cells = [_cell_of(estimate, column.style) for estimate in estimates]
+        for quantity in self.quantities:
+            estimates = [row.estimate(quantity.key) for row in self.rows]
+            cells = [_cell_of(estimate, quantity.style) for estimate in estimates]
             counts = sorted({estimate.samples for estimate in estimates})
-            over = f"{' or '.join(map(str, counts))} {column.units}"
-            lines.append([column.label, column.better, *cells, over])
+            over = f"{' or '.join(map(str, counts))} {quantity.units}"
+            lines.append([quantity.label, quantity.better, *cells, over])
         return _table(head, lines)
 
     def _definitions(self) -> str:
         return "\n".join(
-            f"- {column.label}: {column.text}{f' ({column.source})' if column.source else ''}."
-            for column in self.columns
+            f"- {quantity.label}: {quantity.text}{f' ({quantity.source})' if quantity.source else ''}."
+            for quantity in self.quantities
         )
 
 
 def write_pictures(
     folder: Path, prompts: Sequence[str], shown: Sequence[int], methods: Sequence[tuple[str, Tensor]]
 ) -> list[tuple[str, str]]:
-    """report.png, and report/prompt-*.png with the seeds of each prompt; GIFs as well for clips.
+    """Write report.png, and report/prompt-*.png with the seeds of each prompt; GIFs as well for clips.
 
-    methods: title and 8-bit previews (prompts, seeds, frames, 3, height, width). shown: which prompts. Returns (prompt,
-    path relative to the folder) of those in report/.
+    Args:
+        folder: Where they go; pictures of an earlier report are removed.
+        prompts: The prompts.
+        shown: Indices of the prompts to show.
+        methods: Title and 8-bit previews (prompts, seeds, frames, 3, height, width) of each method.
+
+    Returns:
+        Prompt and path relative to the folder of each picture in report/.
     """
     inside = folder / "report"
     inside.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from pdmd_core.metrics import (
     Estimate,
     cosine_distance,
     frechet_distance,
+    frechet_estimate,
     manifold,
     pairwise_distance,
     polynomial_discrepancy,
@@ -26,8 +27,8 @@ from tests.helpers.tiny import randn
 from tests.helpers.tiny_families import picture
 from training.config.command_line import UserError
 from training.data.buckets import SampleSize
-from training.evaluation.comparison import METRICS, Column, Measurement, Setting, inapplicable, shortage
-from training.evaluation.evaluation import compare
+from training.evaluation.comparison import METRICS, compare
+from training.evaluation.quantities import Measurement, Quantity, Setting, inapplicable, shortage
 from training.evaluation.real_data import data_files, read_sample
 from training.evaluation.report import Report, Row, write_pictures
 
@@ -81,23 +82,58 @@ def rows(seed: int) -> dict[str, dict[str, Tensor]]:
 
 def numbers(name: str, own: Any, reference: Any, **changes: Any) -> dict[str, Estimate]:
     found = compare(setting(**changes), [name], [("m", own)], reference)["m"]
-    assert all(measurement.column.source == METRICS[name].source for measurement in found)
-    return {measurement.column.key: measurement.estimate for measurement in found}
+    assert all(measurement.quantity.source == METRICS[name].source for measurement in found)
+    return {measurement.quantity.key: measurement.estimate for measurement in found}
 
 
 def test_distances_are_those_of_the_features_in_every_space() -> None:
     own, reference = rows(0), rows(100)
     found = numbers("frechet", own, reference) | numbers("kernel", own, reference)
-    assert list(found) == ["frechet", "frechet_other", "kernel", "kernel_other"]
+    both = ["frechet", "frechet_corrected", "frechet_other", "frechet_corrected_other"]
+    assert list(found) == [*both, "kernel", "kernel_other"]
     for suffix, space in (("", "plain"), ("_other", "other")):
         pair = own[space]["features"], reference[space]["features"]
         assert found[f"frechet{suffix}"].value == pytest.approx(frechet_distance(*pair))
+        assert math.isnan(found[f"frechet{suffix}"].low), "the interval is of the corrected distance"
+        assert found[f"frechet_corrected{suffix}"] == frechet_estimate(*pair, (SEEDS, SEEDS)).corrected
         assert found[f"kernel{suffix}"].value == pytest.approx(polynomial_discrepancy(*pair))
     assert numbers("frechet", own, own)["frechet"].value == pytest.approx(0, abs=1e-8)
     data = {name: {"features": value["features"][:7]} for name, value in reference.items() if "features" in value}
     found = numbers("data_frechet", own, {}, data=data)
     expected = frechet_distance(own["other"]["features"], reference["other"]["features"][:7])
     assert found["data_frechet_other"].value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_interval_of_a_report_contains_its_estimate(name: str) -> None:
+    """Also as they are rounded in report.json, for samples that are like the reference and for others."""
+    wanted = torch.tensor([[0, 0], [1, 1], [2, -1], [0, 1]])
+
+    def distance(first: Tensor, second: Tensor) -> Tensor:
+        return (first - second).abs().flatten(1).mean(1)
+
+    for seed in range(3):
+        reference = rows(100 + seed)
+        data = {space: {"features": reference[space]["features"][:7]} for space in ("plain", "other")}
+        many = setting(wanted=wanted, lpips=distance, data=data)
+        methods = [("far", rows(seed)), ("same", reference), ("broken", scaled(rows(seed), 0.0))]
+        measured = compare(many, [name], methods, reference)
+        report = made(rows=[Row(method, 4, 1.0, own) for method, own in measured.items()])
+        for metric in report.to_dict()["metrics"]:
+            intervals = [value for value in metric["values"] if value["low"] is not None]
+            assert all(value["low"] <= value["value"] <= value["high"] for value in intervals), metric
+            if "corrected" in metric["key"]:
+                assert len(intervals) == len(methods)
+            elif "frechet" not in metric["key"]:
+                assert intervals
+
+
+def scaled(own: dict[str, dict[str, Tensor]], factor: float) -> dict[str, dict[str, Tensor]]:
+    """Rows whose features are this many times as large."""
+    return {
+        name: {key: value * factor if value.is_floating_point() else value for key, value in tensors.items()}
+        for name, tensors in own.items()
+    }
 
 
 def test_diversity_and_coverage_are_of_the_layout_where_there_is_one() -> None:
@@ -162,8 +198,8 @@ def test_what_a_metric_needs() -> None:
 
 def made(**changes: Any) -> Report:
     columns = [
-        Column("frechet", "FD-X to the teacher", "what it is", "lower", "samples", ".4g", "a source"),
-        Column("recall", "recall (X)", "what it is", "higher", "samples", ".1%"),
+        Quantity("frechet", "FD-X to the teacher", "what it is", "lower", "samples", ".4g", "a source"),
+        Quantity("recall", "recall (X)", "what it is", "higher", "samples", ".1%"),
     ]
     estimates = [Estimate(1.23456789, 1.0, 1.5, 12), Estimate(0.5, math.nan, math.nan, 12)]
     measured = [Measurement(c, e) for c, e in zip(columns, estimates, strict=True)]

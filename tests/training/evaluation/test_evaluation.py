@@ -18,8 +18,9 @@ from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 from training.data.examples import Example
 from training.data.teacher import TeacherSource
-from training.evaluation.evaluation import Evaluation, Machine, Method, Teacher
+from training.evaluation.evaluation import Evaluation, Machine
 from training.evaluation.measures import Pixels
+from training.evaluation.methods import Method, Teacher
 from training.evaluation.sampler import Sampler
 
 PROMPTS = ("a panda", "a fox", "an apple")
@@ -76,8 +77,8 @@ def test_samples_are_those_of_the_sampler_prompt_by_prompt(
     sampler = Sampler(str(teacher), SampleSize(16, 16, 1, 12), PROMPTS, tmp_path / "other", own, device="cpu")
     torch.testing.assert_close(latents(made, method), sampler.with_experts(pairs, None))
     torch.testing.assert_close(latents(made, FEW), sampler.with_teacher(pairs, 2, 3.0, 2.0, None))
-    assert (made.evaluations(method), made.evaluations(FEW)) == (2, 4)
-    assert evaluation(guidance_scale=1.0).evaluations(FEW) == 2
+    assert (made.network_evaluations(method), made.network_evaluations(FEW)) == (2, 4)
+    assert evaluation(guidance_scale=1.0).network_evaluations(FEW) == 2
     assert made.seconds(FEW) > 0
 
 
@@ -167,7 +168,7 @@ def test_a_damaged_file_is_made_again(
 def test_a_measure_looks_once_and_a_new_one_needs_no_sampling(evaluation: Callable[..., Evaluation]) -> None:
     made, first, second = evaluation(), Brightness("brightness"), Brightness("light")
     made.sample([FEW])
-    rows = made.look(FEW, [first])["brightness"]["mean"]
+    rows = made.measure(FEW, [first])["brightness"]["mean"]
     assert rows.shape == (6,) and first.seen == 6
     again = evaluation()
     with (
@@ -175,12 +176,12 @@ def test_a_measure_looks_once_and_a_new_one_needs_no_sampling(evaluation: Callab
         mock.patch("training.evaluation.evaluation.Decoder", side_effect=AssertionError("decoded again")),
     ):
         again.sample([FEW])
-        assert torch.equal(again.look(FEW, [first])["brightness"]["mean"], rows)
+        assert torch.equal(again.measure(FEW, [first])["brightness"]["mean"], rows)
     with no_sampling():
-        assert torch.equal(evaluation().look(FEW, [first, second])["light"]["mean"], rows)
+        assert torch.equal(evaluation().measure(FEW, [first, second])["light"]["mean"], rows)
     assert (first.seen, second.seen) == (6, 6)
     first.identity = "2"
-    evaluation().look(FEW, [first])
+    evaluation().measure(FEW, [first])
     assert first.seen == 12, "another network of the same name looks itself"
 
 

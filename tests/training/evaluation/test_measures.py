@@ -20,10 +20,10 @@ from training.evaluation.measures import (
     NetworkSpace,
     Pixels,
     Preview,
+    all_name_emoji,
     load_lpips,
     load_space,
     shrunk,
-    speaks_of_emoji,
     wanted_classes,
 )
 
@@ -170,5 +170,5 @@ def test_prompts_name_their_classes() -> None:
 
 
 def test_prompts_of_the_embedded_teacher_are_known_from_others() -> None:
-    assert speaks_of_emoji(["a fox on a red background", "a panda moves left on a blue background"])
-    assert not speaks_of_emoji(["a fox on a red background", "a fox on a hill"])
+    assert all_name_emoji(["a fox on a red background", "a panda moves left on a blue background"])
+    assert not all_name_emoji(["a fox on a red background", "a fox on a hill"])
