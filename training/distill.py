@@ -1,6 +1,7 @@
 """Distil a diffusion model into few-step phase experts.
 
 Configuration values are replaced by key.inner=value anywhere after the name of the program; the keys are listed below.
+Values are YAML, as in plan.steps=[2,2] and ema_decay=null; text and paths are taken as they are.
 SIGINT (Ctrl-C) and SIGTERM end a run after the update in progress, with a checkpoint and exit status 130 or 143; it
 goes on with --resume.
 """

@@ -38,6 +38,7 @@ def test_the_output_folder_is_a_path_and_no_yaml(
         ("data.negative_prompt='a: b'", "a: b"),
         ("data.prompt_column=1", "1"),
         ("data.cache_dir=null", None),
+        ("data.cache_dir=", None),
         ("data.cache_dir=1e3", Path("1e3")),
         ("model.revision=1234567", "1234567"),
         ("precision=no", "no"),

@@ -38,23 +38,34 @@ def fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, str, str]]
         yield f"{prefix}{name}", default + choices, described.get(name, "")
 
 
-def is_plain_text(section: type, key: str) -> bool:
-    """Whether the value of a dotted key is text, a path or one of some words: no number, truth, list or section.
+def kind_of(section: type, key: str) -> Any:
+    """The type of a key.
 
     Args:
         section: A pydantic model or a dataclass.
-        key: The name of a field in it, or in a section in it; False for one that is not there.
+        key: The dotted name of a field in it, or in a section in it.
+
+    Returns:
+        The type; None for a key that is not there.
     """
     name, _, inner = key.partition(".")
     kind = next((kind for own, kind, _ in _own_fields(section) if own == name), None)
-    if inner:
-        return kind is not None and is_section(kind) and is_plain_text(kind, inner)
-    kinds = [kind] if kind in (str, Path) or get_origin(kind) is Literal else [*get_args(kind)]
-    given = [item for item in kinds if item is not type(None)]
-    return bool(given) and all(
-        item in (str, Path) or (get_origin(item) is Literal and all(isinstance(word, str) for word in get_args(item)))
-        for item in given
-    )
+    if not inner:
+        return kind
+    return kind_of(kind, inner) if kind is not None and is_section(kind) else None
+
+
+def takes_null(kind: Any) -> bool:
+    """Whether null is a value of this type."""
+    return type(None) in get_args(kind)
+
+
+def is_text(kind: Any) -> bool:
+    """Whether all values of this type are text, paths or words, but for null."""
+    if kind in (str, Path) or get_origin(kind) is Literal:
+        return kind in (str, Path) or all(isinstance(word, str) for word in get_args(kind))
+    kinds = [item for item in get_args(kind) if item is not type(None)]
+    return takes_null(kind) and len(kinds) == 1 and is_text(kinds[0])
 
 
 def is_section(kind: Any) -> bool:

@@ -22,7 +22,7 @@ from pdmd_core.families import TeacherRouting
 from pdmd_core.phases import Phase, PhasePlanError
 from pdmd_core.roles import FAKE, RoleSpec
 from training.config.command_line import UserError
-from training.config.keys import fields_of, is_plain_text, suggestion
+from training.config.keys import fields_of, is_text, kind_of, suggestion, takes_null
 from training.config.moved import MOVED, moved_keys, with_todays_keys
 from training.config.sections import (
     CheckpointsSection,
@@ -214,7 +214,9 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             raise ConfigError(f"an override is key.inner=value, found {text!r}; --help lists the keys")
         if key in MOVED:
             raise ConfigError(f"override {text!r}: {key} is {MOVED[key]} now")
-        if is_plain_text(DistillConfig, key) and not value.startswith(("'", '"')) and value not in ("null", "~"):
+        kind = kind_of(DistillConfig, key)
+        is_null = takes_null(kind) and value in ("", "null", "~")
+        if is_text(kind) and not is_null and not value.startswith(("'", '"')):
             values[key] = value
             continue
         try:

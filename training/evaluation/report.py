@@ -125,7 +125,7 @@ class Report:
         ]
         if self.quantities:
             parts += ["## Every number with its 95 % interval", self._intervals(), self._definitions()]
-        if any("_corrected" in quantity.key for quantity in self.quantities):
+        if any("corrected" in quantity.key for quantity in self.quantities):
             parts.append(
                 "A raw Frechet distance, as it is usually reported, grows as samples get fewer: compare it at equal "
                 "counts alone. The corrected one estimates what it is of many samples, and the interval is of that."
