@@ -228,6 +228,21 @@ def test_real_pictures_are_a_reference_too(arguments: Callable[..., list[str]], 
     assert all(value["value"] > 0 for value in raw["values"]) and corrected["key"] == "data_frechet_corrected"
 
 
+def test_wrong_data_is_told_before_anything_is_sampled(
+    arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, sampled = tmp_path / "data", mock.patch.object(Sampler, "__init__", side_effect=AssertionError("sampled"))
+    data.mkdir()
+    for name in ("a.png", "b.png"):
+        picture(0, (80, 72)).save(data / name)
+    given = ["--data", str(data), "--metrics", "data_frechet"]
+    with sampled:
+        says = failure(capsys, arguments(*given, cache=tmp_path / "cache"))
+        assert "at least 2 files that differ" in says and "found 1" in says
+        (data / "c.png").write_bytes(b"no picture")
+        assert "take it out of the folder" in failure(capsys, arguments(*given, cache=tmp_path / "cache"))
+
+
 def test_lpips_with_weights_is_diversity(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
     backbone = {f"features.{k}.weight": randn(a, b, n, n, seed=k) / 9 for k, (a, b, n) in shapes.items()}

@@ -47,6 +47,7 @@ class TensorCache:
         self._where |= {name: (path, row) for row, name in enumerate(ids)}
 
     def __contains__(self, name: str) -> bool:
+        """Whether there is a row of this id."""
         return name in self._where
 
     def missing(self, ids: Sequence[str]) -> list[str]:

@@ -235,6 +235,8 @@ class Evaluation:
         """
         size = [self.size.height, self.size.width, self.size.frames]
         files = {digest_of(self.hashes(path), size): path for path in data_files(folder, self.size)}
+        if len(files) < 2:
+            raise UserError(f"--data: expected at least 2 files that differ in {folder}, found {len(files)}")
         caches = {m.name: self._cache(self.cache_dir / "data" / f"{m.name}-{m.identity}") for m in measures}
         missing = [name for name in files if any(name not in cache for cache in caches.values())]
         for part in _parts(missing, decoded_at_once(self.size), "measure the data"):

@@ -31,6 +31,7 @@ class FileHashes:
             self._known = {}
 
     def __call__(self, path: Path) -> str:
+        """Hash a file, or remember its hash."""
         status, name = path.stat(), str(path.resolve())
         state = [status.st_size, status.st_mtime_ns]
         known = self._known.get(name)

@@ -107,6 +107,7 @@ class EmojiSpace:
         self.identity = digest_of(1, hashes.of_folder(FOLDER))
 
     def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
+        """Classify the samples and take their features."""
         found = see(self.network, pixels.all)
         rows = {
             "features": found.style,
@@ -137,6 +138,7 @@ class NetworkSpace:
         self.identity = digest_of(1, name, identity, FRAMES)
 
     def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
+        """Take the features of the samples."""
         frames = torch.stack([extract(self.extractor, sample.to(self.device)).cpu() for sample in pixels.some])
         rows = {"features": frames.double().mean(1)}
         if pixels.is_clip:
@@ -155,6 +157,7 @@ class MotionMeasure:
     identity = digest_of(1)
 
     def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
+        """Compute the optical flow of the clips."""
         flow = optical_flow(pixels.all)
         smooth = smoothness(pixels.all) if pixels.all.shape[1] > 2 else torch.full((len(flow),), torch.nan)
         return {
@@ -172,6 +175,7 @@ class Preview:
     identity = digest_of(1, FRAMES, PREVIEW)
 
     def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
+        """Scale the samples down."""
         small = shrunk(pixels.some.flatten(0, 1), PREVIEW).unflatten(0, pixels.some.shape[:2])
         return {"frames": (small * 255).round().byte()}
 

@@ -14,12 +14,18 @@ GAP = 2
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, height, width) in [0, 1] to an 8-bit picture."""
+    """Convert pixels in [0, 1] of shape (3, height, width) to an 8-bit picture."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def grid(pixels: Tensor, columns: int, zoom: int = 1) -> Image.Image:
-    """Samples (count, 3, height, width) in rows of ``columns``, on white, each pixel ``zoom`` times as large."""
+    """Arrange pictures in rows, on white.
+
+    Args:
+        pixels: Pictures in [0, 1] of shape (count, 3, height, width).
+        columns: Pictures in a row.
+        zoom: How many times as large each pixel is drawn.
+    """
     count, _, height, width = pixels.shape
     rows = -(-count // columns)
     sheet = torch.ones(3, rows * (height + GAP) - GAP, columns * (width + GAP) - GAP)
@@ -31,7 +37,17 @@ def grid(pixels: Tensor, columns: int, zoom: int = 1) -> Image.Image:
 
 
 def save_samples(path: Path, pixels: Tensor, columns: int, zoom: int = 2) -> list[Path]:
-    """Write samples (count, frames, 3, height, width): one PNG grid, for clips an animated GIF of the grid as well."""
+    """Write samples as one PNG grid, of clips a filmstrip each, and an animated GIF of the grid as well.
+
+    Args:
+        path: Where to write; its suffix is replaced.
+        pixels: Samples in [0, 1] of shape (count, frames, 3, height, width).
+        columns: Samples in a row of the grid.
+        zoom: How many times as large each pixel is drawn.
+
+    Returns:
+        What was written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = [grid(pixels[:, i], columns, zoom) for i in range(pixels.shape[1])]
     written = [path.with_suffix(".png")]
@@ -48,9 +64,15 @@ def save_samples(path: Path, pixels: Tensor, columns: int, zoom: int = 2) -> lis
 def labelled_columns(
     columns: Sequence[tuple[str, Tensor]], rows: Sequence[str], zoom: int = 2, heading: str | None = None
 ) -> Image.Image:
-    """Methods side by side, each (title, samples (rows, columns of the block, 3, height, width)), with a label a row.
+    """Put methods side by side, with a label for each row.
 
-    Rows are prompts and columns seeds, or rows seeds and columns the frames of a clip. heading: a line over all.
+    Rows are prompts and columns seeds, or rows seeds and columns the frames of a clip.
+
+    Args:
+        columns: Title and samples in [0, 1] of shape (rows, columns, 3, height, width) of each method.
+        rows: The labels.
+        zoom: How many times as large each pixel is drawn.
+        heading: A line over all.
     """
     font = ImageFont.load_default(13)
     blocks = [grid(samples.flatten(0, 1), samples.shape[1], zoom) for _, samples in columns]
@@ -82,5 +104,5 @@ def _wrapped(text: str, lines: int) -> str:
 
 
 def animation(path: Path, frames: Sequence[Image.Image]) -> None:
-    """An animated GIF, eight frames a second."""
+    """Write pictures as an animated GIF, eight frames a second."""
     frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=120, loop=0)

@@ -18,7 +18,15 @@ CLIPS = (".gif", ".mp4", ".webm", ".mov", ".mkv", ".avi")
 
 
 def data_files(folder: Path, size: SampleSize) -> list[Path]:
-    """The files in a folder and below it that hold pictures, or clips for samples of several frames."""
+    """List the files in a folder and below it that hold pictures, or clips for samples of several frames.
+
+    Args:
+        folder: The folder.
+        size: Of the samples.
+
+    Raises:
+        UserError: When there is no such folder, or not enough in it.
+    """
     kinds = CLIPS if size.frames > 1 else PICTURES
     if not folder.is_dir():
         raise UserError(f"--data: expected a folder of {'clips' if size.frames > 1 else 'pictures'}, found no {folder}")
@@ -29,9 +37,17 @@ def data_files(folder: Path, size: SampleSize) -> list[Path]:
 
 
 def read_sample(path: Path, size: SampleSize) -> Tensor:
-    """A file as pixels (frames, 3, height, width) in [0, 1]; the first frames of a clip, cut around the middle.
+    """Read a file, cut around the middle.
 
-    Raises UserError for what cannot be read or is shorter than a sample.
+    Args:
+        path: A picture or a clip, of which the first frames are read.
+        size: Of the samples.
+
+    Returns:
+        Pixels in [0, 1] of shape (frames, 3, height, width).
+
+    Raises:
+        UserError: When it cannot be read, or is shorter than a sample.
     """
     frames = []
     try:
@@ -40,8 +56,11 @@ def read_sample(path: Path, size: SampleSize) -> Tensor:
             frames.append(torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1) / 255)
             if len(frames) == size.frames:
                 return torch.stack(frames)
-    except OSError as error:
-        raise UserError(f"--data: cannot read {path} ({error}): take it out of the folder") from None
+    except ImportError:
+        raise UserError(f'--data: reading {path} takes OpenCV: pip install "phased-dmd[metrics]"') from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        reason = " ".join(str(error).split())
+        raise UserError(f"--data: cannot read {path} ({reason}): take it out of the folder") from None
     raise UserError(
         f"--data: {path} has {len(frames)} frames, expected at least {size.frames}: take it out of the folder"
     )

@@ -39,12 +39,14 @@ def write_report(request: Request) -> Path:
     sampled = [*methods, reference] if selection.compares else methods
     request.refuse_unheard(evaluation.teacher, selection, {own.steps for own in sampled if own.experts is None})
 
+    setting = selection.setting
+    if (
+        request.data is not None and "data_frechet" in selection.metrics
+    ):  # before hours of sampling, since files can be wrong
+        setting = replace(setting, data=evaluation.measure_data(request.data, setting.spaces))
     evaluation.sample(sampled, new=not request.no_sampling)
     measured = [(method.name, evaluation.measure(method, selection.measures)) for method in methods]
     of_reference = evaluation.measure(reference, selection.measures) if selection.compares else {}
-    setting = selection.setting
-    if request.data is not None and "data_frechet" in selection.metrics:
-        setting = replace(setting, data=evaluation.measure_data(request.data, setting.spaces))
     numbers = compare(setting, selection.metrics, measured, of_reference)
 
     request.output_dir.mkdir(parents=True, exist_ok=True)

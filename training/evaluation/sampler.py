@@ -31,7 +31,14 @@ _PIXELS_AT_ONCE = 2**22
 
 
 def default_device(device: str | None = None) -> torch.device:
-    """The device of this name; a GPU where there is one when None. Raises UserError."""
+    """Find the device of a name.
+
+    Args:
+        device: As torch names it; a GPU where there is one when None.
+
+    Raises:
+        UserError: When torch cannot use it here.
+    """
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         torch.empty(0, device=found)
@@ -44,9 +51,24 @@ def default_device(device: str | None = None) -> torch.device:
 class Sampler:
     """A teacher, with experts on it when an experts folder is given. The seed alone decides a sample's noise.
 
-    prompts: with an image each (``Example``) for teachers that take one. pipeline: diffusers class, if not the one that
-    the teacher's folder names. batch: samples at once; as many as are moderate for their size when None. dtype: of the
-    networks; the autoencoder and everything between network calls stay in float32.
+    Args:
+        teacher: Folder or Hub id of its diffusers pipeline.
+        size: Of the samples.
+        prompts: The prompts, with an image each (``Example``) for teachers that take one.
+        cache_dir: Where encoded prompts are kept.
+        experts: The experts that ``with_experts`` samples with.
+        batch: Samples at once; as many as are moderate for their size when None.
+        device: As torch names it; a GPU where there is one when None.
+        pipeline: Diffusers class, if not the one that the teacher's folder names.
+        dtype: Of the networks. The autoencoder and everything between network calls stay in float32.
+        negative_prompt: What the teacher's guidance moves away from.
+        revision: Of a teacher on the Hub.
+
+    Raises:
+        UserError: When the teacher has no such samples, or experts need guidance.
+        TeacherError: When there is no such teacher.
+        PromptError: When prompts lack images, or have some that the teacher does not take.
+        ExpertsError: When experts do not fit the teacher.
     """
 
     def __init__(
@@ -97,7 +119,14 @@ class Sampler:
             self.roles = Roles(networks, self.family, {}, routing)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Starting noise (seeds, ...): the same as a diffusers pipeline draws from a CPU generator with that seed."""
+        """Draw the noise that samples start from: the same as a diffusers pipeline draws from a CPU generator.
+
+        Args:
+            seeds: The seed of each sample.
+
+        Returns:
+            Noise of shape (seeds, ...).
+        """
         drawn = [torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.cat(drawn).to(self.device)
 
@@ -108,10 +137,19 @@ class Sampler:
         on_step: Callable[[], object] | None = None,
         plan: PhasePlan | None = None,
     ) -> Tensor:
-        """Latents of (prompt index, seed) pairs through the experts, without guidance.
+        """Sample with the experts, without guidance.
 
-        progress: label of a bar, None for no bar. on_step: called after each step of each batch. plan: a refinement of
-        the experts' own (``PhasePlan.refined``); their own when None.
+        Args:
+            pairs: Index of the prompt and seed of each sample.
+            progress: The label of a bar; None for no bar.
+            on_step: Called after each step of each batch.
+            plan: A refinement of the experts' own plan (``PhasePlan.refined``); their own when None.
+
+        Returns:
+            Latents of shape (pairs, ...).
+
+        Raises:
+            ValueError: When the sampler was made without experts.
         """
         if self.plan is None:
             raise ValueError("this sampler was made without experts")
@@ -131,9 +169,21 @@ class Sampler:
         progress: str | None = "teacher",
         on_step: Callable[[], object] | None = None,
     ) -> Tensor:
-        """Latents of (prompt index, seed) pairs through the teacher: Euler, uniform in raw time under the shift.
+        """Sample with the teacher alone: Euler steps, uniform in raw time under a shift.
 
-        progress and on_step as in ``with_experts``.
+        Args:
+            pairs: Index of the prompt and seed of each sample.
+            steps: The number of steps.
+            shift: Their shift, above 0.
+            guidance_scale: Classifier-free guidance; 1 is none.
+            progress: The label of a bar; None for no bar.
+            on_step: Called after each step of each batch.
+
+        Returns:
+            Latents of shape (pairs, ...).
+
+        Raises:
+            PhasePlanError: When steps and shift make no plan.
         """
         sigmas = PhasePlan.from_steps([steps], shift).sigmas
 
@@ -168,12 +218,29 @@ class Sampler:
         return torch.cat(latents)
 
     def decode(self, latents: Tensor, progress: str | None = "decode") -> Tensor:
-        """Latents to pixels in [0, 1] on the CPU, shape (count, frames, 3, height, width)."""
+        """Decode latents.
+
+        Args:
+            latents: Of shape (count, ...).
+            progress: The label of a bar; None for no bar.
+
+        Returns:
+            Pixels in [0, 1] on the CPU, of shape (count, frames, 3, height, width).
+        """
         return _decode(self.family, self.pipeline, latents, decoded_at_once(self.size), progress)
 
 
 class Decoder:
-    """The autoencoder of a teacher, without its networks, in float32."""
+    """The autoencoder of a teacher, without its networks, in float32.
+
+    Args:
+        source: Where the teacher is.
+        size: Of the samples.
+        device: As torch names it; a GPU where there is one when None.
+
+    Raises:
+        TeacherError: When there is no such teacher.
+    """
 
     def __init__(self, source: TeacherSource, size: SampleSize, device: str | None = None) -> None:
         try:
@@ -184,12 +251,12 @@ class Decoder:
         self.batch = decoded_at_once(size)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Latents to pixels in [0, 1] on the CPU, shape (count, frames, 3, height, width)."""
+        """Decode latents (count, ...) to pixels in [0, 1] on the CPU, of shape (count, frames, 3, height, width)."""
         return _decode(self.family, self.pipeline, latents, self.batch, None)
 
 
 def decoded_at_once(size: SampleSize) -> int:
-    """How many samples of this size are decoded at once."""
+    """Choose how many samples of a size are decoded at once."""
     return max(1, min(32, _PIXELS_AT_ONCE // (3 * size.height * size.width * size.frames)))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -297,6 +298,12 @@ def test_clips_of_a_video_file_are_in_the_right_colours(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"hello")
-    with pytest.raises(UserError, match=r"cannot read .*b\.png .*take it out") as caught:
-        read_sample(tmp_path / "b.png", SampleSize(16, 16, 1, 12))
-    assert len(str(caught.value).splitlines()) == 1
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "c.png").write_bytes(whole[: len(whole) // 2])
+    for name in ("b.png", "c.png"):
+        with pytest.raises(UserError, match=rf"cannot read .*{name} .*take it out") as caught:
+            read_sample(tmp_path / name, SampleSize(16, 16, 1, 12))
+        assert len(str(caught.value).splitlines()) == 1
+    too_large = mock.patch("PIL.Image.open", side_effect=Image.DecompressionBombError("a bomb"))
+    with too_large, pytest.raises(UserError, match=r"a bomb"):
+        read_sample(tmp_path / "a.png", SampleSize(16, 16, 1, 12))
