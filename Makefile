@@ -1,51 +1,71 @@
-# Two commands for a newcomer: `make demo` and `make test`.
+# `make help` lists what there is to make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test docs audit test-long test-oldest test-comfyui test-comfyui-load test-matrix environment clean
+# Tests of one file stay in one process, files that take minutes go first (tests/conftest.py)
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-demo: $(VENV)/.training
+.PHONY: help demo check format test-fast test docs audit hooks test-long test-oldest test-comfyui test-comfyui-load test-matrix \
+	environment clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.training ## distil the embedded teacher and write a report, runs/demo/report.md
 	$(BIN)/python training/distill.py --config training/configs/embedded_demo.yaml --output_dir $(DEMO) --resume
 	$(BIN)/python training/evaluate.py --experts $(DEMO)/experts --output_dir $(DEMO)
 
-test: environment
+check: environment ## lint, format, docstrings and types: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pydoclint --quiet pdmd_core
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+format: environment ## mend what the linter can mend, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The mathematics, the plan, roles, scheduler, file formats, configuration, metrics, the pure parts of training and nodes, the
+# rules of the house, and one distillation from prompts to experts
+FAST := FAST_LIST
+test-fast: environment ## what to run after each edit: under two minutes on two cores
+	$(PYTEST) $(FAST)
+
+test: check ## all that a change must pass, on all cores, with the real ComfyUI and Chromium: what CI runs
+	$(PYTEST)
 	$(MAKE) test-comfyui
 
-# The documentation site in build/site; a warning is an error
-docs: $(VENV)/.docs
+hooks: environment ## run `make check` before each commit
+	$(BIN)/pre-commit install
+
+docs: $(VENV)/.docs ## the documentation site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# Known vulnerabilities in the pinned packages; without network only a warning
-audit: environment
+audit: environment ## known vulnerabilities in the pinned packages; without network only a warning
 	$(BIN)/python .ci/audit.py
 
-# The full size of tests that the suite runs in small: minutes to hours
-test-long: environment
+test-long: environment ## the full size of tests that the suite runs in small: minutes to hours
 	$(BIN)/python -m pytest -m long
 
 # Families, roles, pipelines and the Hub on the lowest versions that pyproject.toml allows, laid over the environment; without
 # offloading, which diffusers 0.40 does in groups only where there is an accelerator
 OLDEST := pipelines experts/hub experts/convert/test_released.py families roles scheduler
-test-oldest: environment
+test-oldest: environment ## on the lowest versions that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest --requirement .ci/oldest.txt
 	PYTHONPATH=.oldest $(BIN)/python -m pytest $(wildcard $(addprefix tests/pdmd_core/,$(OLDEST))) -k "not offload"
 
 # In an environment of its own, with the real ComfyUI and Chromium; clones share it by setting PHASED_DMD_COMFYUI
 export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui
-test-comfyui:
+test-comfyui: ## the nodes, in the real ComfyUI and in a browser
 	$(PYTHON) tests/comfyui/install.py --browser
 	$(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest -c tests/comfyui/pytest.ini --rootdir . tests/comfyui
 
 # 500 prompts of all kinds, with interrupts and memory that runs out: the full size of what test-comfyui does in small
-test-comfyui-load:
+test-comfyui-load: ## the nodes under load: hours
 	$(PYTHON) tests/comfyui/install.py
 	$(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest -c tests/comfyui/pytest.ini --rootdir . -s -m long \
 		--override-ini timeout=14400 tests/comfyui
@@ -53,7 +73,7 @@ test-comfyui-load:
 # The nodes on older ComfyUI; 0.3.75 cannot load the tiny teacher, so no server is started there
 MATRIX := 0.27.0 0.18.2 0.16.3 0.3.75
 IN_PROCESS := $(wildcard tests/comfyui/test_composite*.py tests/comfyui/test_nodes*.py)
-test-matrix:
+test-matrix: ## the nodes on older ComfyUI
 	$(PYTHON) tests/comfyui/install.py $(addprefix --version ,$(MATRIX))
 	for version in $(MATRIX); do \
 		tests="$(IN_PROCESS)"; \
@@ -62,7 +82,7 @@ test-matrix:
 			-c tests/comfyui/pytest.ini --rootdir . $$tests || exit 1; \
 	done
 
-environment: $(VENV)/.installed
+environment: $(VENV)/.installed ## install all that developing needs into .venv
 
 $(VENV)/.training: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -80,5 +100,5 @@ $(VENV)/.installed: $(VENV)/.training
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" -c constraints.txt
 	touch $@
 
-clean:
+clean: ## remove the environment and all that was built or run
 	rm -rf $(VENV) runs build dist *.egg-info
