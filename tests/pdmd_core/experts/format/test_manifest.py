@@ -141,7 +141,7 @@ def test_an_unknown_field_is_named(path: str) -> None:
         ("training.max_sequence_length", 10**9, "training.max_sequence_length is null or a whole number from 1 to"),
         ("training.loss", float("nan"), "training is an object of JSON, found {"),
         ("training.loss", {"deep": [float("-inf")]}, "training is an object of JSON, found {"),
-        ("training.loss", object(), "training is an object of JSON, found {"),
+        ("training.loss", b"0.5", "training is an object of JSON, found {"),
         ("guidance_scale", 10**400, "guidance_scale is a number from 0 to 100, found 1000"),
         ("training", [], "training is an object, found []"),
         ("experts", {}, "experts is a list, found {}"),
