@@ -1,7 +1,7 @@
-"""A Wan pipeline in diffusers' layout (a folder with model_index.json) as MODEL, CLIP and VAE.
+"""A pipeline in diffusers' layout (a folder with model_index.json) as MODEL, CLIP and VAE.
 
-ComfyUI itself loads Wan's networks under their original names and sizes only; this reads stock diffusers folders of any
-size, such as the embedded teacher of this repository.
+ComfyUI itself loads networks under their original names and sizes only; this reads stock diffusers folders of any size,
+such as the embedded teacher of this repository, where the model family names its pipeline for that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import comfy.latent_formats
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
@@ -20,8 +19,7 @@ import torch
 
 from ..pdmd_core.experts.format.untrusted import read_json, shown
 from ..pdmd_core.experts.format.weights import open_weights
-from ..pdmd_core.families import family
-from ..pdmd_core.families.wan_autoencoder import autoencoder_to_native
+from ..pdmd_core.families import FAMILIES, ModelFamily, family
 from .errors import NodeError
 
 FOLDER = "diffusers"
@@ -68,20 +66,23 @@ def load(name: str, tokens: int) -> tuple[Any, Any, Any]:
     if folder is None:
         raise NodeError(f"no pipeline folder {name!r} with a model_index.json in models/diffusers")
     index = _json(folder / "model_index.json")
-    if index.get("_class_name") != "WanPipeline":
-        raise NodeError(f"{name}: a WanPipeline is expected, found a {index.get('_class_name')}")
+    known = {pipeline: found for found in map(family, FAMILIES) for pipeline in found.comfyui_pipelines}
+    kind = str(index.get("_class_name"))
+    if kind not in known:
+        raise NodeError(f"{name}: a {' or '.join(known)} is expected, found a {kind}")
     if (index.get("transformer_2") or [None])[0]:
         raise NodeError(f"{name}: this pipeline has two networks: convert each with python -m pdmd_core.experts")
-    return _model(folder / "transformer"), _clip(folder, tokens), _vae(folder / "vae")
+    model = _model(folder / "transformer", known[kind])
+    return model, _clip(folder, tokens), _vae(folder / "vae", known[kind], model.get_model_object("latent_format"))
 
 
-def _model(folder: Path) -> Any:
-    wan, config = family("wan"), _json(folder / "config.json")
+def _model(folder: Path, names: ModelFamily) -> Any:
+    config = _json(folder / "config.json")
     try:
-        state = {wan.native_weight_name(key): value for key, value in _weights(folder).items()}
+        state = {names.native_weight_name(key): value for key, value in _weights(folder).items()}
     except ValueError as error:
         raise NodeError(f"{folder}: {error}") from None
-    small = wan.comfyui_config(config)
+    small = names.comfyui_config(config)
     metadata = {"config": json.dumps({"transformer": small})} if small else None
     model = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
     if model is None:
@@ -89,19 +90,17 @@ def _model(folder: Path) -> Any:
     return model
 
 
-def _vae(folder: Path) -> Any:
-    config, stock = _json(folder / "config.json"), comfy.latent_formats.Wan21()
-    for key, expected in (("dim_mult", [1, 2, 4, 4]), ("num_res_blocks", 2), ("z_dim", 16), ("is_residual", False)):
-        if config.get(key, expected) != expected:
-            raise NodeError(f"{folder}: ComfyUI loads autoencoders with {key} {expected}, found {config[key]}")
-    for key in ("latents_mean", "latents_std"):
-        expected = getattr(stock, key).flatten()
-        if not torch.allclose(torch.tensor(config[key]), expected.float(), atol=1e-4):
-            raise NodeError(f"{folder}: {key} is not that of Wan 2.1, which ComfyUI takes for granted")
+def _vae(folder: Path, names: ModelFamily, latent_format: Any) -> Any:
+    config = _json(folder / "config.json")
     try:
-        vae = comfy.sd.VAE(sd=autoencoder_to_native(_weights(folder)))
+        state = names.native_autoencoder(config, _weights(folder))
     except ValueError as error:
         raise NodeError(f"{folder}: {error}") from None
+    for key in ("latents_mean", "latents_std"):
+        expected = getattr(latent_format, key).flatten()
+        if not torch.allclose(torch.tensor(config[key]), expected.float(), atol=1e-4):
+            raise NodeError(f"{folder}: {key} is not that of {names.title}, which ComfyUI takes for granted")
+    vae = comfy.sd.VAE(sd=state)
     vae.throw_exception_if_invalid()
     return vae
 

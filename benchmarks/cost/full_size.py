@@ -139,7 +139,8 @@ def main() -> None:
     needs: dict[str, str] = {}
     for model in arguments.models:
         needs[model] = needed(recipe_of(model, overrides))
-        small = [*REHEARSAL, *(["model.frames=5"] if model.startswith("wan") else [])] if rehearse else []
+        clips = recipe_of(model, overrides).model.frames > 1
+        small = [*REHEARSAL, *(["model.frames=5"] if clips else [])] if rehearse else []
         config = recipe_of(model, [*small, *overrides])
         for phase in sorted({0, len(config.plan.build()) - 1}):
             row = measure(config, 1 if rehearse else None, phase, arguments.updates, device)

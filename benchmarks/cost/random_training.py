@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -24,27 +24,65 @@ from training.loop.phase import PhaseTraining, Update
 from training.loop.rng import RunRNG
 from training.memory.offload import keep_idle_experts_away, keep_one_network
 
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "wan": {
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A released architecture in sizes that a CPU trains.
+
+    Attributes:
+        family: Its name in ``FAMILIES``.
+        settings: Of its network, in all sizes.
+        sizes: Further settings by size.
+        latent: Shape of a latent, without its two sides.
+        index: Entries of its ``model_index.json``, which say how many networks it has.
+    """
+
+    family: str
+    settings: Mapping[str, Any]
+    sizes: Mapping[str, Mapping[str, Any]]
+    latent: tuple[int, ...]
+    index: Mapping[str, Any] = field(default_factory=dict)
+
+
+_WAN = SmallModel(
+    "wan",
+    {"freq_dim": 256, "qk_norm": "rms_norm_across_heads", "cross_attn_norm": True, "in_channels": 16}
+    | {"out_channels": 16},
+    {
         "tiny": {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "text_dim": 32},
         "100M": {"num_attention_heads": 12, "attention_head_dim": 64, "ffn_dim": 3072, "num_layers": 10}
         | {"text_dim": 512},
     },
-    "qwen_image": {
-        "tiny": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "joint_attention_dim": 32}
-        | {"axes_dims_rope": (8, 4, 4)},
-        "100M": {"num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 5, "joint_attention_dim": 512}
-        | {"axes_dims_rope": (16, 24, 24)},
-    },
-    "z_image": {
-        "tiny": {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32}
-        | {"axes_dims": [8, 4, 4]},
-        "100M": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 512}
-        | {"axes_dims": [16, 24, 24]},
-    },
+    (16, 1),
+)
+_TWO_NETWORKS = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+SMALL_MODELS = {
+    "wan": _WAN,
+    "wan_two_networks": replace(_WAN, index=_TWO_NETWORKS),
+    "wan_image": replace(_WAN, settings={**_WAN.settings, "in_channels": 36}),
+    "qwen_image": SmallModel(
+        "qwen_image",
+        {"in_channels": 64, "out_channels": 16},
+        {
+            "tiny": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "joint_attention_dim": 32}
+            | {"axes_dims_rope": (8, 4, 4)},
+            "100M": {"num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 5, "joint_attention_dim": 512}
+            | {"axes_dims_rope": (16, 24, 24)},
+        },
+        (16, 1),
+    ),
+    "z_image": SmallModel(
+        "z_image",
+        {"in_channels": 16, "n_refiner_layers": 1, "axes_lens": [512, 64, 64]},
+        {
+            "tiny": {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32}
+            | {"axes_dims": [8, 4, 4]},
+            "100M": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "cap_feat_dim": 512}
+            | {"axes_dims": [16, 24, 24]},
+        },
+        (16,),
+    ),
 }
-"""Settings of networks by family and size."""
-A14B = TeacherRouting(("transformer", "transformer_2"), 0.875)
 TEXT_TOKENS = 64
 
 
@@ -67,33 +105,25 @@ class RandomTeacher:
 
 
 def small_teacher(name: str, size: str, side: int, device: str = "cpu") -> RandomTeacher:
-    """Latents have this side.
+    """Returns a teacher with random weights whose latents have this side.
 
-    name: wan, wan_two_networks, wan_image, qwen_image or z_image. size: tiny or 100M, of each network.
+    Args:
+        name: A key of ``SMALL_MODELS``.
+        size: Of each network: tiny or 100M.
+        side: Of a latent.
+        device: Where the networks are.
     """
-    kind = "wan" if name.startswith("wan") else name
-    settings: dict[str, Any]
-    shape: tuple[int, ...]
-    if kind == "wan":
-        image = name == "wan_image"
-        settings = {"freq_dim": 256, "qk_norm": "rms_norm_across_heads", "cross_attn_norm": True}
-        settings |= {"in_channels": 36 if image else 16, "out_channels": 16, **SIZES[kind][size]}
-        architecture, shape = "WanTransformer3DModel", (16, 1, side, side)
-    elif kind == "qwen_image":
-        settings = {"in_channels": 64, "out_channels": 16, **SIZES[kind][size]}
-        architecture, shape = "QwenImageTransformer2DModel", (16, 1, side, side)
-    else:
-        settings = {"in_channels": 16, "n_refiner_layers": 1, "axes_lens": [512, 64, 64], **SIZES[kind][size]}
-        architecture, shape = "ZImageTransformer2DModel", (16, side, side)
-    routing = A14B if name == "wan_two_networks" else TeacherRouting()
+    model = SMALL_MODELS[name]
+    found = family(model.family)
+    routing, shape = found.teacher_routing(model.index), (*model.latent, side, side)
+    settings = {**model.settings, **model.sizes[size]}
     networks = {
-        component: random_network(architecture, settings, torch.float32, device, seed)
+        component: random_network(found.architecture, settings, torch.float32, device, seed)
         for seed, component in enumerate(routing.components)
     }
-    found = family(kind)
     first: Any = networks["transformer"]
-    config = dict(first.config)
-    return RandomTeacher(found, networks, routing, shape, conditioning_shapes(found.name, config, TEXT_TOKENS, shape))
+    conditioning = found.conditioning_shapes(first.config, TEXT_TOKENS, shape)
+    return RandomTeacher(found, networks, routing, shape, conditioning)
 
 
 def released_teacher(config: DistillConfig, layers: int | None, device: str) -> RandomTeacher:
@@ -111,7 +141,7 @@ def released_teacher(config: DistillConfig, layers: int | None, device: str) -> 
         if config.memory.offload_idle_network:  # both at once may be too much for the device
             networks[component].cpu()
     settings = dict(pipeline.transformer.config)
-    conditioning = conditioning_shapes(found.name, settings, model.max_sequence_length, shape)
+    conditioning = found.conditioning_shapes(settings, model.max_sequence_length, shape)
     return RandomTeacher(found, networks, routing, shape, conditioning)
 
 
@@ -135,22 +165,6 @@ def random_network(
             values = values.to(torch.float32 if in_float32 else dtype)
             setattr(module, name, nn.Parameter(values, requires_grad=False))
     return network.to(device).eval()
-
-
-def conditioning_shapes(
-    name: str, settings: Mapping[str, Any], tokens: int, shape: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
-    """Of one example, by tensor, for a network of this family and config."""
-    if name == "qwen_image":
-        return {"prompt_embeds": (tokens, settings["joint_attention_dim"]), "prompt_mask": (tokens,)}
-    if name == "z_image":
-        return {"prompt_embeds": (tokens, settings["cap_feat_dim"]), "prompt_mask": (tokens,)}
-    found: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, settings["text_dim"])}
-    if settings["in_channels"] > settings["out_channels"]:
-        found["image_latents"] = shape
-    if settings.get("image_dim"):
-        found["image_embeds"] = (257, settings["image_dim"])
-    return found
 
 
 class RandomPrompts:

@@ -33,7 +33,7 @@ from benchmarks.cost.random_training import RandomTeacher, RandomTraining, relea
 from benchmarks.cost.random_wan import machine
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig, load_config
-from training.data.teacher import TeacherSource
+from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
 from training.loop.dry_run import pipeline_on_meta
 from training.memory.offload import OneOnDevice
 
@@ -101,7 +101,7 @@ class Peak:
 def blocks_of(config: DistillConfig) -> tuple[int, int]:
     """How many equal blocks each network of the released model has, and parameters of what is there at a time."""
     pipeline = pipeline_on_meta(TeacherSource(str(config.model.architecture), None, config.model.pipeline))
-    networks = [n for n in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if n is not None]
+    networks: list[Any] = list(networks_of(pipeline, family_of_pipeline(pipeline)).values())
     counts = [sum(p.numel() for p in network.parameters()) for network in networks]
     return networks[0].config.num_layers, max(counts) if config.memory.offload_idle_network else sum(counts)
 

@@ -232,7 +232,7 @@ class PhasedExperts:
         # released files, and those of other families, have whatever keys their pipeline's own loader reads
         ours = RELEASED not in self.manifest.training and self.manifest.base.family in FAMILIES
         if expert.kind == "lora" and ours:
-            check_lora(tensors, expert)
+            check_lora(tensors, expert, family(self.manifest.base.family).lora_keys)
         return tensors
 
     def lora_state(self, name: str) -> dict[str, Tensor]:

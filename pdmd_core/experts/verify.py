@@ -33,18 +33,30 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the result."""
+    """One line of the result.
+
+    Attributes:
+        name: Of the check.
+        passed: Whether it did.
+        detail: One line for the user.
+        warning: It passed, but is to be looked at.
+    """
 
     name: str
     passed: bool
     detail: str
     warning: bool = False
-    """Passed, but to be looked at."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to sample: width, height and frames, and the prompt. Size and length None: as distilled."""
+    """What to sample.
+
+    Attributes:
+        prompt: Its text.
+        size: Width and height in pixels, and frames; None for those of the distillation.
+        max_sequence_length: To which the prompt is padded; None for that of the distillation.
+    """
 
     prompt: str = "a panda on a blue background"
     size: tuple[int, int, int] | None = None
@@ -52,9 +64,18 @@ class SampleRequest:
 
 
 def verify(folder: Path, base: str | None = None, request: SampleRequest | None = None) -> Iterator[Check]:
-    """Run the checks one by one. Raises ExpertsError when the manifest itself cannot be used.
+    """Runs the checks one by one.
 
-    base: folder or Hub id in place of the one that the manifest names.
+    Args:
+        folder: The experts folder.
+        base: Folder or Hub id in place of the base that the manifest names.
+        request: What to sample at the end, if anything.
+
+    Yields:
+        The result of each check.
+
+    Raises:
+        ExpertsError: The manifest itself cannot be used.
     """
     experts = PhasedExperts.open(folder)
     manifest = experts.manifest
@@ -105,7 +126,7 @@ def _find_base(manifest: Manifest, given: str | None, found: list[BaseFiles], wh
 
 
 def _base_weights(origin: BaseModel, component: str, base: BaseFiles) -> Check:
-    """Only a warning: experts are put on fine-tunes on purpose."""
+    """Whether the base has the weights that its fingerprint tells; only a warning, as experts are put on fine-tunes."""
     name = f"{component}: weights"
     try:
         if not all(path.is_file() for path in base.weight_files(component)):
@@ -179,7 +200,8 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
     if picture:
         conditioning |= base.family.encode_images(pipeline, [picture], height, width, frames)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
-    call = {"image": picture, "height": height, "width": width, "num_frames": frames, "max_sequence_length": length}
+    size = {"height": height, "width": width, "num_frames": frames}
+    call = {"image": picture, **size, "max_sequence_length": length, **base.family.guidance_arguments(1.0)}
     accepted = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in accepted}
     stock = _stock_sample(experts, base, pipeline, prompt=request.prompt, **call)
@@ -192,7 +214,7 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
 
 
 def _picture(width: int, height: int) -> Image:
-    """Red from left to right, green from top to bottom: for pipelines that take an image."""
+    """A picture for pipelines that take one: red grows from left to right, green from top to bottom."""
     from PIL import Image
 
     ramps = [Image.linear_gradient("L").rotate(90), Image.linear_gradient("L"), Image.new("L", (256, 256), 128)]
@@ -208,6 +230,7 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
     own = {component: getattr(pipeline, component) for component in {e.component for e in manifest.experts}}
     try:
         pipeline.register_to_config(**base.family.stock_routing(manifest.plan, [e.component for e in manifest.experts]))
+        into = {component: base.family.lora_arguments(component) for component in own}
     except ValueError as error:
         raise ExpertsError(str(error)) from None
     pipeline.scheduler = PhasedDMDScheduler.from_plan(manifest.plan)
@@ -218,11 +241,10 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
             full[expert.name].load_state_dict(experts.tensors(expert.name))
             full[expert.name].to(pipeline.device)
         else:
-            second = {} if expert.component == "transformer" else {f"load_into_{expert.component}": True}
             names = {"weight_name": expert.file, "adapter_name": expert.name}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
-                pipeline.load_lora_weights(experts.folder, **names, **second)
+                pipeline.load_lora_weights(experts.folder, **names, **into[expert.component])
 
     def use(expert: Expert) -> None:
         if expert.kind == "full":
@@ -239,7 +261,6 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
     output: Tensor = pipeline(
         **call,
         num_inference_steps=len(manifest.plan.sigmas),
-        guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
         return_dict=False,

@@ -1,34 +1,80 @@
-"""Model families by name. ``family("wan")``; each module is imported when it is asked for."""
+"""Model families by name: ``family("wan")``. A family's module is imported when it is first asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-from .base import Conditioning, ModelFamily, TeacherRouting
+from .base import Conditioning, LoraKeys, ModelFamily, TeacherRouting
 
 FAMILIES = {
-    "qwen_image": ("qwen_image", "QwenImageFamily"),
-    "wan": ("wan", "WanFamily"),
-    "z_image": ("z_image", "ZImageFamily"),
+    "qwen_image": "QwenImageFamily",
+    "wan": "WanFamily",
+    "z_image": "ZImageFamily",
 }
-"""Name of a family to its module here and class there."""
+"""Name of a family, which is also that of its module in this package, to its class there."""
 
 
 def family(name: str) -> ModelFamily:
-    """The family of this name. Raises ValueError that names the known ones."""
+    """Returns the family of a name.
+
+    Args:
+        name: A key of ``FAMILIES``, as manifests carry it.
+
+    Raises:
+        ValueError: There is no such family; the message lists the known ones.
+    """
     if name not in FAMILIES:
         raise ValueError(f"unknown model family {name!r}, expected one of: {', '.join(sorted(FAMILIES))}")
-    module, attribute = FAMILIES[name]
-    found: ModelFamily = getattr(import_module(f".{module}", __name__), attribute)()
+    found: ModelFamily = getattr(import_module(f".{name}", __name__), FAMILIES[name])()
     return found
 
 
 def family_of(architecture: str) -> ModelFamily:
-    """The family whose network is this diffusers class. Raises ValueError that names the known ones."""
-    known = {found.architecture: found for found in map(family, FAMILIES)}
-    if architecture not in known:
-        raise ValueError(f"no model family for {architecture!r}, expected one of: {', '.join(sorted(known))}")
-    return known[architecture]
+    """Returns the family whose network is a given diffusers class.
+
+    Args:
+        architecture: Name of the class, for example ``type(pipeline.transformer).__name__``.
+
+    Raises:
+        ValueError: No family has this network; the message lists the known ones.
+    """
+    found = known_family(architecture)
+    if found is None:
+        known = ", ".join(sorted(each.architecture for each in _all()))
+        raise ValueError(f"no model family for {architecture!r}, expected one of: {known}")
+    return found
 
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFamily", "TeacherRouting", "family", "family_of"]
+def known_family(architecture: str) -> ModelFamily | None:
+    """Returns the family whose network is a given diffusers class, or None where there is none.
+
+    Experts can belong to networks of no family: diffusers pipelines and ComfyUI run them too.
+    """
+    return next((each for each in _all() if each.architecture == architecture), None)
+
+
+def family_of_lora(modules: Sequence[str]) -> ModelFamily | None:
+    """Returns the family that a LoRA file is of, or None where its keys do not tell.
+
+    Args:
+        modules: Names of all modules that the file adapts, with whatever prefix its author's program gave them.
+    """
+    return next((each for each in _all() if modules and each.owns_lora(modules)), None)
+
+
+def _all() -> Iterator[ModelFamily]:
+    return map(family, FAMILIES)
+
+
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "LoraKeys",
+    "ModelFamily",
+    "TeacherRouting",
+    "family",
+    "family_of",
+    "family_of_lora",
+    "known_family",
+]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ _TARGETS = (
     "txt_mlp.net.0.proj",
     "txt_mlp.net.2",
 )
-_MODULE = re.compile(rf"transformer_blocks\.\d+\.({'|'.join(map(re.escape, (*_TARGETS, 'img_mod.1', 'txt_mod.1')))})")
 _WEIGHT = re.compile(
     r"transformer_blocks\.\d+\.(attn|img_mod|txt_mod|img_mlp|txt_mlp)\..+\.(weight|bias)"
     r"|(img_in|txt_in|txt_norm|proj_out|norm_out\.linear|time_text_embed\.[\w.]+)\.(weight|bias)"
 )
-
+_MODULES = {name: name for name in (*_TARGETS, "img_mod.1", "txt_mod.1")}
+_LORA = re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]")
 
 _REFERENCE = 1024 * 1024
 """Pixels of the image that an edit pipeline encodes."""
@@ -50,12 +50,18 @@ class QwenImageFamily(ModelFamily):
     """The network's timestep is sigma; latents are (channels, 1, height / 8, width / 8), packed 2x2 for the network.
 
     The native layout of the network is diffusers' own. Edit pipelines have ``image_latents`` of one image, whose tokens
-    follow those of the sample.
+    follow those of the sample. ``guidance_scale`` of the pipeline is an input of networks that were distilled for it.
     """
 
     name = "qwen_image"
+    title = "Qwen-Image"
     architecture = "QwenImageTransformer2DModel"
+    blocks = ("transformer_blocks",)
+    modules = _MODULES
     lora_targets = _TARGETS
+    default_base = "Qwen/Qwen-Image"
+    guidance_argument = "true_cfg_scale"
+    comfyui_sampling = "ModelSamplingAuraFlow"
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
         size = picture_latent_size("Qwen-Image", pipeline, height, width, frames)
@@ -83,7 +89,7 @@ class QwenImageFamily(ModelFamily):
         return _unpack(output[0][:, :own], x.shape)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """True guidance: each token of the guided velocity keeps the length it has with the prompt."""
+        """Returns the guided velocity, each token of which keeps the length that it has with the prompt."""
         guided = _pack(classifier_free_guidance(positive, negative, scale))
         length = _pack(positive).to(guided.dtype).norm(dim=-1, keepdim=True)
         return _unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), positive.shape)
@@ -113,6 +119,11 @@ class QwenImageFamily(ModelFamily):
             masks += torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
         return {"prompt_embeds": pad_sequence(tokens, True), "prompt_mask": pad_sequence(masks, True)}
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], tokens: int, latent: Sequence[int]
+    ) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (tokens, config["joint_attention_dim"]), "prompt_mask": (tokens,)}
+
     def prompts_see_images(self, pipeline: DiffusionPipeline) -> bool:
         return self.takes_image(pipeline)
 
@@ -131,16 +142,9 @@ class QwenImageFamily(ModelFamily):
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         return wan_autoencoder.decode(pipeline.vae, latents)
 
-    def native_module_name(self, diffusers_name: str) -> str:
-        if not _MODULE.fullmatch(diffusers_name):
-            raise ValueError(
-                f"a Qwen-Image module to adapt is transformer_blocks.<n>.<one of {', '.join(_TARGETS)}, img_mod.1, "
-                f"txt_mod.1>, found {diffusers_name!r}"
-            )
-        return diffusers_name
-
-    def diffusers_module_name(self, native_name: str) -> str:
-        return self.native_module_name(native_name)
+    def owns_lora(self, modules: Sequence[str]) -> bool:
+        # attention alone has names that other models have too
+        return any(_LORA.search(module) for module in modules)
 
     def native_weight_name(self, diffusers_name: str) -> str:
         if not _WEIGHT.fullmatch(diffusers_name):

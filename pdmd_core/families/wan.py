@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, WanTransformer3DModel
     from PIL.Image import Image
 
-_NATIVE_IN_BLOCK = {
+_MODULES = {
     "attn1.to_q": "self_attn.q",
     "attn1.to_k": "self_attn.k",
     "attn1.to_v": "self_attn.v",
@@ -31,13 +31,14 @@ _NATIVE_IN_BLOCK = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
-_DIFFUSERS_IN_BLOCK = {native: diffusers for diffusers, native in _NATIVE_IN_BLOCK.items()}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_LORA = re.compile(r"(?:^|\.|(?<!transformer)_)blocks[._]\d+[._](self_attn|cross_attn|attn[12]|ffn)[._]")
+"""Not of ``transformer_blocks``, which other models have."""
 
 _NATIVE_WEIGHTS_IN_BLOCK = {
     f"{diffusers}.{kind}": f"{native}.{kind}"
     for diffusers, native in (
-        _NATIVE_IN_BLOCK
+        _MODULES
         | {
             "attn1.norm_q": "self_attn.norm_q",
             "attn1.norm_k": "self_attn.norm_k",
@@ -72,17 +73,29 @@ _NATIVE_WEIGHTS = {
     "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
 }
 
+_IMAGE_TOKENS = 257
+"""Of CLIP's ViT-H/14 at 224 pixels, which Wan 2.1 sees the image with."""
+_JUST_ABOVE = 1.0005
+"""Steps of a plan lie further apart, and rounding of timesteps is finer."""
+
 
 class WanFamily(ModelFamily):
     """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 8, width / 8), 16 in Wan 2.2 5B.
 
     Image to video: ``image_latents`` (of the clip that starts with the image) go beside the sample, with
     ``image_embeds`` of CLIP in Wan 2.1. Wan 2.2 5B has ``first_frame`` instead, the latent that the clip starts with.
+    Wan 2.2 A14B is two networks: ``transformer`` at sigma >= 0.875 (0.9 from images), ``transformer_2`` below.
     """
 
     name = "wan"
+    title = "Wan"
     architecture = "WanTransformer3DModel"
-    lora_targets = tuple(_NATIVE_IN_BLOCK)
+    blocks = ("blocks",)
+    modules = _MODULES
+    lora_targets = tuple(_MODULES)
+    default_base = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    makes_clips = True
+    comfyui_pipelines = ("WanPipeline",)
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
         spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
@@ -139,6 +152,16 @@ class WanFamily(ModelFamily):
         )
         return {"prompt_embeds": embeds}
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], tokens: int, latent: Sequence[int]
+    ) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, config["text_dim"])}
+        if config["in_channels"] > config["out_channels"]:
+            shapes["image_latents"] = tuple(latent)
+        if config.get("image_dim"):
+            shapes["image_embeds"] = (_IMAGE_TOKENS, config["image_dim"])
+        return shapes
+
     @torch.no_grad()
     def encode_images(
         self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
@@ -164,11 +187,14 @@ class WanFamily(ModelFamily):
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         return wan_autoencoder.decode(pipeline.vae, latents)
 
-    def native_module_name(self, diffusers_name: str) -> str:
-        return _rename(diffusers_name, _NATIVE_IN_BLOCK)
+    def lora_arguments(self, component: str) -> dict[str, Any]:
+        return {"load_into_transformer_2": True} if component == "transformer_2" else super().lora_arguments(component)
 
-    def diffusers_module_name(self, native_name: str) -> str:
-        return _rename(native_name, _DIFFUSERS_IN_BLOCK)
+    def owns_lora(self, modules: Sequence[str]) -> bool:
+        return all(_LORA.search(module) for module in modules)
+
+    def released_components(self, files: int) -> tuple[str, ...]:
+        return ("transformer", "transformer_2") if files == 2 else super().released_components(files)
 
     def native_weight_name(self, diffusers_name: str) -> str:
         match = _BLOCK.fullmatch(diffusers_name)
@@ -201,6 +227,9 @@ class WanFamily(ModelFamily):
         }
         return {key: value for key, value in true.items() if value != guessed[key]}
 
+    def native_autoencoder(self, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return wan_autoencoder.native_autoencoder(config, state)
+
     def stock_routing(self, plan: PhasePlan, components: Sequence[str]) -> dict[str, Any]:
         if set(components) == {"transformer"}:
             return {"boundary_ratio": None}
@@ -211,8 +240,8 @@ class WanFamily(ModelFamily):
                 f"a stock WanPipeline runs transformer, then transformer_2, found {', '.join(components)}: sample "
                 "these experts with this package"
             )
-        # WanPipeline gives a timestep on the boundary to the earlier network: keep clear of both phases' sigmas.
-        return {"boundary_ratio": (plan.phases[later - 1].sigmas[-1] + plan.phases[later].sigmas[0]) / 2}
+        # WanPipeline gives a timestep on the boundary to the earlier network, a plan to the later one.
+        return {"boundary_ratio": plan.phases[later].sigmas[0] * _JUST_ABOVE}
 
 
 def _image_channels(latents: Tensor, in_channels: int) -> Tensor:
@@ -233,10 +262,3 @@ def _of_tokens(timestep: Tensor, x: Tensor) -> Tensor:
     each = timestep[:, None, None].repeat(1, frames, height * width)
     each[:, 0] = 0
     return each.flatten(1)
-
-
-def _rename(name: str, names: dict[str, str]) -> str:
-    match = _BLOCK.fullmatch(name)
-    if not match or match[2] not in names:
-        raise ValueError(f"a Wan module to adapt is blocks.<n>.<one of {', '.join(names)}>, found {name!r}")
-    return f"blocks.{match[1]}.{names[match[2]]}"

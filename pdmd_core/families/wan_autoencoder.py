@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 Value = TypeVar("Value")
+
+_IN_COMFYUI = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_dim": 16, "is_residual": False}
+"""Settings that ComfyUI takes for granted."""
 
 _NAMES = [
     (r"quant_conv\.(.+)", r"conv1.\1"),
@@ -38,7 +41,12 @@ _LAYER = re.compile(r"((?:encoder|decoder)\.(?:middle|downsamples|upsamples)\.\d
 
 
 def decode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
-    """Pixels in [0, 1], shape (batch, frames, 3, height, width), of latents as the network knows them."""
+    """Returns pixels in [0, 1] of shape (batch, frames, 3, height, width).
+
+    Args:
+        vae: The autoencoder.
+        latents: As the network knows them, of shape (batch, channels, latent frames, height / 8, width / 8).
+    """
     latents = latents.to(vae.device, vae.dtype)
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
@@ -48,10 +56,30 @@ def decode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: Tensor) -> T
     return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
 
 
-def autoencoder_to_native(state: Mapping[str, Value]) -> dict[str, Value]:
-    """An ``AutoencoderKLWan``'s state (the layout of Wan 2.1) under the original names.
+def native_autoencoder(config: Mapping[str, Any], state: Mapping[str, Value]) -> dict[str, Value]:
+    """Returns the weights of an autoencoder that ComfyUI loads, under its names.
 
-    Raises ValueError for a name that has none.
+    Args:
+        config: Its ``config.json``.
+        state: Its weights by their names in diffusers.
+
+    Raises:
+        ValueError: ComfyUI knows no autoencoder of these settings, or of these weights.
+    """
+    for key, expected in _IN_COMFYUI.items():
+        if config.get(key, expected) != expected:
+            raise ValueError(f"ComfyUI loads autoencoders with {key} {expected}, found {config[key]}")
+    return autoencoder_to_native(state)
+
+
+def autoencoder_to_native(state: Mapping[str, Value]) -> dict[str, Value]:
+    """Returns the weights of an ``AutoencoderKLWan`` of the layout of Wan 2.1 under their original names.
+
+    Args:
+        state: The weights, or anything else, by their names in diffusers.
+
+    Raises:
+        ValueError: A name has no counterpart there.
     """
     matches = [_UP.fullmatch(key) for key in state]
     resnets = 1 + max((int(match[3]) for match in matches if match and match[2] == "resnets"), default=0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,24 @@ _TARGETS = (
     "feed_forward.w2",
     "feed_forward.w3",
 )
-_MODULE = re.compile(rf"(layers|noise_refiner|context_refiner)\.\d+\.({'|'.join(map(re.escape, _TARGETS))})")
+_MODULES = {name: name for name in _TARGETS}
+_LORA = re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention[._]to_|feed_forward[._]w\d)")
 
 
 class ZImageFamily(ModelFamily):
     """Latents are (channels, height / 8, width / 8); the network takes 1 - sigma and predicts the negative velocity.
 
-    Guidance of the pipeline is counted from 0: its ``guidance_scale`` 3 is 4 here.
+    The pipeline counts the guidance that is added: its ``guidance_scale`` 3 is 4 here.
     """
 
     name = "z_image"
+    title = "Z-Image"
     architecture = "ZImageTransformer2DModel"
+    blocks = ("layers", "noise_refiner", "context_refiner")
+    modules = _MODULES
     lora_targets = _TARGETS
+    unguided = 0.0
+    comfyui_sampling = "ModelSamplingAuraFlow"
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
         size = picture_latent_size("Z-Image", pipeline, height, width, frames)
@@ -68,6 +74,11 @@ class ZImageFamily(ModelFamily):
         masks = [torch.ones(len(tokens), dtype=torch.long, device=tokens.device) for tokens in embeds]
         return {"prompt_embeds": pad_sequence(embeds, batch_first=True), "prompt_mask": pad_sequence(masks, True)}
 
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], tokens: int, latent: Sequence[int]
+    ) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (tokens, config["cap_feat_dim"]), "prompt_mask": (tokens,)}
+
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         vae = pipeline.vae
@@ -75,16 +86,9 @@ class ZImageFamily(ModelFamily):
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return (pixels.float().unsqueeze(1) / 2 + 0.5).clamp(0, 1)
 
-    def native_module_name(self, diffusers_name: str) -> str:
-        if not _MODULE.fullmatch(diffusers_name):
-            raise ValueError(
-                "a Z-Image module to adapt is layers|noise_refiner|context_refiner.<n>.<one of "
-                f"{', '.join(_TARGETS)}>, found {diffusers_name!r}"
-            )
-        return diffusers_name
-
-    def diffusers_module_name(self, native_name: str) -> str:
-        return self.native_module_name(native_name)
+    def owns_lora(self, modules: Sequence[str]) -> bool:
+        # the layout of the original code, with attention.qkv, is Lumina 2's too
+        return all(_LORA.search(module) for module in modules) and any("attention" in module for module in modules)
 
     def native_weight_name(self, diffusers_name: str) -> str:
         raise ValueError(

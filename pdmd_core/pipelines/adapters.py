@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..experts import ExpertsError, PhasedExperts
+from ..families import family_of
 from .networks import COMPONENT, network_of
 from .routing import AdapterSwitch, Route
 
@@ -42,7 +43,7 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
         for k, expert in enumerate(experts.manifest.experts):
             adapter, network = PREFIX + expert.name, networks[expert.component]
             tensors = experts.tensors(expert.name)
-            second = {"load_into_transformer_2": True} if expert.component != COMPONENT else {}
+            second = _into(expert.component, experts.manifest.base.architecture)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
                 pipe.load_lora_weights(dict(tensors), adapter_name=adapter, **second)
@@ -66,6 +67,16 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
     for name, network in networks.items():
         _activate(network, [*active[name], adapters[name][min(adapters[name])]])
     return {name: AdapterSwitch(route, network, adapters[name]) for name, network in networks.items()}
+
+
+def _into(component: str, architecture: str) -> dict[str, Any]:
+    """Arguments of ``load_lora_weights`` for a network of the pipeline."""
+    if component == COMPONENT:
+        return {}
+    try:
+        return family_of(architecture).lora_arguments(component)
+    except ValueError as error:
+        raise ExpertsError(str(error)) from None
 
 
 def _check_usable(network: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from ..experts import MANIFEST_NAME, BaseModel, ExpertsError, Manifest, PhasedExperts
 from ..experts.format.fingerprint import base_warning, network_weights, sampler_of
 from ..experts.format.untrusted import shown
+from ..families import known_family
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import load_adapters, remove_adapters
@@ -273,8 +275,7 @@ def _scheduler_of(pipe: DiffusionPipeline, plan: PhasePlan) -> PhasedDMDSchedule
 def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedDMDScheduler) -> None:
     """Set class, components and configuration of a phased pipeline."""
     original = Original(type(pipe), pipe._internal_dict, {"scheduler": pipe.scheduler})
-    plan, networks = attachment.plan, attachment.networks
-    second = plan.boundaries[0] if len(networks) == 2 else None
+    networks, routing = attachment.networks, _routing(pipe, attachment)
     with offloaded_again(pipe):
         experts = networks or [switch.network for switch in attachment.switches.values()]
         names = component_names(len(experts)) if networks else []
@@ -283,16 +284,34 @@ def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedD
         for name, network in zip(names, [*experts, None], strict=False):
             original.components[name] = pipe.__dict__.get(name, MISSING)
             pipe.register_modules(**{name: network})
-        for name, switch in attachment.switches.items():
-            if name != COMPONENT:
-                second = plan.phases[min(switch.phases)].sigmas[0]
-        if "boundary_ratio" in pipe.config:
-            # Wan's own rule is `timestep >= boundary_ratio * 1000` for its first network: strictly above the boundary
-            pipe.register_to_config(boundary_ratio=second * 1.0005 if second is not None else None)
+        pipe.register_to_config(**routing)
         pipe.register_modules(scheduler=scheduler)
         attachment.original = original
         pipe.__dict__["phased"] = attachment
         pipe.__class__ = phased_class(original.kind, len(networks))  # type: ignore[arg-type]  # a class is hashable
+
+
+def _routing(pipe: DiffusionPipeline, attachment: Attachment) -> dict[str, Any]:
+    """Entries of the pipeline's configuration with which its call asks for a second network where the plan has one."""
+    plan, second = attachment.plan, component_names(2)[1]
+    holds_two = second in inspect.signature(type(pipe).__init__).parameters
+    components = [COMPONENT] * len(plan)
+    if len(attachment.networks) == 2 and holds_two:
+        components = [COMPONENT, second]
+    for name, switch in attachment.switches.items():
+        for phase in switch.phases:
+            components[phase] = name
+    architecture = type(network_of(pipe, COMPONENT)).__name__
+    found = known_family(architecture)
+    if found is not None:
+        routing = found.stock_routing(plan, components)
+        return {key: value for key, value in routing.items() if key in pipe.config}
+    if second in components or (holds_two and getattr(pipe, second) is not None):
+        raise ExpertsError(
+            f"when a {type(pipe).__name__} runs which of its two networks is not known here, as {architecture} is of "
+            f"no model family of this project: experts of a pipeline with one network can be attached"
+        )
+    return {}
 
 
 def _kind(manifest: Manifest) -> str:

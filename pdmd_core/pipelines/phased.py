@@ -20,6 +20,7 @@ from ..experts import MANIFEST_NAME, ExpertsError, PhasedExperts
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import without_adapters
+from .guidance import guidance_of
 from .networks import COMPONENT, component_names, network_of
 from .offload import check_disk_files, offload_groups
 from .routing import AdapterSwitch, Route
@@ -263,30 +264,18 @@ def _defaults(pipe: Any, signature: inspect.Signature, given: Mapping[str, Any])
     defaults: dict[str, Any] = {}
     if "num_inference_steps" in known and not {"num_inference_steps", "sigmas", "timesteps"} & set(given):
         defaults["num_inference_steps"] = len(attachment.plan.sigmas)
-    # beside true_cfg_scale, guidance_scale is an input of a guidance-distilled base and stays as it is
-    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in known), None)
-    if name is None:
+    guidance = guidance_of(pipe)
+    if guidance is None:
         return defaults
-    none = _no_guidance(pipe) if name == "guidance_scale" else 1.0
-    wanted = attachment.guidance_scale - 1.0 + none
+    name, wanted = guidance.argument, guidance.of(attachment.guidance_scale)
     if name not in given:
         defaults[name] = wanted
-    elif given[name] is not None and float(given[name]) > max(wanted, none):
+    elif given[name] is not None and float(given[name]) > max(wanted, guidance.none):
         logger.warning(
             f"{name}={given[name]}: these experts were distilled with the teacher's guidance in them. Guidance on top "
             f"applies it twice and doubles the work; leave it at {wanted:g}."
         )
     return defaults
-
-
-def _no_guidance(pipe: Any) -> float:
-    """The guidance_scale at which a pipeline uses none: 1, or 0 where it counts what is added (Z-Image)."""
-    before = pipe.__dict__.get("_guidance_scale")
-    pipe._guidance_scale = 1.0
-    try:
-        return 0.0 if getattr(pipe, "do_classifier_free_guidance", False) is True else 1.0
-    finally:
-        pipe._guidance_scale = before
 
 
 def _components_of_full_experts(base: type[DiffusionPipeline], names: list[str]) -> dict[str, Any]:

@@ -158,7 +158,9 @@ class Conversion:
             index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], **routing}
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             _save_scheduler(folder, self.experts.manifest)
-            text = _STOCK_CARD.format(output=json.dumps(self.output.as_posix()), table=plan.describe())
+            guidance = ", ".join(f"{k}={v}" for k, v in base.family.guidance_arguments(1.0).items())
+            output = json.dumps(self.output.as_posix())
+            text = _STOCK_CARD.format(output=output, table=plan.describe(), guidance=guidance)
             (folder / "README.md").write_text(text, encoding="utf-8")
         return self._full_manifest(base, weights)
 
@@ -277,5 +279,5 @@ pipe = DiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
 ```
 
 Pass the scheduler as above: the stock scheduler that loads without it walks other sigmas than the experts were trained
-on. Sample without guidance (`guidance_scale=1.0`).
+on. Sample without guidance (`{guidance}`).
 """

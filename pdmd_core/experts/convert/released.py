@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...families import family
+from ...families import family_of_lora
 from ...hashing import sha256_of
 from ...phases import PhasePlan
 from ..errors import ExpertsError
@@ -18,9 +17,6 @@ from ..format.lora_report import lora_report
 from ..format.manifest import BaseModel, Expert, Manifest
 from ..format.weights import Weights, open_weights
 
-DEFAULT_BASES = {"wan": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "qwen_image": "Qwen/Qwen-Image"}
-"""Family to the base that most released files belong to."""
-
 
 def manifest_of_lora_files(
     paths: Mapping[str, Path],
@@ -28,43 +24,47 @@ def manifest_of_lora_files(
     base: str | None = None,
     components: Sequence[str] | None = None,
 ) -> Manifest:
-    """The manifest that LoRA files without one have as the experts of a plan.
+    """Returns the manifest that LoRA files without one have as the experts of a plan.
 
-    paths:      phase name to file, one for each phase of the plan.
-    plan:       the sigmas that the files were distilled for: their authors' card says steps and shift.
-    base:       Hub id or folder of the base; ``DEFAULT_BASES`` when None.
-    components: the base's network of each expert; for two Wan files transformer and transformer_2 (Wan2.2) when None,
-                otherwise transformer for all.
+    Rank and alpha are read from the files, where alpha is a tensor beside each module or, without one, the rank.
 
-    Rank and alpha are read from the files, where alpha is a tensor beside each module or, without one, the rank. Raises
-    ExpertsError.
+    Args:
+        paths: Phase name to file, one for each phase of the plan.
+        plan: The sigmas that the files were distilled for: their authors' card says steps and shift.
+        base: Hub id or folder of the base; None for the one that most files of this family belong to.
+        components: The base's network of each expert; None for those that this many files of the family are for.
+
+    Raises:
+        ExpertsError: The files are not LoRA files of one family, one for each phase, or nothing tells their base.
     """
     names = [phase.name for phase in plan.phases]
     if set(paths) != set(names):
         raise ExpertsError(f"the plan has phases {', '.join(names)}, found files for {', '.join(paths) or 'none'}")
     read = {name: _read(paths[name]) for name in names}
-    kinds = {name: _family_of(modules) for name, (_, modules) in read.items()}
-    if len(set(kinds.values())) > 1 or None in kinds.values():
-        found = ", ".join(f"{paths[name].name}: {kind or 'unknown'}" for name, kind in kinds.items())
-        raise ExpertsError(f"the files must be of one model family, {' or '.join(DEFAULT_BASES)}; found {found}")
-    kind = str(kinds[names[0]])
+    found = {name: family_of_lora(modules) for name, (_, modules) in read.items()}
+    kind = found[names[0]]
+    if kind is None or len({each and each.name for each in found.values()}) > 1:
+        which = ", ".join(f"{paths[name].name}: {each.name if each else 'unknown'}" for name, each in found.items())
+        raise ExpertsError(f"the files must be of one model family, which their keys tell; found {which}")
+    if base is None and kind.default_base is None:
+        raise ExpertsError(f"LoRA files of {kind.title} belong to several bases: give the Hub id or folder of theirs")
     if components is None:
-        two = kind == "wan" and len(names) == 2
-        components = ["transformer", "transformer_2"] if two else ["transformer"] * len(names)
+        components = kind.released_components(len(names))
     if len(components) != len(names):
         raise ExpertsError(f"one component for each of the {len(names)} experts is needed, found {len(components)}")
     experts = tuple(
         _expert(name, paths[name], *read[name], component) for name, component in zip(names, components, strict=True)
     )
-    origin = BaseModel(base or DEFAULT_BASES[kind], family(kind).architecture, kind)
+    origin = BaseModel(str(base or kind.default_base), kind.architecture, kind.name)
     return Manifest(origin, plan, experts, 1.0, {RELEASED: [paths[name].name for name in names]})
 
 
 def open_lora(path: Path) -> Weights:
-    """The tensors of anyone's LoRA file, also of kinds that only ComfyUI reads.
+    """Returns the tensors of anyone's LoRA file, also of kinds that only ComfyUI reads.
 
-    Raises ExpertsError for what is no safetensors file, for an alpha that is not one positive number, and for one that
-    lies where most programs lose it.
+    Raises:
+        ExpertsError: It is no safetensors file, an alpha is not one positive number, or it lies where most programs
+            lose it.
     """
     if path.suffix not in (".safetensors", ".sft"):
         raise ExpertsError(f"{path}: only safetensors files are read, others can bring code: convert it to one")
@@ -85,7 +85,7 @@ def open_lora(path: Path) -> Weights:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What ``inspect`` says of a LoRA file, and its modules."""
+    """Returns what ``inspect`` says of a LoRA file, and its modules."""
     if path.is_dir():
         raise ExpertsError(f"{path}: a LoRA file is expected here, found a folder; open it with from_pretrained")
     weights = open_lora(path)
@@ -98,17 +98,6 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     ups = (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight")
     modules = [name.removesuffix(up) for name in weights.specs for up in ups if name.endswith(up)]
     return report, tuple(sorted(modules))
-
-
-def _family_of(modules: Sequence[str]) -> str | None:
-    """The family whose module names these are, in whichever of the layouts that diffusers reads."""
-    if any(re.search(r"(img|txt)_(mlp|mod)", module) for module in modules):
-        return "qwen_image"
-    if all(
-        re.search(r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|attn[12]|ffn)[._]", module) for module in modules
-    ):
-        return "wan"
-    return None
 
 
 def _expert(name: str, path: Path, report: Mapping[str, Any], modules: tuple[str, ...], component: str) -> Expert:

@@ -1,7 +1,7 @@
-"""The LoRA key format that every tool reads, between roles and files.
+"""LoRA files, between the roles of a training and the names that a family's files have.
 
-LoRA files hold ``diffusion_model.<native module>.lora_down.weight`` / ``.lora_up.weight`` and ``.alpha``, so that
-strength 1.0 is right in diffusers' ``load_lora_weights`` and in ComfyUI's LoRA loaders.
+LoRA files hold ``<prefix><native module>`` with the suffixes of the family's ``LoraKeys``, so that strength 1.0 is
+right in diffusers' ``load_lora_weights`` and in ComfyUI's LoRA loaders.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ...families import ModelFamily
+from ...families import LoraKeys, ModelFamily
 from ..errors import ExpertsError
 from .manifest import Expert
 from .untrusted import shown
@@ -17,31 +17,31 @@ from .untrusted import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX = "diffusion_model."
-"""What every key of a LoRA file starts with."""
-_PARTS = {".lora_down.weight": "lora_A", ".lora_up.weight": "lora_B", ".alpha": "alpha"}
-
 
 def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) -> dict[str, Tensor]:
-    """Put the weights of a LoRA role under the keys of a file.
+    """Put the weights of a LoRA role under the keys of the family's files.
 
     Args:
         state: ``<module>.lora_A``, of shape (rank, in), and ``<module>.lora_B``, of shape (out, rank), by diffusers'
             module names.
         alpha: The LoRA's alpha; its product is scaled by alpha / rank.
-        names: The family, which knows the native module names.
+        names: The family, which knows the native module names and the keys.
 
     Returns:
-        The tensors of the file, on the CPU.
+        The tensors of the file, on the CPU. The alpha by which they count is that of ``names.lora_keys.alpha_in_file``,
+        which the manifest has to say.
     """
     import torch
 
-    tensors: dict[str, Tensor] = {}
+    keys, tensors = names.lora_keys, dict[str, Tensor]()
     for key, value in state.items():
         module, _, part = key.rpartition(".")
-        native = PREFIX + names.native_module_name(module)
-        tensors[f"{native}.lora_{'down' if part == 'lora_A' else 'up'}.weight"] = value.contiguous().cpu()
-        tensors[f"{native}.alpha"] = torch.tensor(float(alpha))
+        native = keys.prefix + names.native_module_name(module)
+        if keys.alpha:
+            tensors[native + keys.alpha] = torch.tensor(float(alpha))
+        elif part == "lora_B" and alpha != value.shape[1]:
+            value = (value.float() * (alpha / value.shape[1])).to(value.dtype)
+        tensors[native + (keys.down if part == "lora_A" else keys.up)] = value.contiguous().cpu()
     return tensors
 
 
@@ -51,7 +51,7 @@ def lora_from_file(tensors: Mapping[str, Tensor], expert: Expert, names: ModelFa
     Args:
         tensors: The tensors of the file by its keys.
         expert: The manifest's entry, against whose rank, alpha and targets they are checked.
-        names: The family, which knows diffusers' module names.
+        names: The family, which knows diffusers' module names and the keys.
 
     Returns:
         ``<module>.lora_A`` and ``<module>.lora_B`` by diffusers' module names.
@@ -61,22 +61,23 @@ def lora_from_file(tensors: Mapping[str, Tensor], expert: Expert, names: ModelFa
     """
     state: dict[str, Tensor] = {}
     modules: dict[str, str] = {}
-    for module, parts in check_lora(tensors, expert).items():
+    for module, parts in check_lora(tensors, expert, names.lora_keys).items():
         try:
             name = modules[module] = names.diffusers_module_name(module)
         except ValueError as error:
             raise ExpertsError(f"{expert.file}: {error}") from None
         state |= {f"{name}.{part}": value for part, value in parts.items()}
-    _check_targets(modules, expert)
+    _check_targets(modules, expert, names.lora_keys)
     return state
 
 
-def check_lora(tensors: Mapping[str, Tensor], expert: Expert) -> dict[str, dict[str, Tensor]]:
+def check_lora(tensors: Mapping[str, Tensor], expert: Expert, keys: LoraKeys) -> dict[str, dict[str, Tensor]]:
     """Check a LoRA file against the manifest, so that nothing is scaled wrongly or left out without a word.
 
     Args:
         tensors: The tensors of the file by its keys.
         expert: The manifest's entry.
+        keys: How files of the family name their tensors.
 
     Returns:
         Native module name to its ``lora_A`` and ``lora_B``.
@@ -84,13 +85,19 @@ def check_lora(tensors: Mapping[str, Tensor], expert: Expert) -> dict[str, dict[
     Raises:
         ExpertsError: If a module lacks a part, or if a rank or alpha is not the manifest's.
     """
+    if expert.alpha != keys.alpha_in_file(expert.rank or 0, expert.alpha or 0.0):
+        raise ExpertsError(
+            f"{expert.file}: LoRA files of this family carry no alpha, which is their rank {expert.rank} then, the "
+            f"manifest says {expert.alpha}: export or download it again"
+        )
+    suffixes = {keys.down: "lora_A", keys.up: "lora_B", **({keys.alpha: "alpha"} if keys.alpha else {})}
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        module, part = _split(key)
-        if not part:
-            raise ExpertsError(
-                f"{expert.file}: key {shown(key)} is not {PREFIX}<module>.lora_down|lora_up.weight or .alpha"
-            )
+        suffix = next((each for each in suffixes if key.endswith(each)), None)
+        if suffix is None or not key.startswith(keys.prefix):
+            known = f"{keys.prefix}<module>{'|'.join(suffixes)}"
+            raise ExpertsError(f"{expert.file}: key {shown(key)} is not {known}")
+        module, part = key.removeprefix(keys.prefix).removesuffix(suffix), suffixes[suffix]
         if part == "alpha":
             alpha = float(expert.alpha or 0)
             if value.numel() != 1 or not abs(float(value) - alpha) <= 1e-3 * abs(alpha):
@@ -98,22 +105,23 @@ def check_lora(tensors: Mapping[str, Tensor], expert: Expert) -> dict[str, dict[
         elif value.ndim != 2 or value.shape[0 if part == "lora_A" else 1] != expert.rank:
             raise ExpertsError(f"{expert.file}: {key} has shape {tuple(value.shape)}, expected rank {expert.rank}")
         found.setdefault(module, {})[part] = value
-    whole = [parts for parts in found.values() if len(parts) == len(_PARTS)]
+    whole = [parts for parts in found.values() if len(parts) == len(suffixes)]
     if len(whole) != len(found) or not found:
+        *others, last = (suffix.strip(".").removesuffix(".weight") for suffix in suffixes)
         raise ExpertsError(
-            f"{expert.file}: every adapted module needs lora_down, lora_up and alpha, {len(whole)} of {len(found)} "
+            f"{expert.file}: every adapted module needs {', '.join(others)} and {last}, {len(whole)} of {len(found)} "
             "modules have them: export or download it again"
         )
     return {module: {part: parts[part] for part in ("lora_A", "lora_B")} for module, parts in found.items()}
 
 
-def _check_targets(modules: Mapping[str, str], expert: Expert) -> None:
+def _check_targets(modules: Mapping[str, str], expert: Expert, keys: LoraKeys) -> None:
     """Check that the file (native to diffusers names) adapts just the modules that the manifest targets."""
     if expert.targets is None:
         return
     unused = set(expert.targets)
     for native, name in modules.items():
-        hit = matching(name, expert.targets) | matching(PREFIX + native, expert.targets)
+        hit = matching(name, expert.targets) | matching(keys.prefix + native, expert.targets)
         if not hit:
             raise ExpertsError(f"{expert.file}: adapts {name}, which is none of the manifest's targets")
         unused -= hit
@@ -134,10 +142,3 @@ def matching(module: str, targets: Iterable[str]) -> set[str]:
         Those of the targets that match.
     """
     return {target for target in targets if module == target or module.endswith(f".{target}")}
-
-
-def _split(key: str) -> tuple[str, str]:
-    for suffix, part in _PARTS.items():
-        if key.startswith(PREFIX) and key.endswith(suffix):
-            return key[len(PREFIX) : -len(suffix)], part
-    return key, ""

@@ -1,4 +1,4 @@
-"""What a LoRA file of any program is, told from its keys and its metadata: layout, rank, alpha, family."""
+"""What a LoRA file of any program is, as its keys and its metadata tell: layout, rank, alpha, family."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ...families import FAMILIES, family
+from ...families import family_of_lora
 from .untrusted import parse_json
 from .weights import Weights
 
@@ -37,7 +37,17 @@ _BLOCK = re.compile(r"(?:^|[._])blocks[._](\d+)[._]")
 
 
 def lora_report(weights: Weights, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Format, rank and alpha of a LoRA; nothing when no key is one's."""
+    """Returns format, rank, alpha and family of a LoRA; nothing when no key is one's.
+
+    Args:
+        weights: The file's tensors, of which only those of alpha are read.
+        metadata: Of the file's header.
+
+    Returns:
+        ``modules``, ``unpaired_modules`` (those without both projections), ``other_keys`` and ``blocks`` are numbers;
+        ``ranks`` and ``alphas`` are all that occur, sorted; ``prefix``, ``layout`` and ``parts`` say how keys are
+        named; ``alpha_in_metadata`` and ``family`` are None where nothing tells.
+    """
     parts: dict[str, Counter[str]] = {}
     for name in weights.specs:
         suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
@@ -50,7 +60,7 @@ def lora_report(weights: Weights, metadata: Mapping[str, str]) -> dict[str, Any]
     prefix = prefixes.most_common(1)[0][0]
     downs = [n for n in weights.specs if _PARTS.get(_suffix(n)) == "down"]
     alphas = [n for n in weights.specs if n.endswith(".alpha")]
-    bare = [module.removeprefix(prefix) for module in modules]
+    found_family = family_of_lora(modules)
     return {
         "what": "LoRA",
         "modules": len(modules),
@@ -63,7 +73,7 @@ def lora_report(weights: Weights, metadata: Mapping[str, str]) -> dict[str, Any]
         "alphas": sorted({float(weights.read(name)) for name in alphas if weights.specs[name].numel == 1}),
         "alpha_in_metadata": _peft_alpha(metadata),
         "blocks": len({match[1] for module in modules if (match := _BLOCK.search(module))}),
-        "family": next((name for name in FAMILIES if all(_is_native(name, module) for module in bare)), None),
+        "family": found_family.name if found_family else None,
     }
 
 
@@ -71,16 +81,8 @@ def _suffix(name: str) -> str:
     return next((suffix for suffix in _PARTS if name.endswith(suffix)), "")
 
 
-def _is_native(name: str, module: str) -> bool:
-    try:
-        family(name).diffusers_module_name(module)
-    except ValueError:
-        return False
-    return True
-
-
 def _peft_alpha(metadata: Mapping[str, str]) -> list[float] | None:
-    """What diffusers writes beside a LoRA and ComfyUI does not read."""
+    """Alpha as diffusers writes it beside a LoRA, which ComfyUI does not read."""
     try:
         found = parse_json(metadata.get("lora_adapter_metadata", "{}"))
         return sorted({float(value) for key, value in found.items() if key.endswith("lora_alpha")}) or None

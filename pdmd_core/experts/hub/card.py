@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ...families import known_family
 from ..errors import ExpertsError
-from ..format.manifest import Expert, Manifest
+from ..format.manifest import Manifest
+from .card_code import comfyui_text, first_code, stock_code, training_size
 from .ids import is_hub_id
 
 PROMPT = "a panda on a blue background"
@@ -45,10 +47,7 @@ pip install "phased-dmd[diffusers]"
 ```
 
 ```python
-from pdmd_core.pipelines import load_phased_pipeline
-
-pipe = load_phased_pipeline({location})
-picture = pipe({prompt}{arguments}).{output}[0]
+{first}
 ```
 
 Base, scheduler, steps and guidance come from the experts' manifest.
@@ -72,89 +71,28 @@ Base, scheduler, steps and guidance come from the experts' manifest.
 {licence}
 """
 
-_STOCK = """
-### With stock diffusers classes
-
-Only the scheduler is from `phased-dmd`; a stock scheduler walks other sigmas than the experts were trained on.
-
-```python
-{imports}from diffusers import DiffusionPipeline
-from pdmd_core.scheduler import PhasedDMDScheduler
-
-experts = {location}
-scheduler = PhasedDMDScheduler.from_pretrained(experts, subfolder="scheduler")
-pipe = DiffusionPipeline.from_pretrained({base}, {revision}scheduler=scheduler)
-{switching}
-result = pipe(
-    {prompt}{arguments},
-    num_inference_steps={steps},
-    guidance_scale={guidance:g},{callback}
-)
-```
-"""
-_CALLBACK = "\n    callback_on_step_end=use_expert_of_next_step,"
-
-_SWITCH_LORA = """names = {names}
-{loading}
-
-
-def use_expert_of_next_step(pipe, step, timestep, tensors):
-    pipe.set_adapters(names[pipe.scheduler.phase])
-    return tensors
-
-
-pipe.set_adapters(names[0])"""
-
-_SWITCH_FULL = """folder = experts if Path(experts).is_dir() else snapshot_download(experts)
-networks = []
-for file in {files}:
-    networks.append(copy.deepcopy(pipe.transformer))
-    networks[-1].load_state_dict(load_file(Path(folder) / file))
-
-
-def use_expert_of_next_step(pipe, step, timestep, tensors):
-    pipe.transformer = networks[pipe.scheduler.phase]
-    return tensors
-
-
-pipe.transformer = networks[0]"""
-
-_IMPORTS_FULL = """import copy
-from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
-"""
-
-_COMFYUI_LORA = """
-Put the `.safetensors` files into `ComfyUI/models/loras`. With the nodes of Phased DMD: `Load Phased Experts`, then any
-sampler that takes a MODEL. With ComfyUI's own nodes: for each expert a `LoraLoaderModelOnly` on the base at strength 1
-{sampling}
-"""
-_COMFYUI_FULL = """
-With the nodes of Phased DMD: `Load Phased Experts`, then any sampler that takes a MODEL. With ComfyUI's own nodes: for
-each expert a `Load Diffusion Model` (Wan's layout there is not diffusers' own: convert the files first)
-{sampling}
-"""
-_CHAIN = """and a `KSampler (Advanced)`, one after the other on the same latent: sampler `euler`, scheduler `simple`,
-steps {steps}, cfg {guidance:g}, shift {shift:.6g} (`ModelSamplingSD3`; Qwen-Image: `ModelSamplingAuraFlow`), and
-
-| expert | add_noise | start_at_step | end_at_step | return_with_leftover_noise |
-| --- | --- | ---: | ---: | --- |
-{rows}"""
-_NO_CHAIN = """and a sampler of exactly these sigmas, which scheduler `simple` gives at no shift. The nodes of
-Phased DMD walk them."""
-
 
 def write_card(folder: Path, manifest: Manifest, prompt: str = PROMPT) -> Path:
-    """Write ``folder/README.md``; its code loads the experts from that folder."""
+    """Writes ``folder/README.md``, whose code loads the experts from that folder.
+
+    Args:
+        folder: The experts folder.
+        manifest: Of its experts.
+        prompt: What the code samples.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ExpertsError: The folder has a report.json that is none.
+    """
     path = folder / "README.md"
     path.write_text(card_text(manifest, folder.as_posix(), folder, prompt), encoding="utf-8")
     return path
 
 
 def is_generated(card: str) -> bool:
-    """Whether nobody claimed this card's text as their own."""
+    """Returns whether nobody claimed this card's text as their own."""
     return _GENERATED in card
 
 
@@ -165,12 +103,19 @@ def card_text(
     prompt: str = PROMPT,
     licence: Mapping[str, str] | None = None,
 ) -> str:
-    """The model card: metadata, pictures, phases, code for diffusers and ComfyUI, measurements, files, licence.
+    """Returns the model card: metadata, pictures, phases, code for diffusers and ComfyUI, measurements, files, licence.
 
-    location: folder or Hub id from which the code of the card loads the experts.
-    folder: where report.json and samples/ (pictures and clips, a caption in ``<name>.txt`` beside each) are looked for.
-    licence: ``license``, ``license_name``, ``license_link`` of the base's card; ``manifest.training`` goes before it.
-    Raises ExpertsError for a report.json that is none.
+    Args:
+        manifest: Of the experts.
+        location: Folder or Hub id from which the code of the card loads the experts.
+        folder: Where report.json and samples/ (pictures and clips, a caption in ``<name>.txt`` beside each) are
+            looked for.
+        prompt: What the code samples.
+        licence: ``license``, ``license_name`` and ``license_link`` of the base's card; those in ``manifest.training``
+            go before them.
+
+    Raises:
+        ExpertsError: The folder has a report.json that is none.
     """
     from huggingface_hub import ModelCardData
 
@@ -189,7 +134,7 @@ def card_text(
         license_link=licence_fields.get("license_link"),
     )
     note = f"\n`{base}` is a folder of the machine that trained them: give your own copy as `base=`.\n"
-    guidance = manifest.guidance_scale
+    guidance, takes_image = manifest.guidance_scale, (_task(manifest) or "").startswith("image-")
     return _TEMPLATE.format(
         metadata=metadata.to_yaml().strip(),
         generated=_GENERATED,
@@ -200,12 +145,9 @@ def card_text(
         guidance_words="without guidance" if guidance == 1 else f"guidance {guidance:g}",
         samples=_samples(folder) if folder else "",
         table=manifest.plan.describe(),
-        location=_quoted(location),
-        prompt=_quoted(prompt),
-        arguments=_arguments(manifest),
-        output="frames" if _makes_clips(manifest) else "images",
-        stock=_stock(manifest, location, prompt),
-        comfyui=_comfyui(manifest, lora),
+        first=first_code(manifest, location, prompt, takes_image),
+        stock=stock_code(manifest, location, prompt, takes_image),
+        comfyui=comfyui_text(manifest),
         results=_results(folder) if folder else "",
         files="\n".join(f"| {e.file} | {e.name} | {e.kind} | `{e.sha256}` |" for e in experts),
         training=json.dumps(dict(manifest.training), indent=2),
@@ -213,92 +155,15 @@ def card_text(
     )
 
 
-def _makes_clips(manifest: Manifest) -> bool:
-    """diffusers names networks of video pipelines ...Transformer3DModel; their output has ``frames``."""
-    return "3D" in manifest.base.architecture
-
-
-def _size(manifest: Manifest) -> tuple[int, int, int] | None:
-    size: Any = manifest.training.get("size")
-    known = isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) for n in size)
-    return (size[0], size[1], size[2]) if known else None
-
-
-def _task(manifest: Manifest) -> str:
-    given, size = manifest.training.get("pipeline_tag"), _size(manifest)
+def _task(manifest: Manifest) -> str | None:
+    """The Hub's name of what the experts do; None where neither the training nor the family says."""
+    given, size = manifest.training.get("pipeline_tag"), training_size(manifest)
+    family = known_family(manifest.base.architecture)
     if given in _TASKS:
         return str(given)
-    return "text-to-video" if _makes_clips(manifest) and not (size and size[2] == 1) else "text-to-image"
-
-
-def _arguments(manifest: Manifest) -> str:
-    size, length = _size(manifest), manifest.training.get("max_sequence_length")
-    text = f", width={size[0]}, height={size[1]}" if size else ""
-    text += f", num_frames={size[2]}" if size and _makes_clips(manifest) else ""
-    return text + (f", max_sequence_length={length}" if isinstance(length, int) else "")
-
-
-# --- code ------------------------------------------------------------
-
-
-def _stock(manifest: Manifest, location: str, prompt: str) -> str:
-    """Experts of one component are switched by a callback; Wan's pipeline itself switches between its two."""
-    experts = manifest.experts
-    lora, components = all(e.kind == "lora" for e in experts), [e.component for e in experts]
-    imports, callback = "", _CALLBACK
-    if lora and components == ["transformer", "transformer_2"]:
-        # strictly between the last sigma of one phase and the first of the next: the pipeline's own rule is ">="
-        boundary = (manifest.plan.phases[0].sigmas[-1] + manifest.plan.phases[1].sigmas[0]) / 2
-        switching = f"{_loading(experts)}\npipe.register_to_config(boundary_ratio={boundary:.6g})"
-        callback = ""
-    elif set(components) != {"transformer"} or len({e.kind for e in experts}) > 1:
-        return ""
-    elif lora:
-        switching = _SWITCH_LORA.format(names=json.dumps([e.name for e in experts]), loading=_loading(experts))
-    else:
-        switching = _SWITCH_FULL.format(files=json.dumps([e.file for e in experts]))
-        imports = _IMPORTS_FULL
-    return _STOCK.format(
-        imports=imports,
-        location=_quoted(location),
-        base=_quoted(manifest.base.model),
-        revision=f"revision={_quoted(manifest.base.revision)}, " if manifest.base.revision else "",
-        switching=switching,
-        prompt=_quoted(prompt),
-        arguments=_arguments(manifest),
-        steps=len(manifest.plan.sigmas),
-        guidance=manifest.guidance_scale,
-        callback=callback,
-    )
-
-
-def _loading(experts: tuple[Expert, ...]) -> str:
-    lines = []
-    for expert in experts:
-        into = f", load_into_{expert.component}=True" if expert.component != "transformer" else ""
-        lines.append(
-            f'pipe.load_lora_weights(experts, weight_name="{expert.file}", adapter_name="{expert.name}"{into})'
-        )
-    return "\n".join(lines)
-
-
-def _comfyui(manifest: Manifest, lora: bool) -> str:
-    template, plan = _COMFYUI_LORA if lora else _COMFYUI_FULL, manifest.plan
-    if plan.shift is None:
-        return template.format(sampling=_NO_CHAIN)
-    rows, start = [], 0
-    for k, phase in enumerate(plan.phases):
-        first, last, end = k == 0, k == len(plan) - 1, start + len(phase.sigmas)
-        on = ["enable" if first else "disable", "disable" if last else "enable"]
-        rows.append(f"| {phase.name} | {on[0]} | {start} | {end} | {on[1]} |")
-        start = end
-    chain = _CHAIN.format(steps=start, guidance=manifest.guidance_scale, shift=plan.shift, rows="\n".join(rows))
-    return template.format(sampling=chain)
-
-
-def _quoted(text: str) -> str:
-    """A string literal of Python."""
-    return json.dumps(text, ensure_ascii=False)
+    if family is None:
+        return None
+    return "text-to-video" if family.makes_clips and not (size and size[2] == 1) else "text-to-image"
 
 
 # --- what lies beside the experts ------------------------------------------------------------

@@ -138,8 +138,7 @@ def test_third_party_loras_are_told_apart(name: str, tmp_path: Path) -> None:
     assert set(report["parts"]) == {down, up, *([".alpha"] if alpha else [])}
     assert (report["unpaired_modules"], report["other_keys"]) == (0, 0)
     assert report["parameters"] == 4 * 8 * 6 and report["metadata"] == {"software": "theirs"}
-    native = prefix != "lora_unet_"  # flattened names do not say where their dots were
-    assert report["family"] == ("wan" if native else None)
+    assert report["family"] == "wan"
     text = report_text(report)
     assert (f"alpha       {alpha:g}" if alpha else "none: the same as the rank") in text
     assert report["layout"] in text and "rank        8" in text

@@ -1,0 +1,209 @@
+"""What a model card says of how its experts are run: code for diffusers, and the settings of ComfyUI's nodes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ...families import ModelFamily, known_family
+from ..format.manifest import Expert, Manifest
+
+_FIRST = """from pdmd_core.pipelines import load_phased_pipeline
+{imports}
+pipe = load_phased_pipeline({location})
+picture = pipe({prompt}{arguments}){output}"""
+
+_STOCK = """
+### With stock diffusers classes
+
+Only the scheduler is from `phased-dmd`; a stock scheduler walks other sigmas than the experts were trained on.
+
+```python
+{imports}from diffusers import DiffusionPipeline
+{more_imports}from pdmd_core.scheduler import PhasedDMDScheduler
+
+experts = {location}
+scheduler = PhasedDMDScheduler.from_pretrained(experts, subfolder="scheduler")
+pipe = DiffusionPipeline.from_pretrained({base}, {revision}scheduler=scheduler)
+{switching}
+result = pipe(
+    {prompt}{arguments},
+    num_inference_steps={steps},
+    {guidance},{callback}
+)
+```
+"""
+_CALLBACK = "\n    callback_on_step_end=use_expert_of_next_step,"
+
+_SWITCH_LORA = """names = {names}
+{loading}
+
+
+def use_expert_of_next_step(pipe, step, timestep, tensors):
+    pipe.set_adapters(names[pipe.scheduler.phase])
+    return tensors
+
+
+pipe.set_adapters(names[0])"""
+
+_SWITCH_FULL = """folder = experts if Path(experts).is_dir() else snapshot_download(experts)
+networks = []
+for file in {files}:
+    networks.append(copy.deepcopy(pipe.transformer))
+    networks[-1].load_state_dict(load_file(Path(folder) / file))
+
+
+def use_expert_of_next_step(pipe, step, timestep, tensors):
+    pipe.transformer = networks[pipe.scheduler.phase]
+    return tensors
+
+
+pipe.transformer = networks[0]"""
+
+_IMPORTS_FULL = """import copy
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+"""
+_IMPORT_IMAGE = "from diffusers.utils import load_image\n"
+
+_COMFYUI_LORA = """
+Put the `.safetensors` files into `ComfyUI/models/loras`. With the nodes of Phased DMD: `Load Phased Experts`, then any
+sampler that takes a MODEL. With ComfyUI's own nodes: for each expert a `LoraLoaderModelOnly` on the base at strength 1
+{sampling}
+"""
+_COMFYUI_FULL = """
+With the nodes of Phased DMD: `Load Phased Experts`, then any sampler that takes a MODEL. With ComfyUI's own nodes: for
+each expert a `Load Diffusion Model` (where its layout is not diffusers' own, convert the files first)
+{sampling}
+"""
+_CHAIN = """and a `KSampler (Advanced)`, one after the other on the same latent: sampler `euler`, scheduler `simple`,
+steps {steps}, cfg {guidance:g}, shift {shift:.6g}{node}, and
+
+| expert | add_noise | start_at_step | end_at_step | return_with_leftover_noise |
+| --- | --- | ---: | ---: | --- |
+{rows}"""
+_NO_CHAIN = """and a sampler of exactly these sigmas, which scheduler `simple` gives at no shift. The nodes of
+Phased DMD walk them."""
+
+
+def first_code(manifest: Manifest, location: str, prompt: str, takes_image: bool) -> str:
+    """Returns the shortest code that samples with the experts.
+
+    Args:
+        manifest: Of the experts.
+        location: Folder or Hub id of the experts.
+        prompt: What is sampled.
+        takes_image: Whether the base's pipeline is given a picture.
+    """
+    family = known_family(manifest.base.architecture)
+    output = "[0][0]" if family is None else ".frames[0]" if family.makes_clips else ".images[0]"
+    return _FIRST.format(
+        imports=_IMPORT_IMAGE if takes_image else "",
+        location=quoted(location),
+        prompt=quoted(prompt),
+        arguments=_arguments(manifest, family, takes_image),
+        output=output,
+    )
+
+
+def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool) -> str:
+    """Returns a section with code for stock diffusers classes; nothing where they cannot run these experts.
+
+    Experts of one network are switched by a callback; a pipeline of two networks with an expert each switches itself.
+
+    Args:
+        manifest: Of the experts.
+        location: Folder or Hub id of the experts.
+        prompt: What is sampled.
+        takes_image: Whether the base's pipeline is given a picture.
+    """
+    family, experts = known_family(manifest.base.architecture), manifest.experts
+    components, kinds = [expert.component for expert in experts], {expert.kind for expert in experts}
+    if family is None or len(kinds) > 1:
+        return ""
+    try:
+        routing = family.stock_routing(manifest.plan, components)
+        loading = "\n".join(_loading(expert, family) for expert in experts)
+    except ValueError:
+        return ""
+    imports, callback = "", _CALLBACK
+    if len(set(components)) == 1:
+        if kinds == {"lora"}:
+            switching = _SWITCH_LORA.format(names=json.dumps([e.name for e in experts]), loading=loading)
+        else:
+            switching, imports = _SWITCH_FULL.format(files=json.dumps([e.file for e in experts])), _IMPORTS_FULL
+    elif kinds == {"lora"} and len(set(components)) == len(components):
+        switching, callback = loading, ""
+    else:
+        return ""
+    if routing:
+        entries = ", ".join(f"{name}={_literal(value)}" for name, value in routing.items())
+        switching += f"\npipe.register_to_config({entries})"
+    guidance = family.guidance_arguments(manifest.guidance_scale)
+    return _STOCK.format(
+        imports=imports,
+        more_imports=_IMPORT_IMAGE if takes_image else "",
+        location=quoted(location),
+        base=quoted(manifest.base.model),
+        revision=f"revision={quoted(manifest.base.revision)}, " if manifest.base.revision else "",
+        switching=switching,
+        prompt=quoted(prompt),
+        arguments=_arguments(manifest, family, takes_image),
+        steps=len(manifest.plan.sigmas),
+        guidance=",\n    ".join(f"{name}={value:g}" for name, value in guidance.items()),
+        callback=callback,
+    )
+
+
+def comfyui_text(manifest: Manifest) -> str:
+    """Returns how ComfyUI runs the experts, with this project's nodes and with its own."""
+    lora, plan = all(expert.kind == "lora" for expert in manifest.experts), manifest.plan
+    template = _COMFYUI_LORA if lora else _COMFYUI_FULL
+    if plan.shift is None:
+        return template.format(sampling=_NO_CHAIN)
+    rows, start = [], 0
+    for k, phase in enumerate(plan.phases):
+        first, last, end = k == 0, k == len(plan) - 1, start + len(phase.sigmas)
+        on = ["enable" if first else "disable", "disable" if last else "enable"]
+        rows.append(f"| {phase.name} | {on[0]} | {start} | {end} | {on[1]} |")
+        start = end
+    family = known_family(manifest.base.architecture)
+    chain = _CHAIN.format(
+        steps=start,
+        guidance=manifest.guidance_scale,
+        shift=plan.shift,
+        node=f" (`{family.comfyui_sampling}`)" if family else "",
+        rows="\n".join(rows),
+    )
+    return template.format(sampling=chain)
+
+
+def training_size(manifest: Manifest) -> tuple[int, int, int] | None:
+    """Returns width, height and frames of the distillation, or None where the manifest does not say."""
+    size: Any = manifest.training.get("size")
+    known = isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) for n in size)
+    return (size[0], size[1], size[2]) if known else None
+
+
+def quoted(text: str) -> str:
+    """Returns a string literal of Python."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _arguments(manifest: Manifest, family: ModelFamily | None, takes_image: bool) -> str:
+    size, length = training_size(manifest), manifest.training.get("max_sequence_length")
+    text = ', image=load_image("image.png")' if takes_image else ""
+    text += f", width={size[0]}, height={size[1]}" if size else ""
+    text += f", num_frames={size[2]}" if size and family and family.makes_clips else ""
+    return text + (f", max_sequence_length={length}" if isinstance(length, int) else "")
+
+
+def _loading(expert: Expert, family: ModelFamily) -> str:
+    into = "".join(f", {name}={value}" for name, value in family.lora_arguments(expert.component).items())
+    return f'pipe.load_lora_weights(experts, weight_name="{expert.file}", adapter_name="{expert.name}"{into})'
+
+
+def _literal(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
