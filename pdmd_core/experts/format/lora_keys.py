@@ -33,7 +33,8 @@ def lora_to_file(state: Mapping[str, Tensor], alpha: float, names: ModelFamily) 
     """
     import torch
 
-    keys, tensors = names.lora_keys, dict[str, Tensor]()
+    keys = names.lora_keys
+    tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         module, _, part = key.rpartition(".")
         native = keys.prefix + names.native_module_name(module)
