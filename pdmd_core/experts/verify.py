@@ -33,49 +33,43 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the result.
-
-    Attributes:
-        name: Of the check.
-        passed: Whether it did.
-        detail: One line for the user.
-        warning: It passed, but is to be looked at.
-    """
+    """One line of the result."""
 
     name: str
+    """What was checked."""
     passed: bool
+    """Whether it is as it should be."""
     detail: str
+    """One line for the user."""
     warning: bool = False
+    """Whether it passed, but is to be looked at."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to sample.
-
-    Attributes:
-        prompt: Its text.
-        size: Width and height in pixels, and frames; None for those of the distillation.
-        max_sequence_length: To which the prompt is padded; None for that of the distillation.
-    """
+    """What to sample."""
 
     prompt: str = "a panda on a blue background"
+    """The text."""
     size: tuple[int, int, int] | None = None
+    """Width and height in pixels, and frames; None for those of the distillation."""
     max_sequence_length: int | None = None
+    """The number of tokens to which the prompt is padded; None for that of the distillation."""
 
 
 def verify(folder: Path, base: str | None = None, request: SampleRequest | None = None) -> Iterator[Check]:
-    """Runs the checks one by one.
+    """Check an experts folder, one thing after the other.
 
     Args:
         folder: The experts folder.
-        base: Folder or Hub id in place of the base that the manifest names.
+        base: A folder or Hub id in place of the base that the manifest names.
         request: What to sample at the end, if anything.
 
     Yields:
         The result of each check.
 
     Raises:
-        ExpertsError: The manifest itself cannot be used.
+        ExpertsError: If the manifest itself cannot be used.
     """
     experts = PhasedExperts.open(folder)
     manifest = experts.manifest

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-from .base import Conditioning, LoraKeys, ModelFamily, TeacherRouting
+from .base import Conditioning, ModelFamily
+from .lora_keys import LoraKeys
+from .routing import TeacherRouting
 
 FAMILIES = {
     "qwen_image": "QwenImageFamily",
@@ -16,13 +18,16 @@ FAMILIES = {
 
 
 def family(name: str) -> ModelFamily:
-    """Returns the family of a name.
+    """Find a family by its name.
 
     Args:
         name: A key of ``FAMILIES``, as manifests carry it.
 
+    Returns:
+        The family.
+
     Raises:
-        ValueError: There is no such family; the message lists the known ones.
+        ValueError: If there is none; the message lists the known ones.
     """
     if name not in FAMILIES:
         raise ValueError(f"unknown model family {name!r}, expected one of: {', '.join(sorted(FAMILIES))}")
@@ -31,13 +36,16 @@ def family(name: str) -> ModelFamily:
 
 
 def family_of(architecture: str) -> ModelFamily:
-    """Returns the family whose network is a given diffusers class.
+    """Find the family whose network is a given diffusers class.
 
     Args:
         architecture: Name of the class, for example ``type(pipeline.transformer).__name__``.
 
+    Returns:
+        The family.
+
     Raises:
-        ValueError: No family has this network; the message lists the known ones.
+        ValueError: If there is none; the message lists the known ones.
     """
     found = known_family(architecture)
     if found is None:
@@ -47,18 +55,25 @@ def family_of(architecture: str) -> ModelFamily:
 
 
 def known_family(architecture: str) -> ModelFamily | None:
-    """Returns the family whose network is a given diffusers class, or None where there is none.
+    """Find the family whose network is a given diffusers class, where experts may also be of a network of no family.
 
-    Experts can belong to networks of no family: diffusers pipelines and ComfyUI run them too.
+    Args:
+        architecture: Name of the class.
+
+    Returns:
+        The family, or None.
     """
     return next((each for each in _all() if each.architecture == architecture), None)
 
 
 def family_of_lora(modules: Sequence[str]) -> ModelFamily | None:
-    """Returns the family that a LoRA file is of, or None where its keys do not tell.
+    """Find the family that a LoRA file is of.
 
     Args:
         modules: Names of all modules that the file adapts, with whatever prefix its author's program gave them.
+
+    Returns:
+        The family, or None where the names do not tell.
     """
     return next((each for each in _all() if modules and each.owns_lora(modules)), None)
 

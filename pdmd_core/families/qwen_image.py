@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..flow import Sigma
 from . import wan_autoencoder
-from .base import Conditioning, ModelFamily, classifier_free_guidance, picture_latent_size
+from .base import Conditioning, ModelFamily, classifier_free_guidance
+from .pictures import picture_latent_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
@@ -64,7 +65,7 @@ class QwenImageFamily(ModelFamily):
     comfyui_sampling = "ModelSamplingAuraFlow"
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
-        size = picture_latent_size("Qwen-Image", pipeline, height, width, frames)
+        size = picture_latent_size(self.title, pipeline, height, width, frames)
         return pipeline.transformer.config.in_channels // 4, 1, *size
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
@@ -89,7 +90,7 @@ class QwenImageFamily(ModelFamily):
         return _unpack(output[0][:, :own], x.shape)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """Returns the guided velocity, each token of which keeps the length that it has with the prompt."""
+        # each token keeps the length that it has with the prompt
         guided = _pack(classifier_free_guidance(positive, negative, scale))
         length = _pack(positive).to(guided.dtype).norm(dim=-1, keepdim=True)
         return _unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), positive.shape)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..flow import Sigma, like
 from ..phases import PhasePlan
 from . import wan_autoencoder
-from .base import Conditioning, ModelFamily, TeacherRouting
+from .base import Conditioning, ModelFamily
+from .routing import TeacherRouting
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, WanTransformer3DModel

@@ -41,11 +41,14 @@ _LAYER = re.compile(r"((?:encoder|decoder)\.(?:middle|downsamples|upsamples)\.\d
 
 
 def decode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
-    """Returns pixels in [0, 1] of shape (batch, frames, 3, height, width).
+    """Decode latents.
 
     Args:
         vae: The autoencoder.
         latents: As the network knows them, of shape (batch, channels, latent frames, height / 8, width / 8).
+
+    Returns:
+        Pixels in [0, 1] of shape (batch, frames, 3, height, width).
     """
     latents = latents.to(vae.device, vae.dtype)
     mean, std = (
@@ -57,14 +60,17 @@ def decode(vae: AutoencoderKLWan | AutoencoderKLQwenImage, latents: Tensor) -> T
 
 
 def native_autoencoder(config: Mapping[str, Any], state: Mapping[str, Value]) -> dict[str, Value]:
-    """Returns the weights of an autoencoder that ComfyUI loads, under its names.
+    """Rename the weights of an autoencoder that ComfyUI loads.
 
     Args:
         config: Its ``config.json``.
         state: Its weights by their names in diffusers.
 
+    Returns:
+        The weights by ComfyUI's names.
+
     Raises:
-        ValueError: ComfyUI knows no autoencoder of these settings, or of these weights.
+        ValueError: If ComfyUI knows no autoencoder of these settings, or of these weights.
     """
     for key, expected in _IN_COMFYUI.items():
         if config.get(key, expected) != expected:
@@ -73,13 +79,16 @@ def native_autoencoder(config: Mapping[str, Any], state: Mapping[str, Value]) ->
 
 
 def autoencoder_to_native(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Returns the weights of an ``AutoencoderKLWan`` of the layout of Wan 2.1 under their original names.
+    """Rename the weights of an ``AutoencoderKLWan`` of the layout of Wan 2.1.
 
     Args:
         state: The weights, or anything else, by their names in diffusers.
 
+    Returns:
+        The same by their original names.
+
     Raises:
-        ValueError: A name has no counterpart there.
+        ValueError: If a name has no counterpart there.
     """
     matches = [_UP.fullmatch(key) for key in state]
     resnets = 1 + max((int(match[3]) for match in matches if match and match[2] == "resnets"), default=0)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..flow import Sigma
-from .base import Conditioning, ModelFamily, picture_latent_size
+from .base import Conditioning, ModelFamily
+from .pictures import picture_latent_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ZImageTransformer2DModel
@@ -46,7 +47,7 @@ class ZImageFamily(ModelFamily):
     comfyui_sampling = "ModelSamplingAuraFlow"
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
-        size = picture_latent_size("Z-Image", pipeline, height, width, frames)
+        size = picture_latent_size(self.title, pipeline, height, width, frames)
         return pipeline.transformer.config.in_channels, *size
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:

@@ -13,26 +13,36 @@ from .networks import COMPONENT, network_of
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance in a pipeline's call.
-
-    Attributes:
-        argument: Which argument of the call sets it.
-        none: Its value for none, from which it counts.
-    """
+    """Classifier-free guidance in a pipeline's call."""
 
     argument: str
+    """Which argument of the call sets it."""
     none: float
+    """The argument's value for no guidance, from which it counts."""
 
     def of(self, scale: float) -> float:
-        """Returns the argument's value for a scale that is counted so that 1 is none."""
+        """Tell the argument's value for a scale of guidance.
+
+        Args:
+            scale: The scale, counted so that 1 is none.
+
+        Returns:
+            The value.
+        """
         return scale - 1.0 + self.none
 
 
 def guidance_of(pipe: DiffusionPipeline) -> Guidance | None:
-    """Returns how a pipeline's call is guided, or None where nothing in it is classifier-free guidance.
+    """Find how a pipeline's call is guided.
 
-    An input of a guidance-distilled network, such as FLUX's ``guidance_scale``, is none: it belongs to the base and
-    has to stay as the base has it.
+    An input of a guidance-distilled network, such as FLUX's ``guidance_scale``, is no classifier-free guidance: it
+    belongs to the base and has to stay as the base has it.
+
+    Args:
+        pipe: Any pipeline.
+
+    Returns:
+        How, or None where nothing in the call is classifier-free guidance.
     """
     arguments, network = inspect.signature(type(pipe).__call__).parameters, network_of(pipe, COMPONENT)
     family = known_family(type(network).__name__)

@@ -24,7 +24,7 @@ def manifest_of_lora_files(
     base: str | None = None,
     components: Sequence[str] | None = None,
 ) -> Manifest:
-    """Returns the manifest that LoRA files without one have as the experts of a plan.
+    """Make the manifest that LoRA files without one have as the experts of a plan.
 
     Rank and alpha are read from the files, where alpha is a tensor beside each module or, without one, the rank.
 
@@ -34,8 +34,11 @@ def manifest_of_lora_files(
         base: Hub id or folder of the base; None for the one that most files of this family belong to.
         components: The base's network of each expert; None for those that this many files of the family are for.
 
+    Returns:
+        The manifest, which names the files as they would be in a folder of experts.
+
     Raises:
-        ExpertsError: The files are not LoRA files of one family, one for each phase, or nothing tells their base.
+        ExpertsError: If the files are not LoRA files of one family, one for each phase, or nothing tells their base.
     """
     names = [phase.name for phase in plan.phases]
     if set(paths) != set(names):
@@ -60,11 +63,17 @@ def manifest_of_lora_files(
 
 
 def open_lora(path: Path) -> Weights:
-    """Returns the tensors of anyone's LoRA file, also of kinds that only ComfyUI reads.
+    """Open anyone's LoRA file, also of kinds that only ComfyUI reads.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its tensors, which are read when asked for.
 
     Raises:
-        ExpertsError: It is no safetensors file, an alpha is not one positive number, or it lies where most programs
-            lose it.
+        ExpertsError: If it is no safetensors file, an alpha is not one positive number, or alpha lies where most
+            programs lose it.
     """
     if path.suffix not in (".safetensors", ".sft"):
         raise ExpertsError(f"{path}: only safetensors files are read, others can bring code: convert it to one")
@@ -85,7 +94,7 @@ def open_lora(path: Path) -> Weights:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns what ``inspect`` says of a LoRA file, and its modules."""
+    """Read what ``inspect`` says of a LoRA file, and its modules."""
     if path.is_dir():
         raise ExpertsError(f"{path}: a LoRA file is expected here, found a folder; open it with from_pretrained")
     weights = open_lora(path)

@@ -37,16 +37,17 @@ _BLOCK = re.compile(r"(?:^|[._])blocks[._](\d+)[._]")
 
 
 def lora_report(weights: Weights, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns format, rank, alpha and family of a LoRA; nothing when no key is one's.
+    """Tell format, rank, alpha and family of a LoRA file.
 
     Args:
         weights: The file's tensors, of which only those of alpha are read.
-        metadata: Of the file's header.
+        metadata: What the file's header says beside its tensors.
 
     Returns:
-        ``modules``, ``unpaired_modules`` (those without both projections), ``other_keys`` and ``blocks`` are numbers;
-        ``ranks`` and ``alphas`` are all that occur, sorted; ``prefix``, ``layout`` and ``parts`` say how keys are
-        named; ``alpha_in_metadata`` and ``family`` are None where nothing tells.
+        Nothing when no key is a LoRA's. ``modules``, ``unpaired_modules`` (those without both projections),
+        ``other_keys`` and ``blocks`` are numbers; ``ranks`` and ``alphas`` are all that occur, sorted; ``prefix``,
+        ``layout`` and ``parts`` say how keys are named; ``alpha_in_metadata`` and ``family`` are None where nothing
+        tells.
     """
     parts: dict[str, Counter[str]] = {}
     for name in weights.specs:

@@ -73,18 +73,18 @@ Base, scheduler, steps and guidance come from the experts' manifest.
 
 
 def write_card(folder: Path, manifest: Manifest, prompt: str = PROMPT) -> Path:
-    """Writes ``folder/README.md``, whose code loads the experts from that folder.
+    """Write ``folder/README.md``, whose code loads the experts from that folder.
 
     Args:
         folder: The experts folder.
-        manifest: Of its experts.
+        manifest: The manifest of its experts.
         prompt: What the code samples.
 
     Returns:
         The path of the card.
 
     Raises:
-        ExpertsError: The folder has a report.json that is none.
+        ExpertsError: If the folder has a report.json that is none.
     """
     path = folder / "README.md"
     path.write_text(card_text(manifest, folder.as_posix(), folder, prompt), encoding="utf-8")
@@ -92,7 +92,14 @@ def write_card(folder: Path, manifest: Manifest, prompt: str = PROMPT) -> Path:
 
 
 def is_generated(card: str) -> bool:
-    """Returns whether nobody claimed this card's text as their own."""
+    """Tell whether nobody claimed a card's text as their own.
+
+    Args:
+        card: The text.
+
+    Returns:
+        Whether it may be written anew.
+    """
     return _GENERATED in card
 
 
@@ -103,10 +110,10 @@ def card_text(
     prompt: str = PROMPT,
     licence: Mapping[str, str] | None = None,
 ) -> str:
-    """Returns the model card: metadata, pictures, phases, code for diffusers and ComfyUI, measurements, files, licence.
+    """Make the model card: metadata, pictures, phases, code for diffusers and ComfyUI, measurements, files, licence.
 
     Args:
-        manifest: Of the experts.
+        manifest: The manifest of the experts.
         location: Folder or Hub id from which the code of the card loads the experts.
         folder: Where report.json and samples/ (pictures and clips, a caption in ``<name>.txt`` beside each) are
             looked for.
@@ -114,8 +121,11 @@ def card_text(
         licence: ``license``, ``license_name`` and ``license_link`` of the base's card; those in ``manifest.training``
             go before them.
 
+    Returns:
+        The text of the card.
+
     Raises:
-        ExpertsError: The folder has a report.json that is none.
+        ExpertsError: If the folder has a report.json that is none.
     """
     from huggingface_hub import ModelCardData
 

@@ -89,13 +89,16 @@ Phased DMD walk them."""
 
 
 def first_code(manifest: Manifest, location: str, prompt: str, takes_image: bool) -> str:
-    """Returns the shortest code that samples with the experts.
+    """Make the shortest code that samples with the experts.
 
     Args:
-        manifest: Of the experts.
+        manifest: The manifest of the experts.
         location: Folder or Hub id of the experts.
         prompt: What is sampled.
         takes_image: Whether the base's pipeline is given a picture.
+
+    Returns:
+        The code.
     """
     family = known_family(manifest.base.architecture)
     output = "[0][0]" if family is None else ".frames[0]" if family.makes_clips else ".images[0]"
@@ -109,15 +112,18 @@ def first_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
 
 
 def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool) -> str:
-    """Returns a section with code for stock diffusers classes; nothing where they cannot run these experts.
+    """Make the section with code for stock diffusers classes.
 
     Experts of one network are switched by a callback; a pipeline of two networks with an expert each switches itself.
 
     Args:
-        manifest: Of the experts.
+        manifest: The manifest of the experts.
         location: Folder or Hub id of the experts.
         prompt: What is sampled.
         takes_image: Whether the base's pipeline is given a picture.
+
+    Returns:
+        The section; empty where stock classes cannot run these experts.
     """
     family, experts = known_family(manifest.base.architecture), manifest.experts
     components, kinds = [expert.component for expert in experts], {expert.kind for expert in experts}
@@ -158,7 +164,14 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
 
 
 def comfyui_text(manifest: Manifest) -> str:
-    """Returns how ComfyUI runs the experts, with this project's nodes and with its own."""
+    """Say how ComfyUI runs the experts, with this project's nodes and with its own.
+
+    Args:
+        manifest: The manifest of the experts.
+
+    Returns:
+        The text.
+    """
     lora, plan = all(expert.kind == "lora" for expert in manifest.experts), manifest.plan
     template = _COMFYUI_LORA if lora else _COMFYUI_FULL
     if plan.shift is None:
@@ -181,14 +194,28 @@ def comfyui_text(manifest: Manifest) -> str:
 
 
 def training_size(manifest: Manifest) -> tuple[int, int, int] | None:
-    """Returns width, height and frames of the distillation, or None where the manifest does not say."""
+    """Read the size of the samples of the distillation.
+
+    Args:
+        manifest: The manifest of the experts.
+
+    Returns:
+        Width, height and frames, or None where the manifest does not say.
+    """
     size: Any = manifest.training.get("size")
     known = isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) for n in size)
     return (size[0], size[1], size[2]) if known else None
 
 
 def quoted(text: str) -> str:
-    """Returns a string literal of Python."""
+    """Write a text as Python does.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        A string literal.
+    """
     return json.dumps(text, ensure_ascii=False)
 
 
