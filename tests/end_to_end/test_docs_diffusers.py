@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 
 from pdmd_core.phases import PhasePlan
-from tests.helpers.tiny_pipelines import CASES, lora_experts
+from tests.helpers.families.cases import CASES
+from tests.helpers.tiny_pipelines import lora_experts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path("training/embedded/models")

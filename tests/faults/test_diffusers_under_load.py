@@ -21,7 +21,8 @@ from torch import Tensor
 from pdmd_core.experts import ExpertsError
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts
-from tests.helpers.tiny_pipelines import CASES, full_experts, lora_experts
+from tests.helpers.families.cases import CASES
+from tests.helpers.tiny_pipelines import full_experts, lora_experts
 
 ROOT = Path(__file__).parents[2]
 CASE = CASES["wan"]
@@ -33,7 +34,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from pdmd_core.pipelines import attach_experts
-from tests.helpers.tiny_pipelines import CASES
+from tests.helpers.families.cases import CASES
 torch.set_num_threads(1)
 case = CASES["wan"]
 seeds, output, *folders = sys.argv[1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.helpers.tiny_families import picture
+from tests.helpers.families.parts import picture
 
 
 def write_prompts(folder: Path, images: bool = False) -> Path:

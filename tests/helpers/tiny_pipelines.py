@@ -1,15 +1,14 @@
-"""Small calls of stock pipelines of many families, experts for them, and their sampling loop written by hand.
+"""Experts for tiny pipelines of every family, and their sampling loop written by hand.
 
-A ``Case`` is a pipeline with a small call and the way its network is called; ``euler`` walks a plan with networks that
-know nothing of phases, given the conditioning that the stock pipeline hands to its own network.
+``euler`` walks a plan with networks that know nothing of phases, given the conditioning that the stock pipeline hands
+to its own network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +18,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
-from pdmd_core.families import family
+from pdmd_core.families import ModelFamily, known_family
 from pdmd_core.phases import PhasePlan
-from tests.helpers.tiny import randn, wan_pipeline
-from tests.helpers.tiny_families import (
-    flux,
-    qwen_image,
-    qwen_image_edit,
-    qwen_image_edit_plus,
-    stable_diffusion_3,
-    wan_image,
-    wan_two_networks,
-    z_image,
-)
+from tests.helpers.families.case import Case
+from tests.helpers.tiny import randn
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 THREE = PhasePlan.from_steps([1, 2, 1], shift=5.0)
 TWO_COMPONENTS = ["transformer", "transformer_2"]
 TARGETS = ("to_q", "to_v", "to_out.0")
 """Modules that LoRA experts adapt here."""
-Velocity = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor, Tensor], Tensor]
-"""Network, arguments of a call of the stock pipeline, x, timestep (sigma * 1000, float32) to the velocity at x."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pipeline, a small call of it, the shape of its latents, and how it calls its network."""
-
-    build: Callable[..., DiffusionPipeline]
-    call: Mapping[str, Any]
-    latents: tuple[int, ...]
-    velocity: Velocity
-    no_guidance: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
-    """How a stock pipeline of this kind is told to do without guidance."""
-    name: str = ""
-    """In ``CASES``."""
-
-    def noise(self, seed: int = 5) -> Tensor:
-        return randn(*self.latents, seed=seed)
-
-    def sample(self, pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
-        """Latents that the pipeline makes from ``noise()``."""
-        call = {**self.call, "latents": self.noise(), "output_type": "latent", "return_dict": False, **arguments}
-        return pipe(**call)[0]
+ALPHA = 6.0
+"""Of LoRA experts, where their files can have another than the rank."""
+GIVEN = Image.linear_gradient("L").convert("RGB").resize((32, 32))
+"""The picture that image-to-image pipelines start from."""
 
 
 @torch.no_grad()
@@ -69,6 +39,7 @@ def euler(
     case: Case, plan: PhasePlan, networks: Sequence[nn.Module], x: Tensor | None = None, start: int = 0
 ) -> Tensor:
     """The sampling loop by hand: ``networks[k]`` takes the steps of phase k; from x at step ``start``."""
+    assert case.velocity is not None
     args, kwargs = first_call(case)
     x = case.noise() if x is None else x
     sigmas = torch.tensor([*plan.sigmas, 0.0])
@@ -93,24 +64,31 @@ def first_call(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     pipe.transformer.register_forward_pre_hook(see, with_kwargs=True)
     with contextlib.suppress(_Called):
-        case.sample(pipe, num_inference_steps=4, **case.no_guidance)
+        case.sample(pipe, num_inference_steps=4, **case.unguided(pipe))
     return seen[0]
 
 
 # --- experts ------------------------------------------------------------------
 
 
+def components_of(pipe: DiffusionPipeline, plan: PhasePlan) -> list[str]:
+    """The network of each phase: the first for the first, the last for the others."""
+    names = _family(pipe.transformer).teacher_routing(pipe.config).components if _family(pipe.transformer) else ()
+    first, *_, last = names * 2 or ("transformer", "transformer")
+    return [first, *[last] * (len(plan) - 1)]
+
+
 def lora_experts(
     folder: Path, pipe: DiffusionPipeline, plan: PhasePlan, components: Sequence[str] | None = None, **changes: Any
 ) -> Path:
-    """A folder of random LoRA experts for this pipeline, all different, with the keys that its own loader reads."""
+    """A folder of random LoRA experts for this pipeline, all different, with the keys that an export has."""
     components = components or ["transformer"] * len(plan)
     weights, experts, rank = {}, [], 4
     for seed, (phase, component) in enumerate(zip(plan.phases, components, strict=True)):
         network = getattr(pipe, component)
-        alpha = 6.0 if _is_wan(network) else float(rank)
-        state = random_lora(network, rank, seed)
-        weights[phase.name] = lora_file(network, state, alpha)
+        weights[phase.name] = lora_file(network, random_lora(network, rank, seed), ALPHA)
+        found = _family(network)
+        alpha = found.lora_keys.alpha_in_file(rank, ALPHA) if found else float(rank)
         experts.append(Expert(phase.name, f"{phase.name}.safetensors", "lora", "", component, rank, alpha, TARGETS))
     return _write(folder, pipe, plan, experts, weights, **changes)
 
@@ -126,9 +104,10 @@ def random_lora(network: nn.Module, rank: int, seed: int, targets: tuple[str, ..
 
 
 def lora_file(network: nn.Module, state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """The tensors of a LoRA file: in our own format for Wan, in diffusers' otherwise (alpha is the rank)."""
-    if _is_wan(network):
-        return lora_to_file(state, alpha, family("wan"))
+    """The tensors of a LoRA file: as the network's family has them, of no family in diffusers' (alpha is the rank)."""
+    found = _family(network)
+    if found is not None:
+        return lora_to_file(state, alpha, found)
     return {f"transformer.{key}.weight": value for key, value in state.items()}
 
 
@@ -160,8 +139,9 @@ def networks_of(case: Case, folder: Path) -> list[nn.Module]:
     for expert in manifest.experts:
         pipe = case.build()
         if expert.kind == "lora":
-            second = {"load_into_transformer_2": True} if expert.component != "transformer" else {}
-            pipe.load_lora_weights(folder, weight_name=expert.file, **second)
+            found = _family(pipe.transformer)
+            into = found.lora_arguments(expert.component) if found else {}
+            pipe.load_lora_weights(folder, weight_name=expert.file, **into)
         else:
             from safetensors.torch import load_file
 
@@ -172,8 +152,8 @@ def networks_of(case: Case, folder: Path) -> list[nn.Module]:
     return found
 
 
-def _is_wan(network: nn.Module) -> bool:
-    return type(network).__name__ == "WanTransformer3DModel"
+def _family(network: nn.Module) -> ModelFamily | None:
+    return known_family(type(network).__name__)
 
 
 def _write(
@@ -185,59 +165,7 @@ def _write(
     base: str = "tiny/base",
     guidance_scale: float = 1.0,
 ) -> Path:
-    kind = type(pipe.transformer).__name__
-    origin = BaseModel(base, kind, "wan" if kind == "WanTransformer3DModel" else kind)
+    kind, found = type(pipe.transformer).__name__, _family(pipe.transformer)
+    origin = BaseModel(base, kind, found.name if found else kind)
     write_experts(folder, Manifest(origin, plan, tuple(experts), guidance_scale), weights)
     return folder
-
-
-# --- how the pipelines call their networks -------------------------------------
-
-
-def _plain(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
-    return network(*args, **{**kwargs, "hidden_states": x, "timestep": timestep})[0]
-
-
-def _thousandth(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
-    return network(*args, **{**kwargs, "hidden_states": x, "timestep": timestep / 1000})[0]
-
-
-def _beside_channels(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
-    states = torch.cat([x, kwargs["hidden_states"][:, x.shape[1] :]], dim=1)
-    return network(*args, **{**kwargs, "hidden_states": states, "timestep": timestep})[0]
-
-
-def _beside_tokens(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
-    states = torch.cat([x, kwargs["hidden_states"][:, x.shape[1] :]], dim=1)
-    return network(*args, **{**kwargs, "hidden_states": states, "timestep": timestep / 1000})[0][:, : x.shape[1]]
-
-
-def _reversed(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
-    _, _, captions = args
-    states = list(x.unsqueeze(2).unbind(0))
-    return -torch.stack(network(states, (1000 - timestep) / 1000, captions, **kwargs)[0]).squeeze(2)
-
-
-VIDEO = {"prompt": "a panda", "height": 32, "width": 16, "num_frames": 5, "max_sequence_length": 12}
-PICTURE = {"prompt": "a panda", "height": 32, "width": 32, "max_sequence_length": 16}
-GIVEN = Image.linear_gradient("L").convert("RGB").resize((32, 32))
-"""The picture that image pipelines start from."""
-EDIT = {**PICTURE, "height": 128, "width": 128, "image": GIVEN}
-NO_TRUE_GUIDANCE = {"true_cfg_scale": 1.0}
-
-CASES = {
-    name: replace(case, name=name)
-    for name, case in {
-        "wan": Case(wan_pipeline, VIDEO, (1, 16, 2, 4, 2), _plain),
-        "wan_two": Case(wan_two_networks, VIDEO, (1, 16, 2, 4, 2), _plain),
-        "wan_image_to_video": Case(
-            wan_image, {**VIDEO, "image": GIVEN.resize((16, 32))}, (1, 16, 2, 4, 2), _beside_channels
-        ),
-        "qwen_image": Case(qwen_image, PICTURE, (1, 16, 16), _thousandth, NO_TRUE_GUIDANCE),
-        "qwen_image_edit": Case(qwen_image_edit, EDIT, (1, 4, 16), _beside_tokens, NO_TRUE_GUIDANCE),
-        "qwen_image_edit_plus": Case(qwen_image_edit_plus, EDIT, (1, 4, 16), _beside_tokens, NO_TRUE_GUIDANCE),
-        "flux": Case(flux, {**PICTURE, "height": 8, "width": 8}, (1, 16, 4), _thousandth, {}),
-        "stable_diffusion_3": Case(stable_diffusion_3, PICTURE, (1, 4, 32, 32), _plain),
-        "z_image": Case(z_image, PICTURE, (1, 16, 16, 16), _reversed, {"guidance_scale": 0.0}),
-    }.items()
-}

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from diffusers import WanTransformer3DModel
 
-from tests.helpers import tiny_families
+from tests.helpers.families.parts import picture
+from tests.helpers.families.wan import wan_image_clip
 from training import distill
 from training.config.schema import load_config
 from training.loop.build import build_run
@@ -27,11 +28,11 @@ def test_a_run_after_it_loads_no_encoder_and_it_loads_no_network(
     settings_of_run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], images: bool
 ) -> None:
     if images:
-        tiny_families.wan_image_clip().save_pretrained(tmp_path / "images")
+        wan_image_clip().save_pretrained(tmp_path / "images")
         settings_of_run["model"] |= {"path": str(tmp_path / "images"), "width": 32, "frames": 5}
         lines = []
         for i, prompt in enumerate(("a panda", "a fox on red ice")):
-            tiny_families.picture(i, (64, 48)).save(tmp_path / f"{i}.png")
+            picture(i, (64, 48)).save(tmp_path / f"{i}.png")
             lines.append(json.dumps({"prompt": prompt, "image": f"{i}.png"}))
         settings_of_run["data"]["prompts"] = str(tmp_path / "prompts.jsonl")
         (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")

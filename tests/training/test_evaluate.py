@@ -18,9 +18,9 @@ from PIL import Image
 from pdmd_core.experts import read_manifest
 from pdmd_core.experts.hub.card import write_card
 from pdmd_core.hashing import sha256_of
+from tests.helpers.families.parts import picture
 from tests.helpers.tiny import randn
 from tests.helpers.tiny_experts import save_experts
-from tests.helpers.tiny_families import picture
 from training import evaluate
 from training.evaluation.comparison import METRICS
 from training.evaluation.sampler import Sampler

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import tiny_families
+from tests.helpers.families.parts import picture
+from tests.helpers.families.qwen_image import qwen_image
+from tests.helpers.families.wan import wan_image_clip, wan_image_two_networks, wan_two_networks
 from tests.helpers.tiny_experts import save_experts
 from training import evaluate
 
@@ -29,9 +31,9 @@ class Kind:
 
 
 KINDS = {
-    "wan 2.2 a14b": Kind(tiny_families.wan_two_networks, (32, 16, 5), two=True),
-    "wan 2.2 a14b image": Kind(tiny_families.wan_image_two_networks, (16, 16, 5), images=True, two=True),
-    "qwen image": Kind(tiny_families.qwen_image, (48, 32, 1), 330, seeds=3),
+    "wan 2.2 a14b": Kind(wan_two_networks, (32, 16, 5), two=True),
+    "wan 2.2 a14b image": Kind(wan_image_two_networks, (16, 16, 5), images=True, two=True),
+    "qwen image": Kind(qwen_image, (48, 32, 1), 330, seeds=3),
 }
 MOVING = {"flow", "dynamic_degree", "smoothness", "clip_frechet"}
 
@@ -43,7 +45,7 @@ def write_prompts(folder: Path, images: bool) -> Path:
         return path
     lines = []
     for i, prompt in enumerate(("a panda", "a fox on red ice")):
-        tiny_families.picture(i, (64, 48)).save(folder / f"{i}.png")
+        picture(i, (64, 48)).save(folder / f"{i}.png")
         lines.append(json.dumps({"prompt": prompt, "image": f"{i}.png"}))
     path = folder / "prompts.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -54,7 +56,7 @@ def clips(folder: Path) -> Path:
     """Two GIFs of six frames."""
     folder.mkdir()
     for i in range(2):
-        frames = [tiny_families.picture(7 * i + t, (48, 40)) for t in range(6)]
+        frames = [picture(7 * i + t, (48, 40)) for t in range(6)]
         frames[0].save(folder / f"{i}.gif", save_all=True, append_images=frames[1:])
     return folder
 
@@ -103,10 +105,10 @@ def test_a_report_of_any_family(name: str, tmp_path: Path, capsys: pytest.Captur
 
 def test_two_images_with_one_prompt_are_two_examples(tmp_path: Path) -> None:
     teacher, output = tmp_path / "teacher", tmp_path / "report"
-    tiny_families.wan_image_clip().save_pretrained(teacher)
+    wan_image_clip().save_pretrained(teacher)
     experts = save_experts(tmp_path / "experts", teacher, (16, 16, 1))
     for i in range(2):
-        tiny_families.picture(i, (64, 48)).save(tmp_path / f"{i}.png")
+        picture(i, (64, 48)).save(tmp_path / f"{i}.png")
     lines = [json.dumps({"prompt": "it moves", "image": f"{i}.png"}) for i in (0, 1, 0)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["--experts", str(experts), "--output_dir", str(output), "--prompts", str(tmp_path / "p.jsonl")]

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from pdmd_core.experts import PhasedExperts
-from tests.helpers import tiny_families
+from tests.helpers.families.parts import picture
+from tests.helpers.families.wan import wan_image_two_networks
 from tests.helpers.tiny_experts import save_experts
 from training import sample
 from training.config.command_line import UserError
@@ -27,7 +28,7 @@ from training.evaluation.sampler import Decoder, Sampler, default_device
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample") / "teacher"
-    tiny_families.wan_image_two_networks().save_pretrained(folder)
+    wan_image_two_networks().save_pretrained(folder)
     return folder
 
 
@@ -40,7 +41,7 @@ def experts(teacher: Path) -> Path:
 def images(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(paths):
-        tiny_families.picture(i, (64, 48)).save(path)
+        picture(i, (64, 48)).save(path)
     return paths
 
 

@@ -23,7 +23,8 @@ from pdmd_core.hashing import sha256_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.helpers import tiny_families
+from tests.helpers.families.qwen_image import qwen_image
+from tests.helpers.families.wan import wan_5b, wan_image_clip, wan_image_two_networks
 from tests.helpers.tiny import CALL, lora_roles, randomise, transformer, wan_pipeline, write_lora_experts
 from tests.helpers.tiny_experts import note_fingerprints
 
@@ -302,11 +303,11 @@ def test_a_size_that_the_model_does_not_have_fails_in_one_line(folder: Path) -> 
 
 
 BASES: dict[str, tuple[Callable[[], Any], tuple[int, int, int]]] = {
-    "Wan 2.1 image to video": (tiny_families.wan_image_clip, (16, 32, 5)),
-    "Wan 2.2 image to video": (tiny_families.wan_image_two_networks, (16, 32, 5)),
-    "Wan 2.2 5B": (tiny_families.wan_5b, (32, 32, 5)),
-    "Wan 2.2 5B image to video": (lambda: tiny_families.wan_5b(WanImageToVideoPipeline), (32, 32, 5)),
-    "Qwen-Image": (tiny_families.qwen_image, (32, 16, 1)),
+    "Wan 2.1 image to video": (wan_image_clip, (16, 32, 5)),
+    "Wan 2.2 image to video": (wan_image_two_networks, (16, 32, 5)),
+    "Wan 2.2 5B": (wan_5b, (32, 32, 5)),
+    "Wan 2.2 5B image to video": (lambda: wan_5b(WanImageToVideoPipeline), (32, 32, 5)),
+    "Qwen-Image": (qwen_image, (32, 16, 1)),
 }
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from pdmd_core.experts import lora_to_file
 from pdmd_core.families.qwen_image import QwenImageFamily
 from pdmd_core.roles import Roles, RoleSpec
+from tests.helpers.families.qwen_image import qwen_image
 from tests.helpers.tiny import randn, randomise
-from tests.helpers.tiny_families import qwen_image
 
 QWEN = QwenImageFamily()
 

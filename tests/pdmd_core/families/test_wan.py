@@ -13,8 +13,8 @@ from torch import Tensor
 from pdmd_core.families import FAMILIES, TeacherRouting, family, family_of
 from pdmd_core.families.wan import WanFamily
 from pdmd_core.phases import PhasePlan
+from tests.helpers.families.wan import wan_image_two_networks, wan_two_networks
 from tests.helpers.tiny import CALL, LATENT_CHANNELS, LATENT_SHAPE, randn, save_wan_pipeline, transformer, wan_pipeline
-from tests.helpers.tiny_families import wan_image_two_networks, wan_two_networks
 
 WAN = WanFamily()
 NATIVE = {

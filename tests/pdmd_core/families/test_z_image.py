@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdmd_core.families.z_image import ZImageFamily
-from tests.helpers.tiny_families import z_image
+from tests.helpers.families.z_image import z_image
 
 Z_IMAGE = ZImageFamily()
 BLOCKS = ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")

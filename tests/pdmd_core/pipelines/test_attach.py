@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
+from tests.helpers.families.cases import CASES
+from tests.helpers.families.qwen_image import qwen_image_to_image
 from tests.helpers.pipeline_state import assert_same, state_of
-from tests.helpers.tiny_families import qwen_image_to_image
 from tests.helpers.tiny_pipelines import (
-    CASES,
     GIVEN,
     KINDS,
     PLAN,

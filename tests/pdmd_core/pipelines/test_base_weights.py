@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
+from tests.helpers.families.cases import CASES
 from tests.helpers.tiny_experts import note_fingerprints
-from tests.helpers.tiny_pipelines import CASES, PLAN, TWO_COMPONENTS, full_experts, lora_experts, lora_file, random_lora
+from tests.helpers.tiny_pipelines import PLAN, TWO_COMPONENTS, full_experts, lora_experts, lora_file, random_lora
 
 
 @pytest.fixture

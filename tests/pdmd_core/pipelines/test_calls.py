@@ -15,18 +15,10 @@ from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.helpers.tiny_families import flux
-from tests.helpers.tiny_pipelines import (
-    CASES,
-    KINDS,
-    PLAN,
-    THREE,
-    Case,
-    first_call,
-    full_experts,
-    lora_experts,
-    networks_of,
-)
+from tests.helpers.families.case import Case
+from tests.helpers.families.cases import CASES
+from tests.helpers.families.others import flux
+from tests.helpers.tiny_pipelines import KINDS, PLAN, THREE, first_call, full_experts, lora_experts, networks_of
 
 
 def test_the_scheduler_must_walk_the_plan(kind: str, tmp_path: Path) -> None:

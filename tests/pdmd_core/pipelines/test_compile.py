@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from torch._dynamo.testing import CompileCounter
 
 from pdmd_core.pipelines import attach_experts, detach_experts
-from tests.helpers.tiny_pipelines import CASES, GIVEN, KINDS, PLAN, full_experts, lora_experts
+from tests.helpers.families.cases import CASES
+from tests.helpers.tiny_pipelines import GIVEN, KINDS, PLAN, full_experts, lora_experts
 
 
 @pytest.fixture(autouse=True)

@@ -17,20 +17,11 @@ from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
+from tests.helpers.families.case import Case
+from tests.helpers.families.cases import CASES
+from tests.helpers.families.qwen_image import qwen_image_to_image
 from tests.helpers.tiny import randn
-from tests.helpers.tiny_families import qwen_image_to_image
-from tests.helpers.tiny_pipelines import (
-    CASES,
-    GIVEN,
-    PLAN,
-    THREE,
-    Case,
-    euler,
-    first_call,
-    full_experts,
-    lora_experts,
-    networks_of,
-)
+from tests.helpers.tiny_pipelines import GIVEN, PLAN, THREE, euler, first_call, full_experts, lora_experts, networks_of
 
 ON_BOUNDARY = PhasePlan.from_steps([2, 2], shift=7.0)
 """[1, .9545 | .875, .7]: the low-noise expert starts exactly where Wan 2.2's own boundary_ratio lies."""

@@ -12,7 +12,8 @@ from diffusers.modular_pipelines import QwenImageAutoBlocks
 
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts
-from tests.helpers.tiny_pipelines import CASES, full_experts, lora_experts
+from tests.helpers.families.cases import CASES
+from tests.helpers.tiny_pipelines import full_experts, lora_experts
 
 PLAN = PhasePlan.from_steps([1, 2, 1], shift=3.0)
 

@@ -14,7 +14,8 @@ from torch import nn
 from pdmd_core.experts import ExpertsError
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts
-from tests.helpers.tiny_pipelines import CASES, KINDS, PLAN, THREE, full_experts, lora_experts
+from tests.helpers.families.cases import CASES
+from tests.helpers.tiny_pipelines import KINDS, PLAN, THREE, full_experts, lora_experts
 
 CPU = torch.device("cpu")
 

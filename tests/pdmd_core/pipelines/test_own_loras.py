@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.pipelines import attach_experts, detach_experts
-from tests.helpers.tiny_pipelines import (
-    CASES,
-    PLAN,
-    euler,
-    full_experts,
-    lora_experts,
-    lora_file,
-    networks_of,
-    random_lora,
-)
+from tests.helpers.families.cases import CASES
+from tests.helpers.tiny_pipelines import PLAN, euler, full_experts, lora_experts, lora_file, networks_of, random_lora
 
 STYLE_TARGETS = ("to_q", "to_k", "ffn.net.0.proj", "img_mlp.net.0.proj")
 """Partly modules that experts adapt, partly others."""

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
+from tests.helpers.families.cases import CASES
 from tests.helpers.pipeline_state import assert_same, public, state_of
 from tests.helpers.tiny_pipelines import (
-    CASES,
     KINDS,
     PLAN,
     THREE,

@@ -13,7 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pdmd_core.families import family
-from tests.helpers.tiny_families import picture, qwen_image, wan_image_clip
+from tests.helpers.families.parts import picture
+from tests.helpers.families.qwen_image import qwen_image
+from tests.helpers.families.wan import wan_image_clip
 from training.data import encoder as encoder_module
 from training.data import prompt_cache
 from training.data.buckets import ANY, Bucket, SampleSize

@@ -14,8 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pdmd_core.families import family
 from tests.helpers.configs import changed
+from tests.helpers.families.qwen_image import qwen_image
+from tests.helpers.families.z_image import z_image
 from tests.helpers.tiny import transformer
-from tests.helpers.tiny_families import qwen_image, z_image
 from training.config.schema import ConfigError, load_config
 from training.distributed.context_parallel import divide_samples
 from training.loop.dry_run import describe

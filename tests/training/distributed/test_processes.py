@@ -23,8 +23,9 @@ from accelerate.state import AcceleratorState
 
 from pdmd_core.experts import PhasedExperts
 from tests.helpers.configs import changed
+from tests.helpers.families.qwen_image import qwen_image
+from tests.helpers.families.wan import wan_image_two_networks, wan_two_networks
 from tests.helpers.prompt_files import write_prompts
-from tests.helpers.tiny_families import qwen_image, wan_image_two_networks, wan_two_networks
 from training.config.schema import ConfigError, load_config, with_values
 from training.distributed.sharding import check_processes
 from training.loop.build import build_run

@@ -13,9 +13,9 @@ import torch
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.phases import PhasePlan
+from tests.helpers.families.parts import picture
 from tests.helpers.tiny import save_wan_pipeline
 from tests.helpers.tiny_experts import save_experts
-from tests.helpers.tiny_families import picture
 from training.data.examples import Example
 from training.data.teacher import TeacherSource
 from training.evaluation.cache import TensorCache

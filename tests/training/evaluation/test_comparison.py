@@ -24,8 +24,8 @@ from pdmd_core.metrics import (
     seed_diversity,
     standardised,
 )
+from tests.helpers.families.parts import picture
 from tests.helpers.tiny import randn
-from tests.helpers.tiny_families import picture
 from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 from training.evaluation.comparison import METRICS, compare

@@ -11,7 +11,7 @@ from torch import nn
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.families import TeacherRouting, family
-from tests.helpers import tiny_families
+from tests.helpers.families.wan import wan_two_networks
 from tests.helpers.tiny_experts import note_fingerprints, save_experts
 from training.loop.export import roles_from_experts
 
@@ -19,7 +19,7 @@ BOTH = ("transformer", "transformer_2")
 
 
 def test_each_network_of_a_teacher_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline = tiny_families.wan_two_networks()
+    pipeline = wan_two_networks()
     pipeline.save_pretrained(tmp_path / "teacher")
     experts = save_experts(tmp_path / "experts", tmp_path / "teacher", (16, 16, 1), BOTH)
     networks: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in BOTH}

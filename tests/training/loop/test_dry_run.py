@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from pdmd_core.families import TeacherRouting, family
 from pdmd_core.roles import FAKE, Roles
 from tests.helpers.configs import changed
-from tests.helpers.tiny_families import wan_two_networks
+from tests.helpers.families.wan import wan_two_networks
 from training.config.command_line import UserError
 from training.config.schema import ConfigError, load_config, parse_config
 from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, networks_of

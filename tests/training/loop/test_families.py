@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
+from pdmd_core.families import family_of
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.roles import FAKE
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.helpers import tiny_families
 from tests.helpers.configs import changed
+from tests.helpers.families.cases import BY_FAMILY
+from tests.helpers.families.cases import OF_FAMILIES as CASES
+from tests.helpers.families.wan import wan_5b
 from tests.helpers.interrupted import run_and_stop
 from tests.helpers.prompt_files import write_prompts
 from tests.helpers.tiny import wan_pipeline
@@ -29,53 +30,35 @@ from training.evaluation.sampler import Sampler
 from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
-
-@dataclass(frozen=True)
-class Kind:
-    build: Callable[[], Any]
-    size: tuple[int, int, int]
-    """Height, width, frames."""
-    tokens: int
-    images: bool = False
-    two: bool = False
-    unguided: dict[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
+every_case = pytest.mark.parametrize("name", CASES)
 
 
-UNGUIDED_TRUE = {"true_cfg_scale": 1.0}
-KINDS = {
-    "wan 2.1": Kind(wan_pipeline, (16, 32, 5), 12),
-    "wan 2.2 a14b": Kind(tiny_families.wan_two_networks, (16, 32, 5), 12, two=True),
-    "wan 2.2 a14b image": Kind(tiny_families.wan_image_two_networks, (16, 32, 5), 12, images=True, two=True),
-    "wan 2.1 image": Kind(tiny_families.wan_image_clip, (16, 32, 5), 12, images=True),
-    "wan 2.2 5b image": Kind(lambda: tiny_families.wan_5b(WanImageToVideoPipeline), (32, 64, 5), 12, images=True),
-    "wan 2.2 5b": Kind(tiny_families.wan_5b, (32, 64, 5), 12),
-    "qwen image": Kind(tiny_families.qwen_image, (32, 48, 1), 330, unguided=UNGUIDED_TRUE),
-    "qwen image edit": Kind(tiny_families.qwen_image_edit, (64, 128, 1), 500, images=True, unguided=UNGUIDED_TRUE),
-    "qwen image edit plus": Kind(
-        tiny_families.qwen_image_edit_plus, (64, 128, 1), 500, images=True, unguided=UNGUIDED_TRUE
-    ),
-    "z image": Kind(tiny_families.z_image, (32, 48, 1), 16, unguided={"guidance_scale": 0.0}),
-}
-TWO = [name for name, kind in KINDS.items() if kind.two]
-every_kind = pytest.mark.parametrize("name", KINDS)
+def has_two(name: str) -> bool:
+    pipeline = CASES[name].build()
+    return len(family_of(type(pipeline.transformer).__name__).teacher_routing(pipeline.config).components) == 2
+
+
+TWO = [name for name in CASES if has_two(name)]
+ONE_EACH = ["wan_two", *(next(iter(cases)) for family, cases in BY_FAMILY.items() if family != "wan")]
+"""A case of each family."""
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("teachers")
-    for name, kind in KINDS.items():
-        kind.build().save_pretrained(folder / name)
-    return {name: folder / name for name in KINDS}
+    for name, case in CASES.items():
+        case.build().save_pretrained(folder / name)
+    return {name: folder / name for name in CASES}
 
 
 def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> DistillConfig:
-    kind = KINDS[name]
-    height, width, frames = kind.size
+    case = CASES[name]
+    height, width, frames = case.size
     role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2}
     model = {"path": str(teacher), "height": height, "width": width, "frames": frames}
     settings = {
-        "model": {**model, "max_sequence_length": kind.tokens},
-        "data.prompts": str(write_prompts(folder, kind.images)),
+        "model": {**model, "max_sequence_length": case.tokens},
+        "data.prompts": str(write_prompts(folder, "image" in case.call)),
         "data.negative_prompt": "blurry",
         "plan": {"steps": [2, 2], "shift": 5.0},
         "objective": {"guidance_scale": 2.0},
@@ -103,9 +86,9 @@ def sampled(
     name: str, config: DistillConfig, experts: PhasedExperts, folder: Path
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Latents with the experts and with the teacher by our own sampler, and the same call for a stock pipeline."""
-    kind, (height, width, frames) = KINDS[name], KINDS[name].size
+    case, (height, width, frames) = CASES[name], CASES[name].size
     example = read_examples(config.data.prompts)[1]
-    size = SampleSize(height, width, frames, kind.tokens)
+    size = SampleSize(height, width, frames, case.tokens)
     sampler = Sampler(
         str(config.model.path),
         size,
@@ -117,20 +100,19 @@ def sampled(
     found = sampler.with_experts([(1, 7)], progress=None)
     steps = len(experts.manifest.plan.sigmas)
     teachers_own = sampler.with_teacher([(1, 7)], steps, 5.0, 1.0, progress=None)
-    call: dict[str, Any] = {"prompt": example.prompt, "height": height, "width": width, **kind.unguided}
-    call |= {"max_sequence_length": kind.tokens, "num_inference_steps": steps, "output_type": "latent"}
-    if frames > 1:
-        call["num_frames"] = frames
-    if example.image is not None:  # the samples' aspect ratio: (64, 48) is cut to (64, 32)
-        top = (48 - 64 * height // width) // 2
-        image = Image.open(example.image).convert("RGB")
-        call["image"] = image.resize((width, height), Image.Resampling.BICUBIC, box=(0, top, 64, 48 - top))
+    call = {**case.call, **sampler.family.guidance_arguments(1.0), "prompt": example.prompt}
+    call |= {"num_inference_steps": steps, "output_type": "latent"}
+    if example.image is not None:
+        call["image"] = cut(Image.open(example.image).convert("RGB"), width, height)
     return found, teachers_own, call
 
 
-def unpacked(pipe: Any, latents: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Latents of Qwen-Image as our own sampler gives them."""
-    return pipe._unpack_latents(latents, *kind.size[:2], pipe.vae_scale_factor)
+def cut(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of an image that has the aspect ratio of the samples, in their size."""
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 @torch.no_grad()
@@ -139,9 +121,10 @@ def stock_sample(teacher: Path, experts: PhasedExperts, call: dict[str, Any]) ->
     pipe = DiffusionPipeline.from_pretrained(teacher, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = PhasedDMDScheduler.from_pretrained(experts.folder, subfolder="scheduler")
+    family = family_of(type(pipe.transformer).__name__)
     for expert in experts.manifest.experts:
-        second = {"load_into_transformer_2": True} if expert.component == "transformer_2" else {}
-        pipe.load_lora_weights(experts.folder, weight_name=expert.file, adapter_name=expert.name, **second)
+        into = family.lora_arguments(expert.component)
+        pipe.load_lora_weights(experts.folder, weight_name=expert.file, adapter_name=expert.name, **into)
     names = [expert.name for expert in experts.manifest.experts]
     two = len({expert.component for expert in experts.manifest.experts}) > 1
 
@@ -156,28 +139,27 @@ def stock_sample(teacher: Path, experts: PhasedExperts, call: dict[str, Any]) ->
     return pipe(**call, generator=generator, callback_on_step_end=use_expert_of_next_step)[0]
 
 
-@every_kind
+@every_case
 def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
     name: str, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    kind, teacher = KINDS[name], teachers[name]
+    case, teacher = CASES[name], teachers[name]
     config = config_of(name, teacher, tmp_path)
     experts = PhasedExperts.open(Trainer(build_run(config)).run())
     components = [expert.component for expert in experts.manifest.experts]
-    assert components == (["transformer", "transformer_2"] if kind.two else ["transformer"] * 2)
+    assert components == (["transformer", "transformer_2"] if name in TWO else ["transformer"] * 2)
     for expert in experts.manifest.experts:
         ups = [value for key, value in experts.lora_state(expert.name).items() if key.endswith("lora_B")]
         assert sum(bool(value.any()) for value in ups) > len(ups) // 2, "trained"
 
     found, teachers_own, call = sampled(name, config, experts, tmp_path)
     expected = stock_sample(teacher, experts, call)
-    if expected.ndim == 3:
-        expected = unpacked(DiffusionPipeline.from_pretrained(teacher), expected, kind)
+    expected = case.unpacked(DiffusionPipeline.from_pretrained(teacher), expected, case.size)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - teachers_own).abs().max() > 0.02, "experts are not the teacher"
 
 
-@pytest.mark.parametrize(("name", "stop_after"), [("wan 2.2 a14b", 3), ("wan 2.2 a14b image", 1), ("qwen image", 3)])
+@pytest.mark.parametrize(("name", "stop_after"), [("wan_two_image_to_video", 1), *((name, 3) for name in ONE_EACH)])
 def test_a_stopped_run_resumes_to_the_same_numbers(
     name: str, stop_after: int, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -230,15 +212,15 @@ def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
 def test_a_component_that_the_teacher_does_not_have_is_one_line(teachers: dict[str, Path], tmp_path: Path) -> None:
     role = {"kind": "lora", "rank": 4, "alpha": 6, "lr": 1e-2, "components": ["transformer_2"]}
     with pytest.raises(ConfigError, match=r"generator\.components: the teacher has no transformer_2") as caught:
-        Trainer(build_run(config_of("qwen image", teachers["qwen image"], tmp_path, generator=role)))
+        Trainer(build_run(config_of("qwen_image", teachers["qwen_image"], tmp_path, generator=role)))
     assert len(str(caught.value).splitlines()) == 1
-    both, two = {"generator.components": ["transformer", "transformer_2"]}, "wan 2.2 a14b"
+    both, two = {"generator.components": ["transformer", "transformer_2"]}, "wan_two"
     with pytest.raises(ConfigError, match="an expert stands on one network, found two: give transformer or transf"):
         build_run(config_of(two, teachers[two], tmp_path, **both))
 
 
 def test_a_fake_of_one_network_is_asked_at_all_sigmas(teachers: dict[str, Path], tmp_path: Path) -> None:
-    name = "wan 2.2 a14b"
+    name = "wan_two"
     config = config_of(name, teachers[name], tmp_path, updates=1, **{"fake.components": ["transformer_2"]})
     trainer = Trainer(build_run(config))
     before = {key: value.clone() for key, value in trainer.roles.state_dict(FAKE).items()}
@@ -249,12 +231,14 @@ def test_a_fake_of_one_network_is_asked_at_all_sigmas(teachers: dict[str, Path],
     assert [row["bad_updates"] for row in metrics(tmp_path / "run")] == [0, 0]
 
 
-def test_full_copies_of_two_networks_train_and_reset(teachers: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_full_copies_train_and_reset(name: str, teachers: dict[str, Path], tmp_path: Path) -> None:
     role = {"kind": "full", "lr": 1e-4}
-    config = config_of("wan 2.2 a14b", teachers["wan 2.2 a14b"], tmp_path, generator=role, fake=role, updates=1)
+    config = config_of(name, teachers[name], tmp_path, generator=role, fake=role, updates=1)
     trainer = Trainer(build_run(config))
     experts = PhasedExperts.open(trainer.run())
-    for expert, component in zip(experts.manifest.experts, ("transformer", "transformer_2"), strict=True):
+    components = ("transformer", "transformer_2") if name in TWO else ("transformer",) * 2
+    for expert, component in zip(experts.manifest.experts, components, strict=True):
         assert (expert.kind, expert.component) == ("full", component)
         base, trained = trainer.roles.base_state_dict(component), experts.tensors(expert.name)
         assert set(base) == set(trained)
@@ -262,7 +246,7 @@ def test_full_copies_of_two_networks_train_and_reset(teachers: dict[str, Path], 
 
 
 def test_experts_of_two_networks_do_not_load_on_one(teachers: dict[str, Path], tmp_path: Path) -> None:
-    config = config_of("wan 2.2 a14b", teachers["wan 2.2 a14b"], tmp_path, updates=1)
+    config = config_of("wan_two", teachers["wan_two"], tmp_path, updates=1)
     experts = PhasedExperts.open(Trainer(build_run(config)).run())
     wan_pipeline().save_pretrained(tmp_path / "one")
     with pytest.raises(ExpertsError, match="'low_noise' belongs to transformer_2") as caught:
@@ -273,12 +257,12 @@ def test_experts_of_two_networks_do_not_load_on_one(teachers: dict[str, Path], t
 def test_a_pipeline_class_of_choice_makes_the_5b_teacher_an_image_to_video_one(
     teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    tiny_families.wan_5b().save_pretrained(tmp_path / "5b")
-    config = config_of("wan 2.2 5b image", tmp_path / "5b", tmp_path)
+    wan_5b().save_pretrained(tmp_path / "5b")
+    config = config_of("wan_5b_image_to_video", tmp_path / "5b", tmp_path)
     with pytest.raises(PromptError, match=r"WanPipeline takes no images, 3 prompts have one; leave them out"):
         Trainer(build_run(config))
     model = {**config.model.model_dump(mode="json"), "pipeline": "WanImageToVideoPipeline"}
-    trainer = Trainer(build_run(config_of("wan 2.2 5b image", tmp_path / "5b", tmp_path, model=model)))
+    trainer = Trainer(build_run(config_of("wan_5b_image_to_video", tmp_path / "5b", tmp_path, model=model)))
     conditioning = trainer.built.data.prompts.conditioning(torch.arange(3), torch.device("cpu"))
     assert conditioning["first_frame"].shape == (3, 48, 1, 2, 4)
 
@@ -286,7 +270,7 @@ def test_a_pipeline_class_of_choice_makes_the_5b_teacher_an_image_to_video_one(
 def test_prompts_without_images_and_sample_prompts_are_refused_by_image_teachers(
     teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    name = "wan 2.2 a14b image"
+    name = "wan_two_image_to_video"
     (tmp_path / "p.txt").write_text("a panda\na fox\n", encoding="utf-8")
     with pytest.raises(PromptError, match="takes an image with each prompt, 2 of 2 have none") as caught:
         Trainer(build_run(config_of(name, teachers[name], tmp_path, **{"data.prompts": str(tmp_path / "p.txt")})))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pdmd_core.roles import Roles
 from tests.helpers.configs import changed
-from tests.helpers.tiny_families import wan_two_networks
+from tests.helpers.families.wan import wan_two_networks
 from training.config.schema import ConfigError, DistillConfig
 from training.loop.build import build_run
 from training.loop.trainer import Trainer

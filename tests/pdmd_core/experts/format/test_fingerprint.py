@@ -27,7 +27,10 @@ from pdmd_core.experts.format.fingerprint import (
     sampler_of_files,
     take_fingerprint,
 )
-from tests.helpers import tiny_families
+from tests.helpers.families.others import flux, stable_diffusion_3
+from tests.helpers.families.qwen_image import qwen_image
+from tests.helpers.families.wan import wan_image_clip
+from tests.helpers.families.z_image import z_image
 from tests.helpers.tiny import randn, transformer
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -221,11 +224,11 @@ def test_files_and_memory_give_the_same_and_little_of_a_file_is_read(
 
 
 FAMILIES = {
-    "wan image": lambda: tiny_families.wan_image().transformer,
-    "qwen_image": lambda: tiny_families.qwen_image().transformer,
-    "z_image": lambda: tiny_families.z_image().transformer,
-    "flux": lambda: tiny_families.flux().transformer,
-    "stable_diffusion_3": lambda: tiny_families.stable_diffusion_3().transformer,
+    "wan image": lambda: wan_image_clip().transformer,
+    "qwen_image": lambda: qwen_image().transformer,
+    "z_image": lambda: z_image().transformer,
+    "flux": lambda: flux().transformer,
+    "stable_diffusion_3": lambda: stable_diffusion_3().transformer,
 }
 
 
