@@ -136,7 +136,7 @@ def write_lora_experts(
                 kind="lora",
                 sha256="",
                 rank=spec.rank,
-                alpha=spec.alpha,
+                alpha=names.lora_keys.alpha_in_file(spec.rank, spec.alpha),
                 targets=spec.targets or names.lora_targets,
             )
         )

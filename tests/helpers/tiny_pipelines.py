@@ -64,7 +64,7 @@ def first_call(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     pipe.transformer.register_forward_pre_hook(see, with_kwargs=True)
     with contextlib.suppress(_Called):
-        case.sample(pipe, num_inference_steps=4, **case.unguided(pipe))
+        case.sample(pipe, num_inference_steps=4, **case.unguided)
     return seen[0]
 
 
@@ -73,9 +73,9 @@ def first_call(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def components_of(pipe: DiffusionPipeline, plan: PhasePlan) -> list[str]:
     """The network of each phase: the first for the first, the last for the others."""
-    names = _family(pipe.transformer).teacher_routing(pipe.config).components if _family(pipe.transformer) else ()
-    first, *_, last = names * 2 or ("transformer", "transformer")
-    return [first, *[last] * (len(plan) - 1)]
+    found = _family(pipe.transformer)
+    names = found.teacher_routing(pipe.config).components if found else ("transformer",)
+    return [names[0], *[names[-1]] * (len(plan) - 1)]
 
 
 def lora_experts(
@@ -135,12 +135,11 @@ def shifted(network: nn.Module, seed: int) -> nn.Module:
 
 def networks_of(case: Case, folder: Path) -> list[nn.Module]:
     """The experts of a folder as stock networks: LoRA files through the stock loader, each in a pipeline of its own."""
-    manifest, found = Manifest.from_json((folder / "phased_experts.json").read_text()), []
+    manifest, networks = Manifest.from_json((folder / "phased_experts.json").read_text()), []
     for expert in manifest.experts:
         pipe = case.build()
         if expert.kind == "lora":
-            found = _family(pipe.transformer)
-            into = found.lora_arguments(expert.component) if found else {}
+            into = case.family.lora_arguments(expert.component) if case.family else {}
             pipe.load_lora_weights(folder, weight_name=expert.file, **into)
         else:
             from safetensors.torch import load_file
@@ -148,8 +147,8 @@ def networks_of(case: Case, folder: Path) -> list[nn.Module]:
             # cloned: where weights lie in memory decides about the last digit
             weights = {name: value.clone() for name, value in load_file(folder / expert.file).items()}
             pipe.transformer.load_state_dict(weights, assign=True)
-        found.append(getattr(pipe, expert.component))
-    return found
+        networks.append(getattr(pipe, expert.component))
+    return networks
 
 
 def _family(network: nn.Module) -> ModelFamily | None:

@@ -52,7 +52,7 @@ def export_experts(
                 sha256="",
                 component=roles.components(phase.name)[0],
                 rank=spec.rank if lora else None,
-                alpha=spec.alpha if lora else None,
+                alpha=roles.family.lora_keys.alpha_in_file(spec.rank, spec.alpha) if lora else None,
                 targets=tuple(spec.targets or roles.family.lora_targets) if lora else None,
             )
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -35,9 +35,11 @@ def _as_they_are(pipeline: Any, latents: Tensor, size: tuple[int, int, int]) -> 
 
 
 @functools.cache
-def _arguments(build: Callable[..., Any]) -> frozenset[str]:
-    """Of the pipeline's call."""
-    return frozenset(inspect.signature(type(build()).__call__).parameters)
+def _told(build: Callable[..., Any]) -> tuple[ModelFamily | None, frozenset[str]]:
+    """The family of a pipeline, and the arguments of its call."""
+    pipe = build()
+    arguments = frozenset(inspect.signature(type(pipe).__call__).parameters)
+    return known_family(type(pipe.transformer).__name__), arguments
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,21 @@ class Case:
     """As max_sequence_length; enough for the prompts of the tests."""
     unpacked: Callable[[Any, Tensor, tuple[int, int, int]], Tensor] = _as_they_are
     """Pipeline, latents as its call returns them, size, to latents as the family has them."""
-    no_guidance: Mapping[str, float] | None = None
-    """Arguments of the call for no guidance, of pipelines that are of no family."""
+    no_guidance: Mapping[str, float] = field(default_factory=dict)
+    """Arguments of the call for no guidance, of a pipeline that is of no family."""
     name: str = ""
     """In the CASES of its module."""
 
-    def family(self, pipe: DiffusionPipeline) -> ModelFamily | None:
-        """The family of a pipeline that this case built."""
-        return known_family(type(getattr(pipe.transformer, "_orig_mod", pipe.transformer)).__name__)
+    @property
+    def family(self) -> ModelFamily | None:
+        """The family of the pipeline."""
+        return _told(self.build)[0]
 
     @property
     def call(self) -> dict[str, Any]:
         """A small call of the pipeline."""
         height, width, frames = self.size
-        takes = _arguments(self.build)
+        takes = _told(self.build)[1]
         values = {
             "prompt": PROMPT,
             "image": picture(),
@@ -80,13 +83,10 @@ class Case:
         }
         return {name: value for name, value in values.items() if name in takes}
 
-    def unguided(self, pipe: DiffusionPipeline) -> Mapping[str, float]:
+    @property
+    def unguided(self) -> Mapping[str, float]:
         """Arguments of the call for no guidance."""
-        if self.no_guidance is not None:
-            return self.no_guidance
-        found = self.family(pipe)
-        assert found is not None
-        return found.guidance_arguments(1.0)
+        return self.family.guidance_arguments(1.0) if self.family else self.no_guidance
 
     def noise(self, seed: int = 5) -> Tensor:
         """Normal noise of the shape of the call's latents."""

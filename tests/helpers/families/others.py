@@ -114,7 +114,7 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
 
 
 CASES = {
-    "flux": Case(flux, (8, 8, 1), (1, 16, 4), thousandth, no_guidance={}),
+    "flux": Case(flux, (8, 8, 1), (1, 16, 4), thousandth),
     "stable_diffusion_3": Case(
         stable_diffusion_3, (32, 32, 1), (1, 4, 32, 32), plain, no_guidance={"guidance_scale": 1.0}
     ),

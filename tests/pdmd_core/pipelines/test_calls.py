@@ -122,9 +122,10 @@ def test_positional_arguments(tmp_path: Path) -> None:
     expected = case.sample(pipe)
     call = {k: v for k, v in case.call.items() if k not in ("prompt", "height", "width")}
     noise = {"latents": case.noise(), "output_type": "latent", "return_dict": False}
-    assert torch.equal(pipe("a panda", None, 1.0, 32, 32, 4, **call, **noise)[0], expected)
+    height, width, _ = case.size
+    assert torch.equal(pipe("a panda", None, 1.0, height, width, 4, **call, **noise)[0], expected)
     with pytest.raises(ValueError, match="found 9: ask for 4"):
-        pipe("a panda", None, 1.0, 32, 32, 9, **call, **noise)
+        pipe("a panda", None, 1.0, height, width, 9, **call, **noise)
     with pytest.raises(TypeError, match="unexpected keyword argument 'prompts'"):
         case.sample(pipe, prompts="a panda")
 

@@ -64,7 +64,7 @@ def test_lora_experts_attached_to_a_compiled_pipeline(how: str, tmp_path: Path) 
     case = CASES["wan"]
     plain = case.build()
     expected = case.sample(attach_experts(plain, lora_experts(tmp_path, plain, PLAN)))
-    pipe, counter, call = case.build(), CompileCounter(), {"num_inference_steps": 4, **case.no_guidance}
+    pipe, counter, call = case.build(), CompileCounter(), {"num_inference_steps": 4, **case.unguided}
     compile_networks(pipe, how, counter)
     before = case.sample(pipe, **call)
     assert counter.frame_count == 1

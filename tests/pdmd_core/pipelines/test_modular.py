@@ -31,7 +31,7 @@ def modular_of(pipe: DiffusionPipeline) -> Any:
 
 def test_a_modular_pipeline_samples_what_the_pipeline_samples(tmp_path: Path) -> None:
     case = CASES["qwen_image"]
-    pipe = case.build()
+    pipe, (height, width, _) = case.build(), case.size
     pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # modular latents are without them
     attach_experts(pipe, lora_experts(tmp_path, pipe, PLAN))
     modular = modular_of(pipe)
@@ -40,8 +40,8 @@ def test_a_modular_pipeline_samples_what_the_pipeline_samples(tmp_path: Path) ->
         sampled = modular(**call, num_inference_steps=4, output="latents")
         call["generator"] = torch.Generator().manual_seed(seed)
         expected = pipe(**call, output_type="latent", return_dict=False)[0]
-        assert torch.equal(pipe._pack_latents(sampled, 1, 4, 8, 8), expected)
-    assert modular(**case.call, num_inference_steps=4, output="images")[0].size == (32, 32)
+        assert torch.equal(pipe._pack_latents(sampled, 1, 4, height // 4, width // 4), expected)
+    assert modular(**case.call, num_inference_steps=4, output="images")[0].size == (width, height)
 
 
 def test_what_would_be_wrong_is_an_error(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_model_offload_loads_only_the_expert_on_turn(
         assert order[0][1] not in networks
     detach_experts(pipe)
     loads.clear()
-    case.sample(pipe, num_inference_steps=4, **case.no_guidance)
+    case.sample(pipe, num_inference_steps=4, **case.unguided)
     used = [module for module, _ in loads]
     assert any(m is pipe.transformer for m in used) and not any(m is n for m in used for n in networks)
 
@@ -171,7 +171,7 @@ def test_lora_experts_may_come_after_group_offload(offload_type: str, tmp_path: 
     case = CASES["wan"]
     plain = case.build()
     expected = case.sample(attach_experts(plain, lora_experts(tmp_path, plain, PLAN)))
-    pipe, call = case.build(), {"num_inference_steps": 4, **case.no_guidance}
+    pipe, call = case.build(), {"num_inference_steps": 4, **case.unguided}
     before = case.sample(pipe, **call)
     pipe.enable_group_offload(CPU, offload_type=offload_type, num_blocks_per_group=1)
     attach_experts(pipe, tmp_path)

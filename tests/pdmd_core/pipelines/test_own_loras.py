@@ -200,7 +200,7 @@ def test_detaching_leaves_the_users_loras(case: Any, folder: Path, style: dict[s
     if when != "none":
         stock.load_lora_weights(dict(style), adapter_name="style")
         stock.set_adapters(["style"], [0.3])
-    call = {"num_inference_steps": 4, **case.no_guidance}
+    call = {"num_inference_steps": 4, **case.unguided}
     expected, pipe = case.sample(stock, **call), case.build()
     if when == "before":
         pipe.load_lora_weights(dict(style), adapter_name="style")

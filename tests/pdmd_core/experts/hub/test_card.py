@@ -14,12 +14,15 @@ import pytest
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from huggingface_hub import ModelCard
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest
 from pdmd_core.experts.hub.card import card_text, is_generated, write_card
+from pdmd_core.families import FAMILIES, family
 from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
+from tests.helpers.families.cases import BY_FAMILY
 from tests.helpers.tiny import CALL, lora_roles, save_wan_pipeline, transformer, wan_pipeline, write_lora_experts
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
@@ -275,6 +278,33 @@ def test_the_code_for_two_networks_leaves_the_switch_to_the_pipeline_at_a_bounda
     pipe: DiffusionPipeline = variables["pipe"]
     first, second = id(pipe.transformer), id(pipe.transformer_2)
     assert seen == [(first, ["high_noise"])] * 2 + [(second, ["low_noise"])] * 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_code_of_every_family_evaluates_its_network_once_a_step(name: str, tmp_path: Path) -> None:
+    case = next(iter(BY_FAMILY[name].values()))
+    pipeline, (height, width, frames) = case.build(), case.size
+    pipeline.save_pretrained(tmp_path / "base")
+    roles = Roles(pipeline.transformer, family(name), {phase.name: RoleSpec("lora", 4, 6.0) for phase in PLAN.phases})
+    training = {"size": [width, height, frames], "max_sequence_length": case.tokens}
+    manifest = write_lora_experts(tmp_path / "experts", PLAN, roles, str(tmp_path / "base"), training)
+    PhasedDMDScheduler.from_plan(PLAN).save_pretrained(tmp_path / "experts" / "scheduler")
+    blocks = python_blocks(write_card(tmp_path / "experts", manifest).read_text())
+    assert len(blocks) == 2
+    evaluated: list[int] = []
+
+    def count(module: nn.Module, _: object, output: Any) -> None:
+        if type(module) is type(pipeline.transformer):
+            evaluated.append(len(output[0]))
+
+    handle = register_module_forward_hook(count)
+    try:
+        for block in blocks:
+            evaluated.clear()
+            exec(block, {})  # noqa: S102
+            assert sum(evaluated) == len(PLAN.sigmas), block
+    finally:
+        handle.remove()
 
 
 def test_experts_that_stock_classes_cannot_switch_have_no_code_for_them() -> None:
