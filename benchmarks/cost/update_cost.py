@@ -171,7 +171,7 @@ def main() -> None:
     for size in arguments.sizes:
         for name in arguments.models:
             # a full copy of the fake is the paper's recipe, its optimizer the largest part that is no evaluation
-            for fake in ("lora", "full") if name == "wan" else ("lora",):
+            for fake in ("lora", "full") if name == MODELS[0] else ("lora",):
                 torch.manual_seed(0)
                 teacher = small_teacher(name, size, side, device)
                 config = small_config(**({"fake": FULL_FAKE} if fake == "full" else {}))

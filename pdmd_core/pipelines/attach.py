@@ -301,17 +301,9 @@ def _routing(pipe: DiffusionPipeline, attachment: Attachment) -> dict[str, Any]:
     for name, switch in attachment.switches.items():
         for phase in switch.phases:
             components[phase] = name
-    architecture = type(network_of(pipe, COMPONENT)).__name__
-    found = known_family(architecture)
-    if found is not None:
-        routing = found.stock_routing(plan, components)
-        return {key: value for key, value in routing.items() if key in pipe.config}
-    if second in components or (holds_two and getattr(pipe, second) is not None):
-        raise ExpertsError(
-            f"when a {type(pipe).__name__} runs which of its two networks is not known here, as {architecture} is of "
-            f"no model family of this project: experts of a pipeline with one network can be attached"
-        )
-    return {}
+    found = known_family(type(network_of(pipe, COMPONENT)).__name__)
+    routing = found.stock_routing(plan, components) if found else {}
+    return {key: value for key, value in routing.items() if key in pipe.config}
 
 
 def _kind(manifest: Manifest) -> str:
@@ -346,6 +338,11 @@ def _check_fits(pipe: DiffusionPipeline, experts: PhasedExperts) -> None:
             f"these experts were distilled for one network, this {kind} has two: its {components[0]} with the experts "
             f"takes all steps, which is right for experts of one of its networks and wrong for those of another model; "
             f"they name {manifest.base.model!r} as theirs"
+        )
+    if has_two and known_family(manifest.base.architecture) is None:
+        raise ExpertsError(
+            f"when a {kind} runs which of its two networks is not known here, as {manifest.base.architecture} is of no "
+            "model family of this project: experts can be attached to pipelines with one"
         )
     if not has_two and second in components:
         raise ExpertsError(f"these experts belong to two networks, this {kind} has one: use {manifest.base.model!r}")

@@ -10,7 +10,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
-from pdmd_core.families import FAMILIES, TeacherRouting, family, family_of
+from pdmd_core.families import TeacherRouting
 from pdmd_core.families.wan import WanFamily
 from pdmd_core.phases import PhasePlan
 from tests.helpers.families.wan import wan_image_two_networks, wan_two_networks
@@ -325,24 +325,3 @@ def test_two_networks_are_routed_as_the_pipeline_s_config_says() -> None:
     assert WAN.teacher_routing(wan_pipeline().config) == one
     assert WAN.teacher_routing({"transformer": stock, "transformer_2": [None, None], "boundary_ratio": 0.9}) == one
     assert WAN.teacher_routing({"transformer": stock, "transformer_2": stock, "boundary_ratio": None}) == one
-
-
-# --- the registry -----------------------------------------------------------
-
-
-def test_every_family_is_found_by_its_name_and_its_architecture() -> None:
-    for name in FAMILIES:
-        found = family(name)
-        assert found.name == name
-        assert type(family_of(found.architecture)) is type(found)
-    assert type(family("wan")) is WanFamily
-    assert family("wan").architecture == type(transformer()).__name__
-
-
-def test_an_unknown_family_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError) as caught:
-        family("sora")
-    assert "'sora'" in str(caught.value) and all(name in str(caught.value) for name in FAMILIES)
-    with pytest.raises(ValueError) as caught:
-        family_of("SoraTransformer")
-    assert "'SoraTransformer'" in str(caught.value) and "WanTransformer3DModel" in str(caught.value)

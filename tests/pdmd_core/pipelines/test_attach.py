@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
-from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
+from pdmd_core.pipelines import attach, attach_experts, detach_experts, load_phased_pipeline
 from tests.helpers.families.cases import CASES
 from tests.helpers.families.qwen_image import qwen_image_to_image
 from tests.helpers.pipeline_state import assert_same, state_of
@@ -238,6 +238,16 @@ def test_the_index_of_a_base_cannot_name_any_class_but_a_pipeline_s(name: object
     with pytest.raises(ExpertsError, match=f"its pipeline {name!r}, which is no DiffusionPipeline of") as caught:
         load_phased_pipeline(folder, base=tmp_path / "base")
     assert "\n" not in str(caught.value)
+
+
+def test_two_networks_of_no_family_are_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = CASES["wan_two"].build()
+    folder, before = KINDS[kind](tmp_path, pipe, PLAN), state_of(pipe)
+    monkeypatch.setattr(attach, "known_family", lambda architecture: None)
+    with pytest.raises(ExpertsError, match="when a WanPipeline runs which of its two networks is not known") as caught:
+        attach_experts(pipe, folder)
+    assert len(str(caught.value).splitlines()) == 1
+    assert_same(pipe, before)
 
 
 def test_a_pipeline_without_a_transformer_is_refused(tmp_path: Path) -> None:

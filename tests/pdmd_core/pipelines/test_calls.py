@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxControlPipeline
 from torch import nn
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
@@ -18,7 +20,7 @@ from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.case import Case
 from tests.helpers.families.cases import CASES
 from tests.helpers.families.others import flux
-from tests.helpers.tiny_pipelines import KINDS, PLAN, THREE, first_call, full_experts, lora_experts, networks_of
+from tests.helpers.tiny_pipelines import GIVEN, KINDS, PLAN, THREE, first_call, full_experts, lora_experts, networks_of
 
 
 def test_the_scheduler_must_walk_the_plan(kind: str, tmp_path: Path) -> None:
@@ -113,6 +115,22 @@ def test_the_guidance_input_of_a_guidance_distilled_base_is_left_alone(tmp_path:
     case.sample(pipe)
     case.sample(pipe, guidance_scale=7.0)
     assert seen == [3.5] * 4 + [7.0] * 4
+
+
+def test_a_scale_that_is_an_input_of_the_network_alone_is_no_guidance(tmp_path: Path) -> None:
+    """FluxControlPipeline has no classifier-free guidance, and no other scale to take for it."""
+    flux_pipe = flux(guidance_embeds=True)
+    config = {**flux_pipe.transformer.config, "in_channels": 8, "out_channels": 4}
+    del config["_use_default_values"]
+    parts = {**flux_pipe.components, "transformer": type(flux_pipe.transformer).from_config(config).eval()}
+    pipe = FluxControlPipeline(**{k: v for k, v in parts.items() if k in FluxControlPipeline.__init__.__annotations__})
+    pipe.set_progress_bar_config(disable=True)
+    attach_experts(pipe, full_experts(tmp_path, pipe, PLAN))
+    seen: list[float] = []
+    for network in pipe.phased.networks:
+        network.register_forward_pre_hook(lambda n, a, k: seen.append(float(k["guidance"])), with_kwargs=True)
+    pipe("a panda", control_image=GIVEN, height=8, width=8, max_sequence_length=16, output_type="latent")
+    assert seen == [inspect.signature(FluxControlPipeline.__call__).parameters["guidance_scale"].default] * 4
 
 
 def test_positional_arguments(tmp_path: Path) -> None:
