@@ -7,6 +7,7 @@ process's own tokens, and those of a group add up to that of one process.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
@@ -29,7 +30,7 @@ from training.data.buckets import Bucket
 from training.data.teacher import networks_of
 from training.data.training_data import buckets_of, latent_shapes
 
-_TEXT, _MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
+_TEXT = "encoder_hidden_states"
 _NORMS = {"norm_q", "norm_k", "norm_added_q", "norm_added_k"}
 
 
@@ -110,7 +111,10 @@ def _make_divisible(
     missing = -text.shape[1] % degree
     if not missing:
         return positional, named
-    mask = named[_MASK]
+    # whatever the network calls it
+    masks = [each for each in inspect.signature(type(network).forward).parameters if each.startswith("encoder_")]
+    (name,) = (each for each in masks if each.endswith("_mask"))
+    mask = named[name]
     mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask
-    padded = {_TEXT: functional.pad(text, (0, 0, 0, missing)), _MASK: functional.pad(mask, (0, missing))}
+    padded = {_TEXT: functional.pad(text, (0, 0, 0, missing)), name: functional.pad(mask, (0, missing))}
     return positional, named | padded

@@ -16,7 +16,8 @@ from benchmarks.claims.common.methods import Method
 from benchmarks.claims.mixture.mixture import GaussianMixture, VelocityNetwork
 from pdmd_core.batch import Batch
 from pdmd_core.distillation import Objective
-from pdmd_core.families.base import Conditioning, TeacherRouting, classifier_free_guidance
+from pdmd_core.families import Conditioning, TeacherRouting
+from pdmd_core.families.base import classifier_free_guidance
 from pdmd_core.flow import Sigma
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, TEACHER
