@@ -16,7 +16,8 @@ import torch
 from diffusers import WanPipeline
 
 from pdmd_core import PhasedDMDScheduler, PhasePlan, load_phased_pipeline
-from pdmd_core.distillation import Batch, Objective, PhasedDistiller, Renoising
+from pdmd_core.batch import Batch, Renoising
+from pdmd_core.distillation import Objective, PhasedDistiller
 from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
 from pdmd_core.families import Conditioning, family_of
 from pdmd_core.roles import FAKE, Roles, RoleSpec

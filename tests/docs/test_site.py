@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.site import configuration
 from docs.site.diagrams import DIAGRAMS
 from docs.site.reference import exported_names, public_modules, public_names
 
@@ -76,3 +77,8 @@ def test_links_of_the_pages_lead_to_files_on_github_too() -> None:
 @pytest.mark.parametrize("name", DIAGRAMS)
 def test_a_diagram_is_what_its_script_draws(name: str) -> None:
     assert (ROOT / "docs" / "assets" / f"{name}.svg").read_text(encoding="utf-8") == DIAGRAMS[name]()
+
+
+def test_the_page_of_configuration_keys_is_that_of_the_code() -> None:
+    """Where it is not, ``python docs/site/configuration.py`` writes it again."""
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == configuration.page()
