@@ -1,21 +1,19 @@
-"""The page of configuration keys: ``python docs/site/configuration.py`` writes ``docs/configuration.md``."""
+"""The page of configuration keys: ``python -m docs.site.configuration`` writes ``docs/configuration.md``."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 from training.config.keys import fields_of
 from training.config.schema import DistillConfig
 
+ROOT = Path(__file__).resolve().parents[2]
+
 HEAD = """# Configuration keys
 
-Every key of `training/distill.py`, by section. A run is a YAML file with these keys; `training/configs` has examples, and
-`key.inner=value` at the end of the command replaces a value. `python training/distill.py --help` prints the same list.
-Written by `python docs/site/configuration.py`.
+Every key of `training/distill.py`, by section. A run is a YAML file with these keys; `training/configs` has examples,
+and `key.inner=value` at the end of the command replaces a value. `python training/distill.py --help` prints the same
+list. Written by `python -m docs.site.configuration`.
 """
 
 

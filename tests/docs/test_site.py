@@ -80,5 +80,5 @@ def test_a_diagram_is_what_its_script_draws(name: str) -> None:
 
 
 def test_the_page_of_configuration_keys_is_that_of_the_code() -> None:
-    """Where it is not, ``python docs/site/configuration.py`` writes it again."""
+    """Where it is not, ``python -m docs.site.configuration`` writes it again."""
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == configuration.page()
