@@ -131,10 +131,12 @@ def make_parser() -> arguments.CommandParser:
     sampling.add_argument("--negative_prompt", metavar="PROMPT", help="what guidance moves away from")
 
     size = parser.add_argument_group("size of all samples (default: as distilled)")
-    size.add_argument("--height", type=count, metavar="PIXELS", help="height of a sample")
-    size.add_argument("--width", type=count, metavar="PIXELS", help="width of a sample")
-    size.add_argument("--frames", type=count, metavar="N", help="frames of a clip, 1 for a picture")
-    size.add_argument("--max_sequence_length", type=count, metavar="TOKENS", help="tokens to which prompts are padded")
+    size.add_argument("--height", type=arguments.LENGTH, metavar="PIXELS", help="height of a sample")
+    size.add_argument("--width", type=arguments.LENGTH, metavar="PIXELS", help="width of a sample")
+    size.add_argument("--frames", type=arguments.LENGTH, metavar="N", help="frames of a clip, 1 for a picture")
+    size.add_argument(
+        "--max_sequence_length", type=arguments.LENGTH, metavar="TOKENS", help="tokens to which prompts are padded"
+    )
 
     machine = parser.add_argument_group("machine, cache and pictures")
     machine.add_argument("--device", type=arguments.text, help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")

@@ -77,12 +77,12 @@ def make_parser() -> arguments.CommandParser:
     )
 
     size = parser.add_argument_group("size (default: as the experts were distilled; 64x64 pixels for a teacher alone)")
-    size.add_argument("--height", type=arguments.whole_number(1), metavar="PIXELS", help="height of a sample")
-    size.add_argument("--width", type=arguments.whole_number(1), metavar="PIXELS", help="width of a sample")
-    size.add_argument("--frames", type=arguments.whole_number(1), metavar="N", help="frames of a clip, 1 for a picture")
+    size.add_argument("--height", type=arguments.LENGTH, metavar="PIXELS", help="height of a sample")
+    size.add_argument("--width", type=arguments.LENGTH, metavar="PIXELS", help="width of a sample")
+    size.add_argument("--frames", type=arguments.LENGTH, metavar="N", help="frames of a clip, 1 for a picture")
     size.add_argument(
         "--max_sequence_length",
-        type=arguments.whole_number(1),
+        type=arguments.LENGTH,
         metavar="TOKENS",
         help="tokens to which prompts are padded (default for a teacher alone: 512)",
     )
@@ -150,6 +150,7 @@ def run(options: argparse.Namespace) -> int:
 
     from pdmd_core.experts import PhasedExperts
     from pdmd_core.phases import PhasePlan
+    from training.config.command_line import UserError
     from training.data.examples import PromptError, read_examples
     from training.evaluation.distilled import GivenSize, teacher_source
     from training.evaluation.pictures import save_samples
@@ -192,6 +193,8 @@ def run(options: argparse.Namespace) -> int:
         else:
             guidance = _GUIDANCE if options.guidance_scale is None else options.guidance_scale
             latents = sampler.with_teacher(pairs, steps, shift, guidance)
+    if not bool(latents.isfinite().all()):
+        raise UserError("the samples have values that are not finite: use another --dtype, or less guidance")
     for path in save_samples(options.output, sampler.decode(latents), columns=len(options.seeds)):
         print(path)
     return 0

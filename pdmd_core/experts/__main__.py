@@ -76,7 +76,7 @@ def make_parser() -> arguments.CommandParser:
     sample.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT[xFRAMES]", help="in pixels (default: as distilled)")
     sample.add_argument(
         "--max_sequence_length",
-        type=arguments.whole_number(1),
+        type=arguments.LENGTH,
         metavar="TOKENS",
         help="tokens to which the prompt is padded (default: as distilled)",
     )

@@ -300,7 +300,7 @@ def test_user_mistakes_are_one_line(
     unheard("--teacher_steps", *nothing)
     unheard("--batch_size", "--batch_size", "1", "--no_sampling")
     assert "--shift: expected a number above 0, found '0'" in refused("--shift", "0")
-    assert "--frames: expected a whole number of at least 1, found '0'" in refused("--frames", "0")
+    assert "--frames: expected a whole number from 1 to 16384, found '0'" in refused("--frames", "0")
     assert "--seeds: expected a whole number from 1 to 1000000, found '-1'" in refused("--seeds", "-1")
     assert "--prompts: expected some text" in refused("--prompts", "")
     assert "--guidance_scale: expected a number of at least 0, found 'nan'" in refused("--guidance_scale", "nan")

@@ -161,8 +161,14 @@ def test_what_experts_do_not_say_is_asked_for(
         (["--teacher", "x", "--shift", "nan"], "--shift: expected a number above 0, found 'nan'"),
         (["--teacher", "x", "--guidance_scale", "-1"], "--guidance_scale: expected a number of at least 0"),
         (["--teacher", "x", "--steps", "0"], "--steps: expected a whole number of at least 1"),
-        (["--teacher", "x", "--frames", "0"], "--frames: expected a whole number of at least 1, found '0'"),
+        (["--teacher", "x", "--frames", "0"], "--frames: expected a whole number from 1 to 16384, found '0'"),
         (["--teacher", "x", "--width", "0"], "--width: expected"),
+        (["--teacher", "x", "--max_sequence_length", "99999"], "from 1 to 16384, found '99999'"),
+        (
+            ["--teacher", "{teacher}", "--pipeline", "QwenImagePipeline"],
+            "does not take its network, a Wan",
+        ),
+        (["--teacher", "x", "--prompts", "x" * 5000], "File name too long"),
         (["--teacher", "x", "--height", "-16"], "--height: expected"),
         (["--teacher", "x", "--max_sequence_length", "0"], "--max_sequence_length: expected"),
         (["--teacher", "x", "--batch_size", "0"], "--batch_size: expected"),
@@ -191,6 +197,16 @@ def test_what_cannot_be_done_is_one_line(
         status = ended.code
     (line,) = capsys.readouterr().err.splitlines()
     assert status == 2 and line.startswith("sample.py: ") and says in line
+
+
+def test_samples_that_are_not_finite_are_told(
+    experts: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = mock.patch.object(Sampler, "with_experts", return_value=torch.full((1, 4), torch.nan))
+    arguments = ["--experts", str(experts), "--prompt", "x", "--image", str(images[0]), "--device", "cpu"]
+    with broken:
+        assert sample.main([*arguments, "--output", str(tmp_path / "a.png")]) == 2
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "a.png").exists()
 
 
 def test_a_file_without_prompts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

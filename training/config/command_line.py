@@ -13,6 +13,8 @@ from pdmd_core.phases import PhasePlanError
 
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a disk that is full or closed to this user."""
+NO_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""Errors of a path that cannot be what it is used as."""
 
 
 class UserError(Exception):
@@ -27,6 +29,9 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            print(f"{program}: {error.filename}: {os.strerror(error.errno)}", file=sys.stderr)
+            return 2
         if (reason := _of_the_disk(error)) is None:
             raise
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +46,17 @@ class TeacherSource:
 
     def pipeline_class(self) -> type[DiffusionPipeline]:
         """The class that samples with this teacher. Raises TeacherError."""
-        name = self.pipeline or self.index().get("_class_name")
+        name = self.index().get("_class_name") if self.pipeline is None else self.pipeline
         found = getattr(diffusers, str(name), None)
         if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
             raise TeacherError(
                 f"the teacher {self.path!r}: {name!r} is not a pipeline class of diffusers {diffusers.__version__}"
             )
+        if self.pipeline is not None:
+            network = str((self.index().get("transformer") or [None, None])[1])
+            taken = inspect.signature(found).parameters.get("transformer")
+            if taken is None or network not in str(taken.annotation):
+                raise TeacherError(f"the teacher {self.path!r}: {name} does not take its network, a {network}")
         return found
 
     def load(self, dtype: torch.dtype, wanted: Callable[[str], bool]) -> DiffusionPipeline:

@@ -258,4 +258,4 @@ def test_what_cannot_be_described_is_one_line(settings_of_run: dict[str, Any], t
     refused(ConfigError, "frames, found 3", frames=3)
     refused(TeacherError, "neither a folder", path="nowhere")
     refused(TeacherError, "'NoPipeline' is not a pipeline class", pipeline="NoPipeline")
-    refused(TeacherError, "cannot load a pipeline", architecture=str(tmp_path))
+    refused(TeacherError, "cannot be loaded as a pipeline", architecture=str(tmp_path))
