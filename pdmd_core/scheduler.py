@@ -1,6 +1,6 @@
 """``PhasedDMDScheduler``: a diffusers scheduler that walks exactly the sigmas of a phase plan.
 
-Pass it where the experts are used; a stock flow scheduler does not reproduce a plan in every pipeline::
+Pass it where the experts are used; a stock flow scheduler does not reproduce a plan in every pipeline:
 
     pipe = WanPipeline.from_pretrained(base, scheduler=PhasedDMDScheduler.from_plan(plan))
 """

@@ -1,6 +1,6 @@
 """Phased experts in diffusers pipelines.
 
-Three lines::
+Three lines:
 
     from pdmd_core.pipelines import load_phased_pipeline
     pipe = load_phased_pipeline("user/experts")

@@ -63,6 +63,11 @@ def test_no_page_fetches_anything_from_elsewhere_and_all_that_it_shows_is_there(
             assert (target / address.lstrip("/").partition("?")[0]).exists(), f"{page.name}: {address}"
 
 
+def test_no_page_stands_twice_in_the_navigation() -> None:
+    pages = re.findall(r"[\w/-]+\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(pages) > 20 and len(set(pages)) == len(pages)
+
+
 def test_links_of_the_pages_lead_to_files_on_github_too() -> None:
     home = "https://github.com/phased-dmd/phased-dmd/blob/main/"
     for page in (ROOT / "docs").rglob("*.md"):
