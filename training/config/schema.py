@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from pdmd_core.distillation import Objective
 from pdmd_core.families import TeacherRouting
@@ -334,12 +333,12 @@ def leaves_of(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _lines(problems: Sequence[ErrorDetails]) -> list[str]:
+def _lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is wrong, a line for each key.
 
     A value that may be of several types has a problem with each of them: those with what is inside it say the most.
     """
-    by_name: dict[str, list[ErrorDetails]] = {}
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
     for problem in problems:
         by_name.setdefault(_name(problem["loc"]), []).append(problem)
     outer = {name for name in by_name for other in by_name if name and other.startswith((f"{name}.", f"{name}["))}
@@ -352,7 +351,7 @@ def _name(place: Sequence[int | str]) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
 
 
-def _lines_of(name: str, problems: Sequence[ErrorDetails]) -> Iterator[str]:
+def _lines_of(name: str, problems: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     first = problems[0]
     found = repr(first["input"]) if len(repr(first["input"])) < 60 else f"{first['input']!r:.57}..."
     messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
