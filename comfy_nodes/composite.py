@@ -25,7 +25,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from ..pdmd_core.phases import PhasePlan
 from .errors import NodeError
 from .model_options import copied, with_added_options
-from .notices import tell_of_sigmas
+from .notices import warn_of_sigmas
 
 KEY = "phased_dmd"
 """The key of attachment, wrappers and run state."""
@@ -44,7 +44,7 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Made:
+class PatchSnapshot:
     """The first expert's patches when the composite was made; what is there beyond them is meant for all experts."""
 
     options: dict[str, Any]
@@ -57,7 +57,7 @@ class Made:
     """Its weight patches."""
 
     @classmethod
-    def of(cls, model: Any) -> Made:
+    def of(cls, model: Any) -> PatchSnapshot:
         """Take a copy of a MODEL's patches."""
         return cls(*(copied(part) for part in (model.model_options, model.wrappers, model.callbacks, model.patches)))
 
@@ -68,12 +68,14 @@ class Composite:
     Args:
         plan: The phase plan.
         experts: One for each phase; of the first one, ``model`` is only the origin of the carrier.
-        made: The state of the first expert when the composite was made.
+        snapshot: The state of the first expert when the composite was made.
         warnings: What was found about the experts then, for the report.
     """
 
-    def __init__(self, plan: PhasePlan, experts: Sequence[Expert], made: Made, warnings: Sequence[str] = ()) -> None:
-        self.plan, self.experts, self.made, self.warnings = plan, tuple(experts), made, tuple(warnings)
+    def __init__(
+        self, plan: PhasePlan, experts: Sequence[Expert], snapshot: PatchSnapshot, warnings: Sequence[str] = ()
+    ) -> None:
+        self.plan, self.experts, self.snapshot, self.warnings = plan, tuple(experts), snapshot, tuple(warnings)
 
     def on_model_patcher_clone(self) -> Composite:
         """Return the attachment of a clone, which is this one: experts are never changed."""
@@ -86,11 +88,11 @@ class Composite:
         expert = self.experts[k].model.clone()
         expert.add_object_patch("model_sampling", carrier.get_model_object("model_sampling"))
         skip = _BOUND_TO_RUN if expert.model is carrier.model else _BOUND_TO_RUN | _BOUND_TO_MODULES
-        made = self.made
-        expert.model_options = with_added_options(expert.model_options, carrier.model_options, made.options, skip)
-        expert.wrappers = with_added_options(expert.wrappers, carrier.wrappers, made.wrappers, skip)
-        expert.callbacks = with_added_options(expert.callbacks, carrier.callbacks, made.callbacks, skip)
-        patches = with_added_options(expert.patches, carrier.patches, made.patches)
+        snapshot = self.snapshot
+        expert.model_options = with_added_options(expert.model_options, carrier.model_options, snapshot.options, skip)
+        expert.wrappers = with_added_options(expert.wrappers, carrier.wrappers, snapshot.wrappers, skip)
+        expert.callbacks = with_added_options(expert.callbacks, carrier.callbacks, snapshot.callbacks, skip)
+        patches = with_added_options(expert.patches, carrier.patches, snapshot.patches)
         if any(len(entries) != len(expert.patches.get(key, ())) for key, entries in patches.items()):
             expert.patches = patches
             # equal patches, equal name: ComfyUI then knows in the next run that the weights are the same
@@ -212,7 +214,7 @@ def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True, 
     model.wrappers.pop(WrappersMP.PREDICT_NOISE, None)  # the first expert's own: its run calls them, not all runs
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    model.set_attachments(KEY, Composite(plan, experts, Made.of(model), warnings))
+    model.set_attachments(KEY, Composite(plan, experts, PatchSnapshot.of(model), warnings))
     return model
 
 
@@ -302,7 +304,7 @@ def _outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kw)
     if guider.model_patcher.get_additional_models_with_key("multigpu"):
         raise NodeError("phased experts run on one GPU: take the multi-GPU node out of this MODEL")
-    tell_of_sigmas(composite.plan, sigmas.flatten().tolist())
+    warn_of_sigmas(composite.plan, sigmas.flatten().tolist())
     run = Run(guider, composite)
     setattr(guider, KEY, run)
     try:

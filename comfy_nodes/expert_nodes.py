@@ -13,7 +13,7 @@ from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
 from .errors import NodeError
 from .loading import FROM_HUB, apply_lora, base_warnings, expert_model, experts_names, fingerprint, open_experts
-from .notices import tell_of_base
+from .notices import warn_of_base
 from .schema import Plan, cfg_input, plan_input, schema, shift_input
 from .timeline import timeline
 from .widget_text import TRAINED, read_cfgs
@@ -104,7 +104,7 @@ class LoadExperts(io.ComfyNode):
             for expert, value in zip(manifest.experts, cfgs, strict=True)
         ]
         warnings = base_warnings(opened, bases)
-        tell_of_base(warnings)
+        warn_of_base(warnings)
         model = compose(manifest.plan, entries, set_shift, warnings)
         return io.NodeOutput(model, manifest.plan, ui={"phase_plan": [timeline(manifest.plan, cfgs)]})
 

@@ -17,7 +17,7 @@ _warned: set[str] = set()
 """The nodes on which a warning stands: the front end keeps the last text of a node."""
 
 
-def tell_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
+def warn_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
     """Warn, in one line, when a run does not take the sigmas of the plan; say so when it does again."""
     warnings = sigma_warnings(plan, sigmas)
     if warnings:
@@ -30,7 +30,7 @@ def tell_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
         _show("Phased experts: these are trained sigmas", warning=False)
 
 
-def tell_of_base(warnings: Sequence[str]) -> None:
+def warn_of_base(warnings: Sequence[str]) -> None:
     """Warn, in one line each, of bases whose weights are not those that experts were distilled from."""
     for text in warnings:
         logger.warning(f"Phased experts: {text}")

@@ -32,7 +32,7 @@ MOVED = {
     "watch.saturation_rise": "monitoring.saturation_rise",
     "watch.fake_loss_rise": "monitoring.fake_loss_rise",
     "watch.grad_norm_rise": "monitoring.grad_norm_rise",
-    "watch.smallest_motion": "monitoring.smallest_motion",
+    "watch.smallest_motion": "monitoring.smallest_drift",
     "watch.share_of_time": "monitoring.share_of_time",
     "watch": "monitoring",
     "expert_dtype": "export.dtype",

@@ -198,7 +198,7 @@ class MonitoringSection(Section):
     """Warn when the fake's loss is this many times what it was."""
     grad_norm_rise: Annotated[float, Field(gt=1)] = 10.0
     """Warn when a gradient norm is this many times its first."""
-    smallest_motion: Annotated[float, Field(gt=0)] = 1e-4
+    smallest_drift: Annotated[float, Field(gt=0)] = 1e-4
     """Warn when weights will move by less of their size than this in a phase."""
     share_of_time: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Of the run that watching may take: report.html waits for the end beyond it."""

@@ -73,7 +73,7 @@ class Alerts:
                 f"{role}.max_grad_norm, and resume from a checkpoint before the rise",
             )
 
-    def motion(self, update: int, expert: str, moved: float, changed: float, share: float) -> list[Alert]:
+    def weight_drift(self, update: int, expert: str, moved: float, changed: float, share: float) -> list[Alert]:
         """Of the weights since the phase began: relative length of the way, share of weights that changed at all.
 
         share: how much of the phase is done.
@@ -87,7 +87,7 @@ class Alerts:
                     "precision; raise generator.lr or train in float32",
                 )
             )
-        elif moved / share < self.limits.smallest_motion:
+        elif moved / share < self.limits.smallest_drift:
             found.append(
                 (
                     "small_steps",
@@ -97,29 +97,29 @@ class Alerts:
             )
         return self._new(update, expert, found)
 
-    def validation(self, update: int, expert: str, look: SampleStatistics) -> list[Alert]:
+    def validation(self, update: int, expert: str, statistics: SampleStatistics) -> list[Alert]:
         """Samples of the fixed prompts and seeds."""
-        first = self._first.setdefault(expert, look)
+        first = self._first.setdefault(expert, statistics)
         found: list[tuple[str, str]] = []
-        if look.diversity is not None:
-            self._most_diverse = max(self._most_diverse, look.diversity)
-            if look.diversity < self.limits.diversity_fall * self._most_diverse:
+        if statistics.diversity is not None:
+            self._most_diverse = max(self._most_diverse, statistics.diversity)
+            if statistics.diversity < self.limits.diversity_fall * self._most_diverse:
                 found.append(
                     (
                         "diversity",
-                        f"samples of one prompt differ by {look.diversity:.3f}, it was {self._most_diverse:.3f}: seeds "
-                        "collapse onto one picture; raise fake_updates or fake.lr, lower generator.lr, or use an "
+                        f"samples of one prompt differ by {statistics.diversity:.3f}, it was {self._most_diverse:.3f}: "
+                        "seeds collapse onto one picture; raise fake_updates or fake.lr, lower generator.lr, or use an "
                         "earlier checkpoint",
                     )
                 )
         for name in ("saturation", "contrast"):
-            before, now = getattr(first, name), getattr(look, name)
+            before, now = getattr(first, name), getattr(statistics, name)
             if now > self.limits.saturation_rise * before:
                 found.append(
                     (
                         name,
-                        f"{name} rose from {before:.3f} to {now:.3f}, {look.clipped:.0%} of the values are black or "
-                        "white; lower objective.guidance_scale or generator.lr, or raise fake_updates",
+                        f"{name} rose from {before:.3f} to {now:.3f}, {statistics.clipped:.0%} of the values are black "
+                        "or white; lower objective.guidance_scale or generator.lr, or raise fake_updates",
                     )
                 )
         return self._new(update, expert, found)

@@ -1,4 +1,4 @@
-"""Who watches a run is told what happens, may write files, and can never stop it."""
+"""What the monitors of a run are told. They may write files and can never stop it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UpdateReport:
 
 
 class Monitor(Protocol):
-    """What the trainer tells; in this order."""
+    """A monitor of a run. The trainer calls its methods in this order."""
 
     def start(self, update: int) -> None:
         """The run goes on after this update, on every process."""

@@ -43,7 +43,7 @@ class Observer:
         self.seconds = 0.0
         """Spent in here."""
         self._began = clock()
-        self._motion: WeightDrift | None = None
+        self._drift: WeightDrift | None = None
         self._sigmas: dict[str, list[float]] = {}
         self._in_phase = 0
         self._share = config.updates_of(0)
@@ -69,7 +69,7 @@ class Observer:
         """An expert begins to train, or goes on to."""
         names = [phase.name for phase in self.config.plan.build().phases]
         self._expert, self._share, self._in_phase = expert, self.config.updates_of(names.index(expert)), 0
-        self._motion = WeightDrift(parameters)
+        self._drift = WeightDrift(parameters)
         self.speed.restart()
 
     def after_update(self, report: UpdateReport) -> None:
@@ -80,9 +80,9 @@ class Observer:
             for name, sigmas in report.sigmas.items():
                 self._sigmas.setdefault(name, []).extend(sigmas)
             found = self.alerts.after_update(report.update, report.expert, report.values)
-            if self._motion is not None and self._in_phase % self.config.monitoring.window == 0:
+            if self._drift is not None and self._in_phase % self.config.monitoring.window == 0:
                 share = self._in_phase / self._share
-                found += self.alerts.motion(report.update, report.expert, *self._motion.measure(), share)
+                found += self.alerts.weight_drift(report.update, report.expert, *self._drift.measure(), share)
             self._report(found)
             if report.update % self.config.monitoring.log_every == 0:
                 values = as_values(performance) | {"watching_share": round(self._own_share(), 4)}
@@ -97,11 +97,11 @@ class Observer:
     def validation(self, name: str, pixels: Tensor, update: int) -> None:
         """Samples of the fixed prompts and seeds."""
         with self._counted():
-            look = sample_statistics(pixels, self.config.validation.seeds)
-            line = {"update": update, "expert": self._expert, "name": name, **asdict(look)}
+            statistics = sample_statistics(pixels, self.config.validation.seeds)
+            line = {"update": update, "expert": self._expert, "name": name, **asdict(statistics)}
             if line not in self.validations.read():  # a run that was stopped here makes the same samples again
                 self.validations.add(line)
-                self._report(self.alerts.validation(update, self._expert, look))
+                self._report(self.alerts.validation(update, self._expert, statistics))
             pictures = save_small(self.run / "watch" / "samples" / name, pixels, self.config.validation.seeds)
             if board := self._board():
                 for picture in pictures:

@@ -72,7 +72,7 @@ NOW = {
         "saturation_rise": 2.0,
         "fake_loss_rise": 3.0,
         "grad_norm_rise": 4.0,
-        "smallest_motion": 0.1,
+        "smallest_drift": 0.1,
         "share_of_time": 0.2,
     },
     "export": {"dtype": "bfloat16"},
@@ -93,6 +93,7 @@ def under_old_names(config: dict[str, Any]) -> dict[str, Any]:
     old |= {"checkpoint_every": config["checkpoints"]["every"], "keep_checkpoints": config["checkpoints"]["keep"]}
     old |= {f"sample_{key}": value for key, value in config["validation"].items()}
     watch = dict(config["monitoring"])
+    watch["smallest_motion"] = watch.pop("smallest_drift")
     old |= {"tracker": watch.pop("tracker"), "log_every": watch.pop("log_every"), "watch": watch}
     return old | {"expert_dtype": config["export"]["dtype"]}
 

@@ -91,11 +91,11 @@ def test_a_rise_of_saturation_or_contrast_is_reported(name: str) -> None:
 
 def test_weights_that_do_not_move_are_reported() -> None:
     alerts = Alerts(MonitoringSection())
-    assert not alerts.motion(20, "high_noise", moved=1e-3, changed=1.0, share=0.2)
-    (small,) = alerts.motion(40, "high_noise", moved=1e-5, changed=1.0, share=0.5)
+    assert not alerts.weight_drift(20, "high_noise", moved=1e-3, changed=1.0, share=0.2)
+    (small,) = alerts.weight_drift(40, "high_noise", moved=1e-5, changed=1.0, share=0.5)
     assert small.kind == "small_steps" and "raise generator.lr" in small.text
-    assert not alerts.motion(20, "low_noise", moved=4e-5, changed=1.0, share=0.2), "2e-4 at the end of the phase"
-    (lost,) = alerts.motion(40, "low_noise", moved=1e-3, changed=0.01, share=0.5)
+    assert not alerts.weight_drift(20, "low_noise", moved=4e-5, changed=1.0, share=0.2), "2e-4 at the end of the phase"
+    (lost,) = alerts.weight_drift(40, "low_noise", moved=1e-3, changed=0.01, share=0.5)
     assert lost.kind == "lost_steps" and "1% of" in lost.text
 
 

@@ -80,7 +80,7 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "validation.every": 2,
         "validation.seeds": 2,
         "monitoring.window": 3,
-        "monitoring.smallest_motion": 1e6,
+        "monitoring.smallest_drift": 1e6,
         "monitoring.share_of_time": 1,
         "monitoring.diversity_fall": 0.01,
         "output_dir": str(folder / "run"),
@@ -130,7 +130,7 @@ def test_the_page_holds_everything_and_needs_nothing(run: Path) -> None:
         Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))).load()
     for words in ("Finished: 8 updates", "raise generator.lr", "fake/teacher distance", "high_noise", "Checkpoints"):
         assert words in page.text
-    assert "smallest_motion: 1000000.0" in page.text, "the configuration"
+    assert "smallest_drift: 1000000.0" in page.text, "the configuration"
     assert "low_noise.safetensors" in page.text and "update-00000008" in page.text
 
 
@@ -158,7 +158,7 @@ def test_a_page_of_hostile_names_stays_a_page(config: DistillConfig, tmp_path: P
 
 
 def test_a_resumed_run_keeps_what_was_seen_and_does_not_repeat_itself(config: DistillConfig) -> None:
-    limits = {"monitoring.window": 3, "monitoring.smallest_motion": 1e6, "monitoring.share_of_time": 1}
+    limits = {"monitoring.window": 3, "monitoring.smallest_drift": 1e6, "monitoring.share_of_time": 1}
     watched = changed(config, **limits, **{"validation.every": 1, "checkpoints.every": 2})
     run_and_stop(Trainer(build_run(watched)), after=5)
     run = config.output_dir
