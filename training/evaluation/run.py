@@ -77,7 +77,7 @@ def _report(
         "guidance": teacher.guidance_scale,
         "negative prompt": repr(teacher.negative_prompt),
         "size": f"{size.width}x{size.height}, {size.frames} frame{'' if size.frames == 1 else 's'}",
-        "prompts": Path(request.prompts).name,
+        "prompts": Path(request.prompts).name if Path(request.prompts).exists() else request.prompts,
         "networks in": request.dtype,
     }
     settings |= {name: f"experts in {own.folder}" for name, own in experts.items()}
