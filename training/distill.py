@@ -15,19 +15,26 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pdmd_core import arguments
+from training.config.changes import check_allowed
 from training.config.command_line import UserError, exit_status
 from training.config.keys import fields_of
 from training.config.moved import MOVED
 from training.config.schema import DistillConfig, load_config
 
+if TYPE_CHECKING:
+    from training.loop.resumption import Resume
+
 _EXAMPLES = """examples:
   python training/distill.py --config training/configs/embedded_demo.yaml
   python training/distill.py --config training/configs/embedded_demo.yaml --output_dir runs/demo --resume
+  python training/distill.py --config training/configs/embedded_demo.yaml --output_dir runs/demo --resume \
+      --from-checkpoint 40 --allow-change generator.lr generator.lr=5e-4
   python training/distill.py --config training/configs/embedded_demo.yaml plan.steps=[1,1,1,1] generator.lr=2e-4
   python training/distill.py --config training/configs/embedded_demo.yaml --dry-run --gpus 8 --memory-per-gpu 80
   python training/distill.py --config training/configs/embedded_demo.yaml --encode_prompts
@@ -35,7 +42,13 @@ _EXAMPLES = """examples:
 """
 _UNHEARD = {"--resume": ("--dry-run", "--encode_prompts"), "--push_to_hub": ("--dry-run", "--encode_prompts")}
 """Options of a run to those that are done instead of one."""
-_NEEDS = {"--private": "--push_to_hub", "--memory-per-gpu": "--dry-run", "--gpus": "--dry-run"}
+_NEEDS = {
+    "--from-checkpoint": "--resume",
+    "--allow-change": "--resume",
+    "--private": "--push_to_hub",
+    "--memory-per-gpu": "--dry-run",
+    "--gpus": "--dry-run",
+}
 """Options that say nothing without another."""
 
 
@@ -61,6 +74,20 @@ def make_parser() -> arguments.CommandParser:
         help="where to write; replaces output_dir of the config",
     )
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    run.add_argument(
+        "--from-checkpoint",
+        type=arguments.whole_number(1),
+        metavar="UPDATE",
+        help="with --resume: go back to the checkpoint of this update; newer ones are set aside",
+    )
+    run.add_argument(
+        "--allow-change",
+        type=arguments.text,
+        action="append",
+        metavar="KEY",
+        help="with --resume: this key of the configuration may differ from the checkpoint's; may be given several "
+        "times",
+    )
     parts = parser.add_argument_group("instead of a run")
     instead = parts.add_mutually_exclusive_group()
     instead.add_argument(
@@ -116,7 +143,13 @@ def main(given: list[str] | None = None) -> int:
             return dry_run(config, options.memory_per_gpu, 1 if options.gpus is None else options.gpus)
         if options.encode_prompts:
             return encode_prompts(config)
-        return distill(config, options.resume, options.push_to_hub, options.private)
+        resume = None
+        if options.resume:
+            from training.loop.resumption import Resume
+
+            check_allowed(options.allow_change or [])
+            resume = Resume(tuple(options.allow_change or ()), options.from_checkpoint)
+        return distill(config, resume, options.push_to_hub, options.private)
 
     return exit_status("distill.py", run)
 
@@ -165,7 +198,7 @@ def encode_prompts(config: DistillConfig) -> int:
     return 0
 
 
-def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
+def distill(config: DistillConfig, resume: Resume | None, push_to_hub: str | None = None, private: bool = False) -> int:
     """Train, write experts/, push them when asked; returns the exit status."""
     from pdmd_core.experts.hub import check_push
     from training.loop.run_lock import claimed
@@ -174,22 +207,24 @@ def distill(config: DistillConfig, resume: bool, push_to_hub: str | None = None,
         return train(config, resume)
     if push_to_hub:
         check_push(push_to_hub)  # before hours of training, not after
-    with claimed(config.output_dir, resume):
+    with claimed(config.output_dir, resume is not None):
         return train(config, resume, push_to_hub, private)
 
 
-def train(config: DistillConfig, resume: bool, push_to_hub: str | None = None, private: bool = False) -> int:
+def train(config: DistillConfig, resume: Resume | None, push_to_hub: str | None = None, private: bool = False) -> int:
     """What each process of a run does, the first one with ``push_to_hub``; returns the exit status."""
     from training.loop.build import build_run
     from training.loop.signals import Stopped
     from training.loop.trainer import Trainer
 
-    trainer = Trainer(build_run(config))
+    trainer = Trainer(build_run(config, resume))
     main = trainer.accelerator.is_main_process
     if main:
+        if resume and trainer.built.resumption is None:
+            print(f"{config.output_dir}: no checkpoint to resume from, starting at update 0")
         print(trainer.plan.describe())
     try:
-        experts = trainer.run(resume)
+        experts = trainer.run()
     except Stopped as stop:
         if main:
             print(f"distill.py: {stop}", file=sys.stderr)

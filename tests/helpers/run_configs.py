@@ -11,8 +11,9 @@ from accelerate.state import AcceleratorState
 
 from training.config.schema import load_config
 from training.loop.build import build_run
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
 
 for name in sys.argv[1:]:
     AcceleratorState._reset_state()  # it keeps the precision of the first run in a process
-    Trainer(build_run(load_config(Path(name)))).run(resume=True)
+    Trainer(build_run(load_config(Path(name)), Resume())).run()

@@ -165,14 +165,24 @@ class CheckpointsSection(Section):
     every: Count = 200
     """Updates between checkpoints."""
     keep: Count = 2
-    """How many checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk; that of the end of each phase stays too."""
+    keep_every: Count | None = None
+    """Checkpoints of updates that are multiples of this stay for good."""
+
+    @model_validator(mode="after")
+    def _keeps_what_is_written(self) -> CheckpointsSection:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every: expected a multiple of checkpoints.every, {self.every}, found {self.keep_every}"
+            )
+        return self
 
 
 class ValidationSection(Section):
     """Sample grids of fixed prompts and seeds."""
 
     every: Count | None = 200
-    """Updates between sample grids; null is only at the end of a phase."""
+    """Updates between sample grids; null is only before the first update and at the end of a phase."""
     prompts: Annotated[list[str], Field(min_length=1)] | None = None
     """Prompts of the grids; the first training prompts if null."""
     seeds: Count = 4

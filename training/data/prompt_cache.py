@@ -2,7 +2,8 @@
 
 A bank is a folder named after everything that it depends on, with chunks of a fixed number of examples of one bucket.
 Chunks that are complete are not computed again, so that encoding that was stopped goes on, and several processes share
-the work. Tokens of a prompt are kept without the zeros after them.
+the work. Every file holds a digest of what is in it; one that is not what was written is encoded again, in place, while
+other runs may read it. Tokens of a prompt are kept without the zeros after them.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -31,9 +33,11 @@ from training.data.encoder import Encoder
 from training.data.examples import Example
 from training.data.teacher import TeacherSource
 
+T = TypeVar("T")
 CHUNK = 128
 """Examples in a file: some 100 MB for the prompts of a large model."""
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
+DIGEST = "sha256"
 OF_NEGATIVE = "negative."
 LENGTHS = ".lengths"
 
@@ -142,17 +146,65 @@ def open_prompt_cache(
     buckets: Sequence[Bucket],
     cache_dir: Path,
     dtype: torch.dtype = torch.float32,
+    check: Callable[[str], None] | None = None,
 ) -> PromptCache:
     """Conditioning as the teacher's pipeline computes it, or what an earlier run left in ``cache_dir``.
 
     examples are iterated twice, for what identifies them and to encode them. dtype: of the prompts' tensors; that of
-    the network loses nothing, since it takes them in no other. All processes call this together. Raises PromptError.
+    the network loses nothing, since it takes them in no other. check: told the identity before anything is encoded. All
+    processes call this together. Raises PromptError.
     """
     folder = cache_dir / _of_first_process(lambda: identity(examples, negative_prompt, encoder, buckets, dtype))
-    if not (folder / INDEX).exists():
+    if check is not None:
+        check(folder.name)
+    found = _of_first_process(lambda: _examined(folder))
+    for name, problem in found.items():
+        if problem and _process()[0] == 0:
+            print(f"warning: {folder / name} is damaged ({problem}): it is encoded again", file=sys.stderr)
+    if INDEX not in found or any(found.values()):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, examples, negative_prompt, encoder, buckets, dtype)
+        _write(folder, examples, negative_prompt, encoder, buckets, dtype, found)
+        _opened.cache_clear()
     return PromptCache(folder)
+
+
+def _examined(folder: Path) -> dict[str, str | None]:
+    """What is wrong with each file of a bank, None where it is what was written; of files that its index misses too."""
+    found = {path.name: _problem(path) for path in sorted(folder.glob("*.safetensors"))}
+    if (folder / INDEX).exists() and (problem := _problem(folder / INDEX)):
+        found[INDEX] = problem
+    elif (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        found |= {name: "missing" for name in index["files"] if name not in found}
+        found[INDEX] = None
+    return found
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a file; None when it is what was written."""
+    try:
+        if path.name == INDEX:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return None if values.pop(DIGEST, None) == _digest(path, {}, values) else "not what was written"
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            digest = metadata.pop(DIGEST, None)
+            found = _digest(path, {name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        return " ".join(str(error).split())[:100] or type(error).__name__
+    if digest is None:
+        return "written without a digest"
+    return None if digest == found else "not what was written"
+
+
+def _digest(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
+    """SHA-256 of what a file of a bank holds, and of its place there."""
+    digest = hashlib.sha256(json.dumps([path.parent.name, path.name, values], sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def encode_examples(
@@ -177,34 +229,47 @@ def _write(
     encoder: Encoder,
     buckets: Sequence[Bucket],
     dtype: torch.dtype,
+    found: Mapping[str, str | None],
 ) -> None:
+    """Write what is not whole of a bank, and its index last. found: what is wrong with the files that are there."""
     rank, processes = _process()
+    whole = {name for name, problem in found.items() if not problem}
     chunks = []
     for number, (bucket, rows, part) in enumerate(_chunks(tqdm(examples, "encode", disable=rank > 0), buckets)):
         chunks.append((bucket, rows))
         path = folder / f"{number:06d}.safetensors"
-        if number % processes == rank and not path.exists():
+        if number % processes == rank and path.name not in whole:
             size = None if bucket == ANY else buckets[bucket]
             texts = encoder.texts(part, size)
             texts |= {OF_NEGATIVE + k: v for k, v in encoder.negatives(negative_prompt, part, size).items()}
             _save(path, _in(dtype, texts), encoder.images(part, size), [example.prompt for example in part])
     if rank == 0:
         negative = encoder.negative(negative_prompt)
-        if negative:
+        if negative and NEGATIVE not in whole:
             _save(folder / NEGATIVE, _in(dtype, negative), {}, [negative_prompt])
-        for number in range(len(chunks)):  # those of other processes; torchrun ends all of them when one fails
-            while not (folder / f"{number:06d}.safetensors").exists():
-                time.sleep(0.2)
+        files = [f"{number:06d}.safetensors" for number in range(len(chunks))]
+        for number, name in enumerate(files):
+            if number % processes:  # of another process; torchrun ends all of them when one fails
+                _wait_for(folder / name)
+        files += [NEGATIVE] if negative else []
         widths: dict[str, int] = {}
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
+        for file_name in files:
+            with safe_open(folder / file_name, framework="pt") as file:
                 for name, width in json.loads(file.metadata()["widths"]).items():
                     name = name.removeprefix(OF_NEGATIVE)
                     widths[name] = max(width, widths.get(name, 0))
+        values = {"chunks": [list(chunk) for chunk in chunks], "widths": widths, "files": files}
         temporary = folder / f"{INDEX}.{os.getpid()}.part"
-        temporary.write_text(json.dumps({"chunks": chunks, "widths": widths}), encoding="utf-8")
+        text = json.dumps(values | {DIGEST: _digest(folder / INDEX, {}, values)})
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / INDEX)
-    while not (folder / INDEX).exists():
+    for name in [*(found if rank else ()), INDEX]:
+        _wait_for(folder / name)
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until another process has written a file."""
+    while _problem(path):
         time.sleep(0.2)
 
 
@@ -230,7 +295,8 @@ def _save(path: Path, texts: dict[str, Tensor], images: dict[str, Tensor], promp
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     widths = {name: value.shape[1] for name, value in texts.items()}
     temporary = path.with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, temporary, {"prompts": json.dumps(prompts), "widths": json.dumps(widths)})
+    metadata = {"prompts": json.dumps(prompts), "widths": json.dumps(widths)}
+    save_file(tensors, temporary, metadata | {DIGEST: _digest(path, tensors, metadata)})
     temporary.replace(path)
 
 
@@ -294,7 +360,7 @@ def _process() -> tuple[int, int]:
     return 0, 1
 
 
-def _of_first_process(compute: Callable[[], str]) -> str:
+def _of_first_process(compute: Callable[[], T]) -> T:
     """What the first process computes, on all of them; what it raises is raised on all of them."""
     rank, processes = _process()
     if processes == 1:

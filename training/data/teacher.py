@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,20 @@ def family_of_pipeline(pipeline: DiffusionPipeline) -> ModelFamily:
 def networks_of(pipeline: DiffusionPipeline, family: ModelFamily) -> dict[str, nn.Module]:
     """The networks of a teacher by component name, high noise first."""
     return {name: getattr(pipeline, name) for name in family.teacher_routing(pipeline.config).components}
+
+
+def digest_of_networks(networks: Mapping[str, nn.Module]) -> str:
+    """SHA-256 of the weights of loaded networks: the same wherever they were loaded from.
+
+    Args:
+        networks: The networks by component, on the CPU.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for component, network in networks.items():
+        for name, value in network.state_dict().items():
+            digest.update(f"{component} {name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

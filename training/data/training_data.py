@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,7 @@ def training_data(
     family: ModelFamily,
     pipeline: DiffusionPipeline,
     device: torch.device | str = "cpu",
+    check: Callable[[str], None] | None = None,
 ) -> TrainingData:
     """Read and encode, or find what was encoded before. All processes call this together.
 
@@ -88,6 +89,7 @@ def training_data(
         family: The teacher's family.
         pipeline: The teacher's pipeline, for the sizes of latents.
         device: Where prompts and images are encoded.
+        check: Told what identifies the examples before they are encoded; what it raises ends this.
 
     Raises:
         PromptError: A prompt or an image cannot be used, or no example suits a bucket that has a share.
@@ -104,7 +106,7 @@ def training_data(
         )
     shown = [Example(prompt) for prompt in fixed] or list(itertools.islice(examples, VALIDATED))
     cache, dtype = config.data.cache_dir or config.output_dir / "cache", getattr(torch, model.dtype)
-    bank = open_prompt_cache(examples, config.data.negative_prompt, encoder, buckets, cache, dtype)
+    bank = open_prompt_cache(examples, config.data.negative_prompt, encoder, buckets, cache, dtype, check)
     validation = open_prompt_cache(shown, config.data.negative_prompt, encoder, [whole], cache, dtype)
     members = [bank.members(i) for i in range(len(buckets))]
     for bucket, suitable in zip(buckets, members, strict=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ from pdmd_core.families import ModelFamily, TeacherRouting
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig
-from training.data.teacher import TeacherSource, family_of_pipeline, load_image_side, networks_of
+from training.data.teacher import TeacherSource, digest_of_networks, family_of_pipeline, load_image_side, networks_of
 from training.data.training_data import TrainingData, training_data
 from training.distributed.context_parallel import check_context_parallel, divide_samples
 from training.distributed.sharding import check_processes, mesh_of, shard_roles
 from training.loop.compiling import compile_blocks
 from training.loop.optimizers import check_libraries
+from training.loop.resumption import Resume, Resumption, find_resumption
 from training.loop.rng import RunRNG
 from training.memory.offload import keep_one_network
 from training.memory.quantization import library_config, quantize
+from training.monitoring.monitor import warn
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class BuiltRun:
         roles: The networks.
         rng: Everything that is random once the weights exist.
         fingerprints: Fingerprints of the teacher's networks by component, taken before they were changed in any way.
+        teacher: SHA-256 of all their weights.
+        resumption: Where the run goes on; None for one that begins.
     """
 
     config: DistillConfig
@@ -53,6 +58,13 @@ class BuiltRun:
     roles: Roles
     rng: RunRNG
     fingerprints: Mapping[str, Mapping[str, str]]
+    teacher: str
+    resumption: Resumption | None = None
+
+    @property
+    def history(self) -> Sequence[str]:
+        """What was changed on request since the run began."""
+        return self.resumption.history if self.resumption else ()
 
     @property
     def evaluates_with_others(self) -> bool:
@@ -61,19 +73,21 @@ class BuiltRun:
         return sharded or self.config.parallel.context_parallel > 1
 
 
-def build_run(config: DistillConfig) -> BuiltRun:
+def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     """Check a configuration, load its teacher, encode its data and make its networks.
 
     All processes of a run call this together. What can be known to fail is said before anything is loaded.
 
     Args:
         config: The configuration of the run.
+        resume: How to go on from a checkpoint, where there is one; None begins.
 
     Returns:
         Everything that ``Trainer`` needs.
 
     Raises:
-        UserError: If the run cannot be: a library, the teacher, the prompts or the number of processes (one line).
+        UserError: If the run cannot be: a library, the teacher, the prompts, the number of processes, or a checkpoint
+            that is of another run (one line).
     """
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs do not find each other
@@ -85,19 +99,27 @@ def build_run(config: DistillConfig) -> BuiltRun:
     check_processes(config, processes)
     check_libraries(config)
     library_config(config.model.quantization)
+    say = warn if accelerator.is_main_process else lambda text: None
+    resumption = find_resumption(config, resume, say) if resume else None
     source = TeacherSource(config.model.path, config.model.revision, config.model.pipeline)
     pipeline = load_image_side(source, getattr(torch, config.model.dtype))
     family = family_of_pipeline(pipeline)
     check_context_parallel(config, family, pipeline)
-    data = training_data(config, source, family, pipeline, accelerator.device)
     networks = networks_of(pipeline, family)
+    teacher = digest_of_networks(networks)
+    check = None
+    if resumption:
+        resumption.check_teacher(teacher, config)
+        check = partial(resumption.check_prompts, config=config)
+    data = training_data(config, source, family, pipeline, accelerator.device, check)
     fingerprints = {name: fingerprint_of(network) for name, network in networks.items()}
     torch.manual_seed(config.seed)  # the weights of adapters
     mesh = mesh_of(config, accelerator.device, processes)
     roles = build_roles(config, family, networks, family.teacher_routing(pipeline.config), accelerator.device, mesh)
     together = config.parallel.context_parallel
     rng = RunRNG(config.seed, config.batch_size, data.order, rank // together, config.groups(processes))
-    return BuiltRun(config, accelerator, config.plan.build(), pipeline, family, data, roles, rng, fingerprints)
+    plan = config.plan.build()
+    return BuiltRun(config, accelerator, plan, pipeline, family, data, roles, rng, fingerprints, teacher, resumption)
 
 
 def build_roles(

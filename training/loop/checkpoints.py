@@ -39,12 +39,30 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(
-    folder: Path, update: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int
+    folder: Path,
+    update: int,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    keep: int,
+    for_good: Callable[[int], bool] = lambda update: False,
 ) -> Path:
-    """Write ``folder/update-<n>`` through a temporary folder, then remove all but the newest ``keep``.
+    """Write ``folder/update-<n>`` through a temporary folder, then remove older ones.
 
-    All processes must save together: each writes its shards, the first one the rest. values: as JSON knows them.
-    Raises CheckpointError; the checkpoints before are untouched then.
+    All processes must save together: each writes its shards, the first one the rest.
+
+    Args:
+        folder: Where checkpoints are.
+        update: How many updates are done.
+        tensors: The tensors by name.
+        values: What else there is, as JSON knows it.
+        keep: How many of the newest stay.
+        for_good: Whether the checkpoint of an update stays however old it is.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: It cannot be written; the checkpoints before are untouched then.
     """
     target, temporary = folder / f"update-{update:08d}", folder / f"{_UNFINISHED}{update:08d}"
     alone, first = not dist.is_initialized(), not dist.is_initialized() or dist.get_rank() == 0
@@ -69,7 +87,8 @@ def save_checkpoint(
             temporary.replace(target)
             _sync(folder)
             for old in list_checkpoints(folder)[:-keep]:
-                _remove(old)
+                if not for_good(update_of(old)):
+                    _remove(old)
         _wait_for_all()
     return target
 
@@ -107,6 +126,51 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
             "start anew"
         )
     return None
+
+
+def update_of(checkpoint: Path) -> int:
+    """How many updates were done when a checkpoint was taken."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def whole_checkpoint(folder: Path, update: int) -> Path:
+    """The checkpoint of an update, whose files are what was written. All processes ask together.
+
+    Args:
+        folder: Where checkpoints are.
+        update: How many updates were done.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    found = {update_of(path): path for path in list_checkpoints(folder)}
+    if update not in found:
+        there = ", ".join(map(str, found)) or "none"
+        raise CheckpointError(f"{folder}: no checkpoint of update {update}; there are those of: {there}")
+    if problem := damage(found[update]):
+        raise CheckpointError(f"{found[update]} is damaged ({problem}): choose another checkpoint")
+    return found[update]
+
+
+def set_aside_later(checkpoint: Path) -> list[Path]:
+    """Give checkpoints that are newer than this one names that are no checkpoints', for a run that goes back to it.
+
+    All processes ask together. The newest is renamed last: until then the run would go on from that.
+
+    Args:
+        checkpoint: Where the run goes on.
+
+    Returns:
+        Their new places.
+    """
+    aside: list[Path] = []
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for path in list_checkpoints(checkpoint.parent):
+            if path.name > checkpoint.name:
+                number = sum(1 for _ in checkpoint.parent.glob(f"aside-*-{path.name}"))
+                aside.append(path.replace(path.with_name(f"aside-{number}-{path.name}")))
+    _wait_for_all()
+    return aside
 
 
 def load_values(path: Path) -> dict[str, Any]:

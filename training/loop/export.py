@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +71,18 @@ def export_experts(
     write_card(folder, manifest)
 
 
-def training_summary(config: DistillConfig, plan: PhasePlan) -> dict[str, Any]:
+def training_summary(config: DistillConfig, plan: PhasePlan, history: Sequence[str] = ()) -> dict[str, Any]:
     """Summarise how experts were trained, for the manifest.
 
     Args:
         config: The configuration of the run.
         plan: Its phase plan.
+        history: What was changed on request since the run began.
 
     Returns:
         What JSON can hold.
     """
+    changes = {"changes": list(history)} if history else {}
     return {
         "method": "Phased DMD" if len(plan) > 1 else "DMD",
         "updates": [config.updates_of(k) for k in range(len(plan))],
@@ -95,6 +97,7 @@ def training_summary(config: DistillConfig, plan: PhasePlan) -> dict[str, Any]:
         "seed": config.seed,
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,
+        **changes,
     }
 
 

@@ -1,8 +1,9 @@
-"""What a run needs to go on: its state in checkpoints, and the configuration keys that may change meanwhile."""
+"""What a run needs to go on: its state in checkpoints."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from pdmd_core.roles import FAKE, Roles
-from training.config.schema import ConfigError, DistillConfig, leaves_of, with_defaults
+from training.loop.build import BuiltRun
 from training.loop.checkpoints import load_tensors
 from training.loop.optimizers import make_state
 from training.loop.phase import PhaseTraining
 from training.loop.progress import Progress
 from training.loop.rng import RunRNG
-
-FREE_TO_CHANGE = (
-    "output_dir",
-    "compile",
-    "max_bad_updates",
-    "data.prompts",
-    "data.cache_dir",
-    "parallel.",
-    "memory.",
-    "checkpoints.",
-    "validation.",
-    "monitoring.",
-    "export.",
-)
-"""Keys, or starts of keys, that may differ between a run and its resumption: they change no number, or only how sums
-are rounded. Where prompts lie may differ, what they are may not: ``check_same_prompts``."""
 
 
 def tensors_of_run(roles: Roles, training: PhaseTraining, draws: RunRNG) -> dict[str, Tensor]:
@@ -53,13 +38,15 @@ def tensors_of_run(roles: Roles, training: PhaseTraining, draws: RunRNG) -> dict
     return tensors
 
 
-def values_of_run(
-    config: DistillConfig, progress: Progress, roles: Roles, training: PhaseTraining, prompts: str
-) -> dict[str, Any]:
-    """What else it depends on, as JSON knows it. prompts: what identifies their conditioning."""
+def values_of_run(run: BuiltRun, progress: Progress, training: PhaseTraining) -> dict[str, Any]:
+    """What else it depends on, as JSON knows it, and what tells whether teacher and prompts are the same later."""
+    roles = run.roles
     return {
-        "config": json.loads(config.model_dump_json()),
-        "prompts": prompts,
+        "config": json.loads(run.config.model_dump_json()),
+        "prompts": run.data.prompts.identity,
+        "teacher": run.teacher,
+        "fingerprints": run.fingerprints,
+        "history": list(run.history),
         "progress": asdict(progress),
         "optimizers": {
             role: [name for name, parameter in roles.named_parameters(role).items() if parameter in optimizer.state]
@@ -69,7 +56,9 @@ def values_of_run(
     }
 
 
-def resume_from(checkpoint: Path, values: dict[str, Any], roles: Roles, training: PhaseTraining, draws: RunRNG) -> None:
+def resume_from(
+    checkpoint: Path, values: Mapping[str, Any], roles: Roles, training: PhaseTraining, draws: RunRNG
+) -> None:
     """Go on where a checkpoint was taken, with a training of its phase. Raises CheckpointError."""
     for role, names in values["optimizers"].items():
         state = training.optimizers[role].state
@@ -82,30 +71,3 @@ def resume_from(checkpoint: Path, values: dict[str, Any], roles: Roles, training
     draws.load_state_dict({name: tensors[f"draws/{name}"] for name in draws.state_dict()})
     if training.average is not None:
         training.average.optimization_step = values["averaged_updates"]
-
-
-def check_same_prompts(values: dict[str, Any], prompts: str, config: DistillConfig) -> None:
-    """Raises ConfigError when a run with these values of a checkpoint trained on other prompts."""
-    if values["prompts"] != prompts:
-        raise ConfigError(
-            f"data.prompts: the content of {config.data.prompts} changed since the checkpoint (or what encodes it: the "
-            "teacher's encoders, the negative prompt), so the run cannot be resumed; set it back or choose another "
-            "output_dir"
-        )
-
-
-def check_same_config(before: dict[str, Any], config: DistillConfig) -> list[str]:
-    """What changed and may change, a text each. Raises ConfigError when a run of ``before`` cannot go on with this."""
-    now = leaves_of(json.loads(config.model_dump_json()))
-    then = leaves_of(with_defaults(before))
-    changed = {
-        key: f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(set(then) | set(now))
-        if then.get(key) != now.get(key)
-    }
-    if refused := [text for key, text in changed.items() if not key.startswith(FREE_TO_CHANGE)]:
-        raise ConfigError(
-            "the configuration changed since the checkpoint, so the run cannot be resumed; set it back or choose "
-            f"another output_dir. Changed: {'; '.join(refused)}"
-        )
-    return list(changed.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from training.config.command_line import UserError
 from training.evaluation.pictures import save_samples
 from training.loop.batches import DataBatches
 from training.loop.build import BuiltRun
-from training.loop.checkpoints import list_checkpoints, load_values, newest_whole, save_checkpoint
+from training.loop.checkpoints import list_checkpoints, save_checkpoint, set_aside_later
 from training.loop.export import export_experts, training_summary
 from training.loop.optimizers import lr_factor
 from training.loop.phase import PhaseTraining, Update
 from training.loop.progress import Progress
+from training.loop.resumption import Resumption
 from training.loop.signals import Stopped, StopRequest
-from training.loop.state import check_same_config, check_same_prompts, resume_from, tensors_of_run, values_of_run
+from training.loop.state import resume_from, tensors_of_run, values_of_run
 from training.loop.validation import decoded, validation_latents
 from training.memory.offload import keep_idle_experts_away
 from training.monitoring.monitor import UpdateReport, warn
@@ -50,11 +52,11 @@ class Trainer:
         self.progress = Progress()
         self.monitors = monitors_of(run.config, run.accelerator)
 
-    def run(self, resume: bool = False) -> Path:
-        """Train all phases and write the experts.
+    def run(self) -> Path:
+        """Train all phases and write the experts, from the checkpoint from which the run was built to go on.
 
-        Args:
-            resume: Go on from the newest checkpoint that is whole; start anew where there is none.
+        What ends a run comes last: a checkpoint is written before the validation of its update, at the end of every
+        phase, and so before experts are written.
 
         Returns:
             The folder of the experts.
@@ -62,13 +64,13 @@ class Trainer:
         Raises:
             Stopped: If a signal asked for it; everything is in a checkpoint.
             TrainingStopped: If too many updates in a row were not finite.
-            UserError: If a checkpoint cannot be written or read, or the configuration is not that of the checkpoint.
+            UserError: If a checkpoint cannot be written or read.
         """
         config = self.config
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.start_phase()
-        if resume:
-            self.resume()
+        if self.built.resumption:
+            self.resume(self.built.resumption)
         self._write_config()
         progress = self.progress
         self.monitors.start(progress.total)
@@ -76,6 +78,7 @@ class Trainer:
         bar = self._progress_bar()
         stop, kept = 0, None
         with StopRequest(self.accelerator.device, self.accelerator.is_main_process) as request, bar:
+            self._validate_when_due()  # also after a checkpoint: the run may have ended before the samples were there
             while kept is None:
                 if progress.update >= config.updates_of(progress.phase):
                     self.finish_phase()
@@ -89,11 +92,11 @@ class Trainer:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in update.values.items()}, refresh=False)
                 bar.update()
                 stop = request.number()
-                kept = self.save() if stop else None  # before samples, which take their time
-                if config.validation.every and progress.total % config.validation.every == 0:
-                    self.validate(f"update-{progress.total:06d}")
-                if not stop and progress.total % config.checkpoints.every == 0:
-                    self.save()
+                phase_ends = progress.update >= config.updates_of(progress.phase)
+                if stop or phase_ends or progress.total % config.checkpoints.every == 0:
+                    saved = self.save()  # before samples, which take their time and may fail
+                    kept = saved if stop else None
+                self._validate_when_due()
             self.monitors.finish()
         if kept is not None:
             raise Stopped(stop, kept)
@@ -133,46 +136,62 @@ class Trainer:
         self.training.finish()
         self.validate(f"{self.training.expert}-final")
         if self.progress.phase + 1 == len(self.plan):
-            summary, main = training_summary(self.config, self.plan), self.accelerator.is_main_process
+            summary = training_summary(self.config, self.plan, self.built.history)
+            main = self.accelerator.is_main_process
             folder, prints = self.output_dir / "experts", self.built.fingerprints
             export_experts(folder, self.config, self.plan, self.roles, summary, prints, main)
         self.accelerator.wait_for_everyone()
 
+    def _validate_when_due(self) -> None:
+        """Validate before the first update, which shows what cannot be decoded, and every so many updates."""
+        every, total = self.config.validation.every, self.progress.total
+        if total == 0 or (every and total % every == 0):
+            self.validate(f"update-{total:06d}")
+
     def validate(self, name: str) -> None:
-        """Sample the fixed prompts and seeds, save the samples under this name and show them to the monitors."""
+        """Sample the fixed prompts and seeds, save the samples under this name and show them to the monitors.
+
+        What fails here is a warning: samples are looked at, and no update depends on them.
+        """
         if not (self.accelerator.is_main_process or self.built.evaluates_with_others):
             return
-        latents = validation_latents(self.built, self.training)
-        if not self.accelerator.is_main_process:
-            return
-        pixels = decoded(self.built, latents)
         try:
-            save_samples(self.output_dir / "samples" / name, pixels, columns=self.config.validation.seeds)
-        except OSError as error:
-            warn(f"samples {name} are not written, the run goes on: {error}")
-        self.monitors.validation(name, pixels, self.progress.total)
+            latents = validation_latents(self.built, self.training)
+            if not self.accelerator.is_main_process:
+                return
+            pixels = decoded(self.built, latents)
+            del latents
+            try:
+                save_samples(self.output_dir / "samples" / name, pixels, columns=self.config.validation.seeds)
+            except OSError as error:
+                warn(f"samples {name} are not written, the run goes on: {error}")
+            self.monitors.validation(name, pixels, self.progress.total)
+        except Exception as error:  # out of memory, of the decoder, of a library that writes pictures
+            text = " ".join(str(error).split())[:300]
+            warn(f"validation {name} failed, the run goes on: {type(error).__name__}: {text}")
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the next update depends on; returns it."""
         tensors = tensors_of_run(self.roles, self.training, self.built.rng)
-        values = values_of_run(self.config, self.progress, self.roles, self.training, self.built.data.prompts.identity)
-        folder = self.output_dir / "checkpoints"
-        return save_checkpoint(folder, self.progress.total, tensors, values, self.config.checkpoints.keep)
+        values = values_of_run(self.built, self.progress, self.training)
+        folder, keep = self.output_dir / "checkpoints", self.config.checkpoints.keep
+        return save_checkpoint(folder, self.progress.total, tensors, values, keep, self._stays_for_good)
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint that is whole; from the beginning when there is none."""
-        identity, main = self.built.data.prompts.identity, self.accelerator.is_main_process
-        checkpoint = newest_whole(self.output_dir / "checkpoints", warn if main else lambda text: None)
-        if checkpoint is None:
-            self.accelerator.print(f"{self.output_dir}: no checkpoint to resume from, starting at update 0")
-            return
-        values = load_values(checkpoint)
-        changed = check_same_config(values["config"], self.config)
-        check_same_prompts(values, identity, self.config)
-        self.progress = Progress(**values["progress"])
+    def _stays_for_good(self, update: int) -> bool:
+        """Whether the checkpoint of an update is never removed: from the end of a phase the next is trained again."""
+        every = self.config.checkpoints.keep_every
+        numbers = [self.config.updates_of(k) for k in range(len(self.plan))]
+        return update in itertools.accumulate(numbers) or bool(every and update % every == 0)
+
+    def resume(self, resumption: Resumption) -> None:
+        """Go on from a checkpoint; later ones, of a run that goes back, are set aside."""
+        self.progress = resumption.progress
         self.start_phase()
-        resume_from(checkpoint, values, self.roles, self.training, self.built.rng)
-        self.accelerator.print(f"resumed from {checkpoint}" + (f", with {'; '.join(changed)}" if changed else ""))
+        resume_from(resumption.checkpoint, resumption.values, self.roles, self.training, self.built.rng)
+        for aside in set_aside_later(resumption.checkpoint):
+            warn(f"{aside.name} is set aside, the run goes on from {resumption.checkpoint.name}")
+        changed = f", with {'; '.join(resumption.changed)}" if resumption.changed else ""
+        self.accelerator.print(f"resumed from {resumption.checkpoint}{changed}")
 
     def _write_config(self) -> None:
         if self.accelerator.is_main_process:

@@ -98,7 +98,9 @@ class Alerts:
         return self._new(update, expert, found)
 
     def validation(self, update: int, expert: str, statistics: SampleStatistics) -> list[Alert]:
-        """Samples of the fixed prompts and seeds."""
+        """Samples of the fixed prompts and seeds; those before the first update are of an expert that is none yet."""
+        if not update:
+            return []
         first = self._first.setdefault(expert, statistics)
         found: list[tuple[str, str]] = []
         if statistics.diversity is not None:

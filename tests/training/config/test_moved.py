@@ -16,6 +16,7 @@ from training.config.schema import ConfigError, DistillConfig, load_config, with
 from training.loop.build import build_run
 from training.loop.checkpoints import VALUES, list_checkpoints
 from training.loop.digests import write_digests
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
 from training.monitoring.page import write_page
 
@@ -147,8 +148,8 @@ def test_a_run_with_a_checkpoint_under_old_names_goes_on(config: DistillConfig) 
     (checkpoint / VALUES).write_text(json.dumps(values), encoding="utf-8")
     write_digests(checkpoint)
     with pytest.raises(ConfigError, match=r"Changed: generator\.lr: 0\.01 -> 0\.5$"):
-        Trainer(build_run(changed(config, **{"generator.lr": 0.5}))).run(resume=True)
-    Trainer(build_run(changed(config, **{"checkpoints.keep": 1}))).run(resume=True)
+        Trainer(build_run(changed(config, **{"generator.lr": 0.5}), Resume())).run()
+    Trainer(build_run(changed(config, **{"checkpoints.keep": 1}), Resume())).run()
     lines = (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["update"] for line in lines] == [1, 2, 3, 4, 5, 6]
 

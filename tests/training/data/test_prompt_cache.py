@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -236,3 +237,57 @@ def test_processes_share_the_work_and_find_the_same(teacher: Path, tmp_path: Pat
     assert encoded == {0: 4, 1: 3}
     first, second = (bank.conditioning(torch.arange(7), CPU)["prompt_embeds"] for bank in banks)
     assert torch.equal(first, second)
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["000001.safetensors", "negative.safetensors", "index.json"])
+def test_a_damaged_file_is_encoded_again_and_said(
+    name: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flipped bit wherever it lies, an empty file, another file's content, none at all."""
+    examples, encoder = [Example(f"number {i}") for i in range(5)], Encoder(TeacherSource(str(teacher)), WAN, 12)
+
+    def values() -> list[torch.Tensor]:
+        with mock.patch.object(prompt_cache, "CHUNK", 2):
+            bank = open_prompt_cache(examples, "blurry", encoder, [Bucket(16, 16, 1)], tmp_path)
+        own = torch.arange(5)
+        return [bank.conditioning(own, CPU)["prompt_embeds"], bank.negative_conditioning(own, CPU)["prompt_embeds"]]
+
+    expected = values()
+    (folder,) = tmp_path.iterdir()
+    harms = [partial(flip, folder / name, place / 19) for place in range(20)]
+    harms += [
+        partial((folder / name).write_bytes, b""),
+        partial(shutil.copy, folder / "000000.safetensors", folder / name),
+    ]
+    if name != "index.json":  # without one it was never complete
+        harms.append((folder / name).unlink)
+    for harm in harms:
+        harm()
+        assert all(torch.equal(a, b) for a, b in zip(values(), expected, strict=True)), harm
+        said = capsys.readouterr().err
+        assert f"warning: {folder / name} is damaged (" in said and "): it is encoded again" in said, harm
+
+
+def test_three_runs_mend_and_read_one_cache_together(teacher: Path, tmp_path: Path) -> None:
+    examples = [Example(f"number {i}") for i in range(7)]
+    encoders = [Encoder(TeacherSource(str(teacher)), WAN, 12) for _ in range(3)]
+    assert all(encoder.pipeline for encoder in encoders), "loaded one after the other, as in processes of their own"
+
+    def run(encoder: Encoder) -> torch.Tensor:
+        bank = open_prompt_cache(examples, "", encoder, [Bucket(16, 16, 1)], tmp_path)
+        return bank.conditioning(torch.arange(7), CPU)["prompt_embeds"]
+
+    with mock.patch.object(prompt_cache, "CHUNK", 2):
+        expected = run(encoders[0])
+        (folder,) = tmp_path.iterdir()
+        for name in ("000000.safetensors", "000002.safetensors"):
+            flip(folder / name, 0.9)
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(run, encoders))
+    assert all(torch.equal(values, expected) for values in found)

@@ -14,6 +14,7 @@ from training.config.schema import ConfigError, DistillConfig
 from training.data.examples import PromptError
 from training.loop.build import build_run
 from training.loop.dry_run import describe
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
 
 BUCKETS = [{"width": 32, "height": 16}, {"width": 16, "height": 32}]
@@ -63,10 +64,10 @@ def test_a_run_in_buckets_resumes_to_the_same_numbers_and_notices_other_prompts(
     words = prompts.read_text(encoding="utf-8")
     prompts.write_text(words.replace("a fox", "a wolf"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"words\.jsonl changed since the checkpoint") as caught:
-        Trainer(build_run(stopped)).run(resume=True)
+        Trainer(build_run(stopped, Resume())).run()
     assert "\n" not in str(caught.value)
     prompts.write_text(words, encoding="utf-8")
-    Trainer(build_run(stopped)).run(resume=True)
+    Trainer(build_run(stopped, Resume())).run()
     assert metrics(stopped) == metrics(changed(bucketed, output_dir=str(tmp_path / "whole")))
 
 

@@ -30,6 +30,7 @@ from training.config.schema import ConfigError, load_config, with_values
 from training.distributed.sharding import check_processes
 from training.loop.build import build_run
 from training.loop.checkpoints import list_checkpoints
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
@@ -137,7 +138,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     go_on_from(folder, "lora-fsdp", "lora-2-to-1")
     go_on_from(folder, "full-hsdp", "full-2-to-1")
     for name in ("lora-2-to-1", "full-2-to-1"):
-        Trainer(build_run(load_config(Path(configs[name])))).run(resume=True)
+        Trainer(build_run(load_config(Path(configs[name])), Resume())).run()
     return Finished(folder, output)
 
 

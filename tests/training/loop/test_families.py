@@ -28,6 +28,7 @@ from training.data.buckets import SampleSize
 from training.data.examples import Example, PromptError, read_examples
 from training.evaluation.sampler import Sampler
 from training.loop.build import build_run
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -167,7 +168,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(
     Trainer(build_run(whole)).run()
     broken = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "broken"))
     run_and_stop(Trainer(build_run(broken)), stop_after)
-    Trainer(build_run(broken)).run(resume=True)
+    Trainer(build_run(broken, Resume())).run()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
 
 

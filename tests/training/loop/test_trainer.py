@@ -23,6 +23,7 @@ from training.config.schema import ConfigError, DistillConfig
 from training.loop import phase
 from training.loop.build import build_run
 from training.loop.checkpoints import list_checkpoints
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer, TrainingStopped
 
 
@@ -57,7 +58,7 @@ def test_a_run_stopped_at_any_update_resumes_to_the_same_numbers(
     whole.run()
     broken = changed(config, output_dir=str(tmp_path / "broken"), **{"checkpoints.every": 2})
     run_and_stop(Trainer(build_run(broken)), stop_after)
-    Trainer(build_run(broken)).run(resume=True)
+    Trainer(build_run(broken, Resume())).run()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
     for name in ("high_noise", "low_noise"):
         first, second = (load_file(tmp_path / run / "experts" / f"{name}.safetensors") for run in ("whole", "broken"))
@@ -176,9 +177,9 @@ def test_a_bad_loss_skips_the_update_is_counted_and_stops_the_run(config: Distil
 
 def test_a_changed_configuration_is_not_resumed(config: DistillConfig) -> None:
     Trainer(build_run(config)).run()
-    Trainer(build_run(changed(config, **{"monitoring.log_every": 5}))).run(resume=True)
+    Trainer(build_run(changed(config, **{"monitoring.log_every": 5}), Resume())).run()
     with pytest.raises(ConfigError, match="batch_size: 4 -> 8") as error:
-        Trainer(build_run(changed(config, batch_size=8))).run(resume=True)
+        Trainer(build_run(changed(config, batch_size=8), Resume())).run()
     assert "\n" not in str(error.value)
 
 

@@ -17,6 +17,7 @@ from tests.helpers.configs import changed
 from tests.helpers.families.wan import wan_two_networks
 from training.config.schema import ConfigError, DistillConfig
 from training.loop.build import build_run
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
 from training.memory.offload import OneOnDevice
 
@@ -172,7 +173,7 @@ def test_idle_experts_are_on_the_device_only_while_they_compute(
     shutil.copytree(
         together.output_dir / "checkpoints" / "update-00000001", tmp_path / "resumed/checkpoints/update-00000001"
     )
-    Trainer(build_run(resumed)).run(resume=True)
+    Trainer(build_run(resumed, Resume())).run()
     assert {"teacher", "fake", *(phase.name for phase in together.plan.build().phases)} == set(computed)
     assert metrics(apart) == metrics(together)
     assert metrics(resumed) == metrics(together)[1:]

@@ -22,6 +22,7 @@ from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
 from training.config.schema import DistillConfig
 from training.loop.build import build_run
+from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
 from training.monitoring import observer as observer_module
 from training.monitoring.jsonl import JsonLines, monitoring_log
@@ -163,7 +164,7 @@ def test_a_resumed_run_keeps_what_was_seen_and_does_not_repeat_itself(config: Di
     run_and_stop(Trainer(build_run(watched)), after=5)
     run = config.output_dir
     assert [line["update"] for line in monitoring_log(run, "performance").read()] == [1, 2, 3, 4, 5]
-    Trainer(build_run(watched)).run(resume=True)
+    Trainer(build_run(watched, Resume())).run()
     assert [line["update"] for line in monitoring_log(run, "performance").read()] == [1, 2, 3, 4, 5, 6]
     assert [line["update"] for line in monitoring_log(run, "validations").read()] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert len(monitoring_log(run, "warnings").read()) == 1, "the second phase is too short after its resumption"
