@@ -38,9 +38,13 @@ _EXAMPLES = """examples:
   python training/distill.py --config training/configs/embedded_demo.yaml plan.steps=[1,1,1,1] generator.lr=2e-4
   python training/distill.py --config training/configs/embedded_demo.yaml --dry-run --gpus 8 --memory-per-gpu 80
   python training/distill.py --config training/configs/embedded_demo.yaml --encode_prompts
+  python training/distill.py --output_dir runs/demo --export 80
   python training/distill.py --push_to_hub user/experts --output_dir runs/demo
 """
-_UNHEARD = {"--resume": ("--dry-run", "--encode_prompts"), "--push_to_hub": ("--dry-run", "--encode_prompts")}
+NEWEST = -1
+"""The update of ``--export`` without a number."""
+_INSTEAD = ("--dry-run", "--encode_prompts", "--export")
+_UNHEARD = {"--resume": _INSTEAD, "--push_to_hub": _INSTEAD}
 """Options of a run to those that are done instead of one."""
 _NEEDS = {
     "--from-checkpoint": "--resume",
@@ -94,6 +98,15 @@ def make_parser() -> arguments.CommandParser:
         "--encode_prompts", action="store_true", help="encode prompts and images, which a run then finds, and end"
     )
     instead.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
+    instead.add_argument(
+        "--export",
+        type=arguments.whole_number(1),
+        nargs="?",
+        const=NEWEST,
+        metavar="UPDATE",
+        help="write the experts of this checkpoint, of the newest without a number, into experts-update-N of the "
+        "output folder; without --config, as the checkpoint says",
+    )
     parts.add_argument(
         "--memory-per-gpu",
         type=arguments.number(0, above=True),
@@ -133,6 +146,9 @@ def main(given: list[str] | None = None) -> int:
                     raise UserError(f"{key} is {MOVED[key]} now, a configuration key: write it as {MOVED[key]}=value")
                 raise UserError(f"{parser.unknown(override)} (configuration values are key.inner=value, see --help)")
         refuse_unheard(options, overrides)
+        update = None if options.export == NEWEST else options.export
+        if options.config is None and options.export is not None:
+            return export(options.output_dir, update)
         if options.config is None:
             push(options.output_dir, options.push_to_hub, options.private)
             return 0
@@ -143,6 +159,8 @@ def main(given: list[str] | None = None) -> int:
             return dry_run(config, options.memory_per_gpu, 1 if options.gpus is None else options.gpus)
         if options.encode_prompts:
             return encode_prompts(config)
+        if options.export is not None:
+            return export(config.output_dir, update, config)
         resume = None
         if options.resume:
             from training.loop.resumption import Resume
@@ -167,8 +185,12 @@ def refuse_unheard(options: argparse.Namespace, overrides: Sequence[str]) -> Non
         if is_given(option) and (unheard := [other for other in others if is_given(other)]):
             raise UserError(f"{option} is for a run, {unheard[0]} is not one: leave one of them out")
     if options.config is None:
+        if is_given("--export") and is_given("--output_dir") and not overrides:
+            return
         if not (is_given("--push_to_hub") and is_given("--output_dir")):
-            raise UserError("give --config, or --push_to_hub with the --output_dir of a finished run")
+            raise UserError(
+                "give --config, or --push_to_hub with the --output_dir of a finished run, or --export with that of any"
+            )
         if unheard := [*(["--resume"] if options.resume else []), *overrides]:
             raise UserError(f"{unheard[0]} is for a run, which needs --config: leave it out to push a finished one")
 
@@ -195,6 +217,19 @@ def encode_prompts(config: DistillConfig) -> int:
     sizes = pipeline_on_meta(source)
     data = training_data(config, source, family_of_pipeline(sizes), sizes, accelerator.device)
     accelerator.print(f"{len(data.prompts)} examples are encoded in {data.prompts.folder}")
+    return 0
+
+
+def export(run: Path, update: int | None, config: DistillConfig | None = None) -> int:
+    """Write the experts of a checkpoint, and say which phases they have."""
+    from pdmd_core.experts import read_manifest
+    from training.evaluation.distilled import unfinished
+    from training.loop.export_checkpoint import export_checkpoint
+
+    folder = export_checkpoint(run, update, config)
+    print(f"experts: {folder}")
+    if note := unfinished(read_manifest(folder)):
+        print(note)
     return 0
 
 

@@ -148,15 +148,14 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
-    from pdmd_core.experts import PhasedExperts
     from pdmd_core.phases import PhasePlan
     from training.config.command_line import UserError
     from training.data.examples import PromptError, read_examples
-    from training.evaluation.distilled import GivenSize, teacher_source
+    from training.evaluation.distilled import GivenSize, open_experts, teacher_source
     from training.evaluation.pictures import save_samples
     from training.evaluation.sampler import Sampler
 
-    experts = PhasedExperts.open(options.experts) if options.experts is not None else None
+    experts = open_experts(options.experts) if options.experts is not None else None
     refuse_unheard(options)
     examples = given_examples(options.prompt, options.image)
     examples += read_examples(options.prompts) if options.prompts is not None else []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdmd_core.experts import Manifest, PhasedExperts
+from pdmd_core.experts import ExpertsError, Manifest, PhasedExperts
 from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 
@@ -107,3 +109,48 @@ def noted(manifest: Manifest, key: str, kind: type | tuple[type, ...], default: 
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(f"the experts' manifest: training.{key} cannot be {value!r:.60}: write it anew")
     return value
+
+
+def unfinished(manifest: Manifest) -> str | None:
+    """What experts of a run that is not finished lack, in a line; None for those of a finished one.
+
+    Args:
+        manifest: Of the experts.
+
+    Raises:
+        UserError: When the manifest says it in a way that cannot be read.
+    """
+    note = noted(manifest, "unfinished", dict, {})
+    if not note:
+        return None
+    missing = ", ".join(map(str, note.get("missing", [])))
+    last = manifest.plan.phases[-1]
+    return (
+        f"the run of these experts is not finished, {missing} is missing: samples jump from sigma "
+        f"{last.sigmas[-1]:.4g} of {last.name} to 0, which is blurred"
+    )
+
+
+def open_experts(folder: str | Path) -> PhasedExperts:
+    """Open experts to sample them; those of a run that is not finished are said on standard error.
+
+    Args:
+        folder: The experts folder.
+
+    Raises:
+        ExpertsError: There are no experts, or they are damaged; of a run that is not finished, with what it has.
+    """
+    try:
+        experts = PhasedExperts.open(folder)
+    except ExpertsError as error:
+        run = Path(folder).parent
+        parts = sorted(path.name for path in run.glob("experts-*") if path.is_dir())
+        if Path(folder).exists() or not (parts or (run / "checkpoints").is_dir()):
+            raise
+        has = f"it has {', '.join(parts)}; " if parts else ""
+        raise ExpertsError(
+            f"{error}; the run is not finished: {has}distill.py --export --output_dir {run} makes those of a checkpoint"
+        ) from None
+    if note := unfinished(experts.manifest):
+        print(f"note: {note}", file=sys.stderr)
+    return experts

@@ -19,6 +19,7 @@ from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
 from training.config.schema import DistillConfig
 from training.distributed.sharding import whole
+from training.loop.progress import Progress
 
 
 def export_experts(
@@ -29,17 +30,27 @@ def export_experts(
     training: Mapping[str, Any],
     fingerprints: Mapping[str, Mapping[str, str]],
     write: bool = True,
+    states: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write ``folder`` as described in docs: one safetensors file for each phase, manifest, scheduler, README.
 
-    fingerprints: of the teacher's networks by component, taken before they were quantised or spread over processes.
     All processes must ask together where weights are in shards, one of them with ``write``.
+
+    Args:
+        folder: The folder to write.
+        config: The configuration of the run.
+        plan: The phases whose experts are written: the run's, or the first of them (``trained_part``).
+        roles: The networks.
+        training: The summary of the training, for the manifest.
+        fingerprints: Of the teacher's networks by component, taken before they were changed in any way.
+        write: Whether this process writes.
+        states: Weights of experts by name, in place of those in ``roles``.
     """
     dtype = getattr(torch, config.export.dtype)
     experts, weights = [], {}
     for phase in plan.phases:
         spec = roles.specs[phase.name]
-        state = whole(roles.state_dict(phase.name), dtype)
+        state = whole(states[phase.name] if states else roles.state_dict(phase.name), dtype)
         if not write:
             continue
         lora = spec.kind == "lora"
@@ -71,21 +82,38 @@ def export_experts(
     write_card(folder, manifest)
 
 
-def training_summary(config: DistillConfig, plan: PhasePlan, history: Sequence[str] = ()) -> dict[str, Any]:
+def trained_part(plan: PhasePlan, phase: int) -> PhasePlan:
+    """The plan of the experts up to a phase. After its last sigma samples jump to 0, as those of validations do.
+
+    Args:
+        plan: The plan of a run.
+        phase: Index of its last phase that is trained, or in training.
+
+    Returns:
+        A plan that can be sampled; the run's own after its last phase.
+    """
+    return PhasePlan(plan.phases[: phase + 1])
+
+
+def training_summary(
+    config: DistillConfig, plan: PhasePlan, progress: Progress, history: Sequence[str] = ()
+) -> dict[str, Any]:
     """Summarise how experts were trained, for the manifest.
 
     Args:
         config: The configuration of the run.
         plan: Its phase plan.
+        progress: Where the run is; the last of the experts is that of its phase.
         history: What was changed on request since the run began.
 
     Returns:
-        What JSON can hold.
+        What JSON can hold. ``unfinished`` names the phases that are missing and the whole plan.
     """
-    changes = {"changes": list(history)} if history else {}
+    missing = [phase.name for phase in plan.phases[progress.phase + 1 :]]
+    unfinished = {"unfinished": {"missing": missing, "plan": plan.to_dict()}} if missing else {}
     return {
         "method": "Phased DMD" if len(plan) > 1 else "DMD",
-        "updates": [config.updates_of(k) for k in range(len(plan))],
+        "updates": [*(config.updates_of(k) for k in range(progress.phase)), progress.update],
         "batch_size": config.batch_size,
         "fake_updates": config.fake_updates,
         "draws_per_rollout": config.draws_per_rollout,
@@ -97,7 +125,8 @@ def training_summary(config: DistillConfig, plan: PhasePlan, history: Sequence[s
         "seed": config.seed,
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,
-        **changes,
+        **unfinished,
+        **({"changes": list(history)} if history else {}),
     }
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import yaml
 from tqdm.auto import tqdm
 
+from pdmd_core.experts import ExpertsError
 from pdmd_core.roles import FAKE
 from training.config.command_line import UserError
 from training.evaluation.pictures import save_samples
 from training.loop.batches import DataBatches
 from training.loop.build import BuiltRun
 from training.loop.checkpoints import list_checkpoints, save_checkpoint, set_aside_later
-from training.loop.export import export_experts, training_summary
+from training.loop.export import export_experts, trained_part, training_summary
 from training.loop.optimizers import lr_factor
 from training.loop.phase import PhaseTraining, Update
 from training.loop.progress import Progress
@@ -132,15 +133,24 @@ class Trainer:
         )
 
     def finish_phase(self) -> None:
-        """Make the average the expert, which is frozen from now on; after the last phase write the experts."""
+        """Make the average the expert, which is frozen from now on, and write the experts that are there."""
         self.training.finish()
         self.validate(f"{self.training.expert}-final")
         if self.progress.phase + 1 == len(self.plan):
-            summary = training_summary(self.config, self.plan, self.built.history)
-            main = self.accelerator.is_main_process
-            folder, prints = self.output_dir / "experts", self.built.fingerprints
-            export_experts(folder, self.config, self.plan, self.roles, summary, prints, main)
+            self._export("experts")
+        else:
+            try:
+                self._export(f"experts-{self.training.expert}")
+            except (OSError, ExpertsError) as error:  # all of it is in the checkpoint, and in the experts at the end
+                warn(f"experts-{self.training.expert} is not written, the run goes on: {error}")
         self.accelerator.wait_for_everyone()
+
+    def _export(self, name: str) -> None:
+        """Write the experts so far into a folder of the run."""
+        summary = training_summary(self.config, self.plan, self.progress, self.built.history)
+        plan, prints = trained_part(self.plan, self.progress.phase), self.built.fingerprints
+        main = self.accelerator.is_main_process
+        export_experts(self.output_dir / name, self.config, plan, self.roles, summary, prints, main)
 
     def _validate_when_due(self) -> None:
         """Validate before the first update, which shows what cannot be decoded, and every so many updates."""
