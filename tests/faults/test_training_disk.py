@@ -46,7 +46,7 @@ def test_a_full_disk_ends_a_run_with_its_last_checkpoint(
     (line,) = ended.lines
     assert words in line and text in line and "--resume" in line
     assert "Traceback" not in ended.errors
-    assert run.checkpoints[-1] == ("update-00000006" if "experts" in change else "update-00000002")
+    assert run.checkpoints[-1] == ("update-00000006" if "experts" in change else "update-00000003")
     run.check_nothing_half_written_counts()
     assert run.run("--resume").status == 0
     assert run.results() == uninterrupted.results

@@ -20,6 +20,7 @@ KILLS = {
     "values of a checkpoint are written": (r"write checkpoints/\.unfinished-00000002/run", 1),
     "a checkpoint takes its place": (r"replace checkpoints/\.unfinished-00000002 ", 1),
     "samples are written": ("write samples/high_noise-final", 1),
+    "experts of a phase are written": (r"write experts-high_noise/\.high_noise", 1),
     "the next checkpoint is written": (r"write checkpoints/\.unfinished-00000004/.*sha256", 1),
     "numbers that are computed again are dropped": (r"replace \.metrics", 1),
     "an old checkpoint is removed": (r"remove checkpoints/\.unfinished-removal", 2),
@@ -55,7 +56,8 @@ def test_a_run_that_is_killed_in_the_middle_of_a_file_ends_like_one_that_is_not(
     assert sum(path.stat().st_size == half["size"] for path in run.folder.rglob("*")) == 1
     assert not run.checkpoints
     half["size"] = (whole / "experts" / "low_noise.safetensors").stat().st_size // 2
-    ended = run.run("--resume", "checkpoints.every=100", faults=[half])
+    assert run.run("--resume", faults=[run.at("write experts/", "SIGKILL")]).status == -signal.SIGKILL
+    ended = run.run("--resume", faults=[half])
     assert ended.status == -signal.SIGXFSZ, ended.errors
     assert [path.stat().st_size for path in (run.folder / "experts").iterdir()] == [half["size"]]
     run.check_nothing_half_written_counts()

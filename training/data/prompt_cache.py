@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -259,7 +259,7 @@ def _write(
                     name = name.removeprefix(OF_NEGATIVE)
                     widths[name] = max(width, widths.get(name, 0))
         values = {"chunks": [list(chunk) for chunk in chunks], "widths": widths, "files": files}
-        temporary = folder / f"{INDEX}.{os.getpid()}.part"
+        temporary = folder / f"{INDEX}.{secrets.token_hex(4)}.part"
         text = json.dumps(values | {DIGEST: _digest(folder / INDEX, {}, values)})
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / INDEX)
@@ -294,7 +294,7 @@ def _save(path: Path, texts: dict[str, Tensor], images: dict[str, Tensor], promp
         tensors[name + LENGTHS] = torch.tensor(lengths)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     widths = {name: value.shape[1] for name, value in texts.items()}
-    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")  # another run may write it too
     metadata = {"prompts": json.dumps(prompts), "widths": json.dumps(widths)}
     save_file(tensors, temporary, metadata | {DIGEST: _digest(path, tensors, metadata)})
     temporary.replace(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.phases import PhasePlan
 from training.config.command_line import UserError
+from training.evaluation.distilled import open_experts
 
 if TYPE_CHECKING:  # it imports diffusers, and --help needs this module
     from training.data.teacher import TeacherSource
@@ -76,7 +77,7 @@ def named_experts(items: Sequence[str]) -> dict[str, PhasedExperts]:
             name, folder = "", item
         elif not (name.strip() and folder.strip()):
             raise UserError(f"--experts: expected [NAME=]FOLDER, found {item!r}")
-        experts = PhasedExperts.open(folder)
+        experts = open_experts(folder)
         steps = len(experts.manifest.plan.sigmas)
         if not name:
             place = Path(folder).resolve()

@@ -29,8 +29,15 @@ SETTINGS: dict[str, Any] = {
     "validation": {"every": 3, "seeds": 1},
     "monitoring": {"tracker": None, "log_every": 1, "page": False},
 }
-"""Six updates in two phases; checkpoints after 2, 4 and 6, samples after 3 and 6."""
-RESULTS = ("metrics.jsonl", "experts/*.safetensors", "experts/*.json", "experts/scheduler/*", "samples/*", "watch/v*")
+"""Six updates in two phases; checkpoints after 2, 3, 4 and 6, samples after 0, 3 and 6."""
+RESULTS = (
+    "metrics.jsonl",
+    "experts*/*.safetensors",
+    "experts*/*.json",
+    "experts*/scheduler/*",
+    "samples/*",
+    "watch/v*",
+)
 EXPERTS = ("high_noise", "low_noise")
 
 
