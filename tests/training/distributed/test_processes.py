@@ -143,6 +143,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ALONE])
 def test_the_numbers_are_those_of_one_process(runs: Finished, name: str) -> None:
     expected, found = runs.metrics(name.partition("-")[0]), runs.metrics(name)
