@@ -10,6 +10,7 @@ from .lora_keys import LoraKeys
 from .routing import TeacherRouting
 
 FAMILIES = {
+    "ltx_video": "LtxVideoFamily",
     "qwen_image": "QwenImageFamily",
     "wan": "WanFamily",
     "z_image": "ZImageFamily",
