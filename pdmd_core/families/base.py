@@ -74,6 +74,8 @@ class ModelFamily(ABC):
     """Its value for no guidance: 0 in pipelines that count what is added."""
     makes_clips: bool = False
     """Whether the pipeline's call takes ``num_frames`` and returns ``frames``; it returns ``images`` otherwise."""
+    context_parallel: bool = True
+    """Whether diffusers divides the tokens of a sample rightly among processes, where it has a plan for it."""
     comfyui_sampling: str = "ModelSamplingSD3"
     """ComfyUI's own node that sets the shift of this model."""
     comfyui_pipelines: tuple[str, ...] = ()

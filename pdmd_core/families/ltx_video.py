@@ -54,6 +54,7 @@ class LtxVideoFamily(ModelFamily):
     lora_targets = _TARGETS
     lora_keys = LoraKeys(down=".lora_A.weight", up=".lora_B.weight", alpha=None)
     makes_clips = True
+    context_parallel = False  # its attention has a mask for all heads, a process has a part of them
     comfyui_sampling = "ModelSamplingAuraFlow"
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:

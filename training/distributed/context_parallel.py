@@ -41,7 +41,7 @@ def check_context_parallel(config: DistillConfig, family: ModelFamily, pipeline:
         return
     network: Any = next(iter(networks_of(pipeline, family).values()))
     kind, settings = type(network).__name__, network.config
-    if getattr(network, "_cp_plan", None) is None:
+    if getattr(network, "_cp_plan", None) is None or not family.context_parallel:
         raise ConfigError(f"parallel.context_parallel: diffusers cannot divide the tokens of {kind}: leave it out")
     if settings["num_attention_heads"] % degree:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pdmd_core.families import family
 from tests.helpers.configs import changed
+from tests.helpers.families.ltx_video import ltx_video
 from tests.helpers.families.qwen_image import qwen_image
 from tests.helpers.families.z_image import z_image
 from tests.helpers.tiny import transformer
@@ -66,13 +67,18 @@ def test_a_kind_of_attention_that_would_see_half_of_the_tokens_is_one_line() -> 
         )
 
 
-def test_a_family_that_diffusers_has_no_plan_for_is_one_line(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
-    z_image().save_pretrained(tmp_path / "z")
+@pytest.mark.parametrize("build", [z_image, ltx_video])
+def test_a_family_that_diffusers_cannot_divide_is_one_line(
+    build: Callable[[], Any], settings_of_run: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline = build()
+    pipeline.save_pretrained(tmp_path / "z")
     settings_of_run["model"] |= {"path": str(tmp_path / "z")}
     with pytest.raises(ConfigError) as error:
         describe(changed(settings_of_run, **{"parallel.context_parallel": 2}), gpus=2)
+    network = type(pipeline.transformer).__name__
     assert str(error.value) == (
-        "parallel.context_parallel: diffusers cannot divide the tokens of ZImageTransformer2DModel: leave it out"
+        f"parallel.context_parallel: diffusers cannot divide the tokens of {network}: leave it out"
     )
 
 
