@@ -18,6 +18,7 @@ FREE = (
     "model.revision",
     "model.architecture",
     "data.prompts",
+    "start.experts",
     "data.cache_dir",
     "parallel.",
     "memory.",

@@ -35,6 +35,7 @@ from training.config.sections import (
     PlanSection,
     RoleSection,
     Section,
+    StartSection,
     ValidationSection,
 )
 
@@ -58,6 +59,8 @@ class DistillConfig(Section):
     """The experts."""
     fake: RoleSection = RoleSection()
     """The fake score network."""
+    start: StartSection = StartSection()
+    """What a run starts from beside the teacher."""
     updates: int | list[int] = 1000
     """Generator updates in each phase; a list gives one per phase."""
     batch_size: Count = 64
@@ -148,6 +151,25 @@ class DistillConfig(Section):
         if isinstance(self.updates, list) and len(self.updates) != phases:
             raise ValueError(f"updates lists {len(self.updates)} numbers for {phases} phases")
         return self
+
+    @model_validator(mode="after")
+    def _starts_from_what_is_given(self) -> DistillConfig:
+        names, start = [phase.name for phase in self.plan.build().phases], self.start
+        if start.phase is not None and start.phase not in names:
+            raise ValueError(f"start.phase: expected one of {', '.join(names)}, found {start.phase!r}")
+        if start.experts is None and (start.phase not in (None, names[0]) or start.warm):
+            raise ValueError("start.experts: expected an experts folder for start.phase or start.warm, found null")
+        if start.experts is not None and self.first_phase == 0 and not start.warm:
+            raise ValueError(
+                "start.experts: nothing is taken from it: set start.warm to true, or start.phase to a later phase"
+            )
+        return self
+
+    @property
+    def first_phase(self) -> int:
+        """Index of the first phase that is trained."""
+        names = [phase.name for phase in self.plan.build().phases]
+        return names.index(self.start.phase) if self.start.phase is not None else 0
 
     def role_specs(self, routing: TeacherRouting) -> dict[str, RoleSpec]:
         """Every role but the teacher, and how it holds its weights.

@@ -133,6 +133,18 @@ class RoleSection(RoleSpec):
         check_number("max_grad_norm", self.max_grad_norm, above=0)
 
 
+class StartSection(Section):
+    """What a run starts from beside the teacher."""
+
+    experts: Path | None = None
+    """Experts folder that the run starts from, or a LoRA file (with warm)."""
+    phase: str | None = None
+    """First phase that is trained; the experts of earlier ones are those of start.experts, frozen. The first if
+    null."""
+    warm: bool = False
+    """Phases that train begin from start.experts, also of another kind or rank, instead of from the teacher."""
+
+
 class ParallelSection(Section):
     """How several processes share a run."""
 

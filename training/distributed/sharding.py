@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pdmd_core.role_weights import check_fits
 from pdmd_core.roles import Roles
 from training.config.schema import ConfigError, DistillConfig
 
@@ -98,6 +99,27 @@ def _any_process(device: torch.device, flags: list[bool]) -> list[bool]:
 def whole(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors without shards, on the CPU, in this dtype. All processes must ask together."""
     return {name: gathered(value).to("cpu", dtype) for name, value in state.items()}
+
+
+def load_whole(roles: Roles, role: str, state: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a role, whose copies may be in shards. All processes must ask together.
+
+    Args:
+        roles: The networks.
+        role: The name of a role.
+        state: Its weights by name.
+
+    Raises:
+        ValueError: Names or shapes differ.
+    """
+    own = roles.state_dict(role)
+    check_fits(role, own, state)
+    divided = {
+        name: distribute_tensor(state[name].to(value.device, value.dtype), value.device_mesh, value.placements)
+        for name, value in own.items()
+        if isinstance(value, DTensor)
+    }
+    roles.load_state_dict(role, {**state, **divided})
 
 
 def gathered(value: Tensor) -> Tensor:

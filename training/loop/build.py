@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from training.loop.compiling import compile_blocks
 from training.loop.optimizers import check_libraries
 from training.loop.resumption import Resume, Resumption, find_resumption
 from training.loop.rng import RunRNG
+from training.loop.start import load_start, specs_of_run, start_of
 from training.memory.offload import keep_one_network
 from training.memory.quantization import library_config, quantize
 from training.monitoring.monitor import warn
@@ -46,6 +48,7 @@ class BuiltRun:
         rng: Everything that is random once the weights exist.
         fingerprints: Fingerprints of the teacher's networks by component, taken before they were changed in any way.
         teacher: SHA-256 of all their weights.
+        start: By expert, what it is or begins from beside the teacher.
         resumption: Where the run goes on; None for one that begins.
     """
 
@@ -59,6 +62,7 @@ class BuiltRun:
     rng: RunRNG
     fingerprints: Mapping[str, Mapping[str, str]]
     teacher: str
+    start: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resumption: Resumption | None = None
 
     @property
@@ -101,6 +105,9 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     library_config(config.model.quantization)
     say = warn if accelerator.is_main_process else lambda text: None
     resumption = find_resumption(config, resume, say) if resume else None
+    start = start_of(config)
+    if resumption:
+        resumption.check_start(start.notes, config)
     source = TeacherSource(config.model.path, config.model.revision, config.model.pipeline)
     pipeline = load_image_side(source, getattr(torch, config.model.dtype))
     family = family_of_pipeline(pipeline)
@@ -115,11 +122,16 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     fingerprints = {name: fingerprint_of(network) for name, network in networks.items()}
     torch.manual_seed(config.seed)  # the weights of adapters
     mesh = mesh_of(config, accelerator.device, processes)
-    roles = build_roles(config, family, networks, family.teacher_routing(pipeline.config), accelerator.device, mesh)
+    routing = family.teacher_routing(pipeline.config)
+    roles = build_roles(config, family, networks, routing, accelerator.device, mesh, start.notes)
+    for line in load_start(start, config, roles, pipeline):
+        accelerator.print(line)
     together = config.parallel.context_parallel
     rng = RunRNG(config.seed, config.batch_size, data.order, rank // together, config.groups(processes))
     plan = config.plan.build()
-    return BuiltRun(config, accelerator, plan, pipeline, family, data, roles, rng, fingerprints, teacher, resumption)
+    return BuiltRun(
+        config, accelerator, plan, pipeline, family, data, roles, rng, fingerprints, teacher, start.notes, resumption
+    )
 
 
 def build_roles(
@@ -129,6 +141,7 @@ def build_roles(
     routing: TeacherRouting,
     device: torch.device,
     mesh: DeviceMesh | None = None,
+    start: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Roles:
     """Make the roles of a run on a teacher's networks, and put them where they compute.
 
@@ -143,6 +156,7 @@ def build_roles(
         routing: Which of two networks runs where.
         device: Where networks compute.
         mesh: The processes that share the weights; None when every one holds all of them.
+        start: Notes of ``start.Start``: experts that are given have their own kind and rank.
 
     Returns:
         The roles; everything is frozen.
@@ -154,7 +168,7 @@ def build_roles(
     one_at_a_time = config.memory.offload_idle_network and len(networks) > 1
     if mesh is None and not one_at_a_time:
         networks = {name: network.to(device) for name, network in networks.items()}
-    roles = Roles(networks, family, config.role_specs(routing), routing, empty_copies=mesh is not None)
+    roles = Roles(networks, family, specs_of_run(config, routing, start), routing, empty_copies=mesh is not None)
     if config.compile == "regional":
         compile_blocks(roles.networks())
     if mesh is not None:

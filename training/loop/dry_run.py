@@ -23,6 +23,7 @@ from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
 from training.data.training_data import buckets_of, latent_shapes
 from training.distributed.context_parallel import check_context_parallel
 from training.distributed.sharding import check_processes
+from training.loop.start import specs_of_run, start_of
 from training.memory.static import in_words, static_memory
 
 
@@ -63,7 +64,7 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     check_context_parallel(config, family, pipeline)
     (shape,) = latent_shapes([Bucket(model.width, model.height, model.frames)], family, pipeline)
     routing, networks = family.teacher_routing(pipeline.config), networks_of(pipeline, family)
-    specs = config.role_specs(routing)
+    specs = specs_of_run(config, routing, start_of(config).notes)
     with torch.device("meta"):
         roles = Roles(networks, family, specs, routing)
     lines = [plan.describe(), "", f"teacher: {model.path} ({type(pipeline).__name__}, {family.architecture})"]
@@ -124,6 +125,9 @@ def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]
         batched = config.memory.guidance_batched
         guidance = "; the teacher's is of twice the batch" if batched else "; the teacher's counts twice"
     for k, phase in enumerate(plan.phases):
+        if k < config.first_phase:
+            lines.append(f"phase {phase.name}: its expert is that of {config.start.experts}, frozen")
+            continue
         counts = evaluations_per_update(plan, k, config.fake_updates, config.draws_per_rollout)
         parts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
         lines.append(

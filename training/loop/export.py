@@ -96,7 +96,11 @@ def trained_part(plan: PhasePlan, phase: int) -> PhasePlan:
 
 
 def training_summary(
-    config: DistillConfig, plan: PhasePlan, progress: Progress, history: Sequence[str] = ()
+    config: DistillConfig,
+    plan: PhasePlan,
+    progress: Progress,
+    start: Mapping[str, Mapping[str, Any]],
+    history: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Summarise how experts were trained, for the manifest.
 
@@ -104,6 +108,7 @@ def training_summary(
         config: The configuration of the run.
         plan: Its phase plan.
         progress: Where the run is; the last of the experts is that of its phase.
+        start: By expert, what it is or begins from beside the teacher.
         history: What was changed on request since the run began.
 
     Returns:
@@ -111,9 +116,11 @@ def training_summary(
     """
     missing = [phase.name for phase in plan.phases[progress.phase + 1 :]]
     unfinished = {"unfinished": {"missing": missing, "plan": plan.to_dict()}} if missing else {}
+    first = config.first_phase
+    begun = {name: {k: v for k, v in note.items() if k != "spec"} for name, note in start.items()}
     return {
         "method": "Phased DMD" if len(plan) > 1 else "DMD",
-        "updates": [*(config.updates_of(k) for k in range(progress.phase)), progress.update],
+        "updates": [*(config.updates_of(k) if k >= first else 0 for k in range(progress.phase)), progress.update],
         "batch_size": config.batch_size,
         "fake_updates": config.fake_updates,
         "draws_per_rollout": config.draws_per_rollout,
@@ -126,6 +133,7 @@ def training_summary(
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,
         **unfinished,
+        **({"start": begun} if begun else {}),
         **({"changes": list(history)} if history else {}),
     }
 

@@ -22,6 +22,7 @@ from training.loop.checkpoints import (
 from training.loop.dry_run import pipeline_on_meta
 from training.loop.export import export_experts, trained_part, training_summary
 from training.loop.progress import Progress
+from training.loop.start import specs_of_run
 
 
 def export_checkpoint(run: Path, update: int | None = None, config: DistillConfig | None = None) -> Path:
@@ -59,7 +60,8 @@ def export_checkpoint(run: Path, update: int | None = None, config: DistillConfi
     family = family_of_pipeline(pipeline)
     routing = family.teacher_routing(pipeline.config)
     with torch.device("meta"):
-        roles = Roles(networks_of(pipeline, family), family, config.role_specs(routing), routing)
+        specs = specs_of_run(config, routing, values.get("start", {}))
+        roles = Roles(networks_of(pipeline, family), family, specs, routing)
     part = trained_part(plan, progress.phase)
     tensors: dict[str, Tensor] = {}
     for phase in part.phases:
@@ -70,7 +72,7 @@ def export_checkpoint(run: Path, update: int | None = None, config: DistillConfi
     load_tensors(checkpoint, tensors)
     states = {phase.name: _under(f"roles/{phase.name}/", tensors) for phase in part.phases}
     states[current] |= _under("average/", tensors)
-    summary = training_summary(config, plan, progress, values.get("history", []))
+    summary = training_summary(config, plan, progress, values.get("start", {}), values.get("history", []))
     folder = run / f"experts-{checkpoint.name}"
     export_experts(folder, config, part, roles, summary, values.get("fingerprints", {}), states=states)
     return folder

@@ -56,6 +56,15 @@ class Resumption:
                 "another output_dir"
             )
 
+    def check_start(self, notes: Mapping[str, Mapping[str, Any]], config: DistillConfig) -> None:
+        """Raise ConfigError when the run started from other files than those of these notes."""
+        before = {name: note["sha256"] for name, note in self.values.get("start", {}).items()}
+        if before != {name: note["sha256"] for name, note in notes.items()}:
+            raise ConfigError(
+                f"start.experts: {config.start.experts} is not what the run started from, so it cannot be resumed; set "
+                "it back or choose another output_dir"
+            )
+
     def check_teacher(self, digest: str, config: DistillConfig) -> None:
         """Raise ConfigError when the run's teacher had other weights than those with this digest."""
         before = self.values.get("teacher")
@@ -105,7 +114,7 @@ def _check_updates(before: Mapping[str, Any], config: DistillConfig, progress: P
     except ConfigError:  # of another version; every key was compared
         return
     names, end = [phase.name for phase in config.plan.build().phases], 0
-    for number in range(progress.phase):
+    for number in range(config.first_phase, progress.phase):
         end += then.updates_of(number)
         if config.updates_of(number) != then.updates_of(number):
             raise ConfigError(

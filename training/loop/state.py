@@ -46,6 +46,7 @@ def values_of_run(run: BuiltRun, progress: Progress, training: PhaseTraining) ->
         "prompts": run.data.prompts.identity,
         "teacher": run.teacher,
         "fingerprints": run.fingerprints,
+        "start": run.start,
         "history": list(run.history),
         "progress": asdict(progress),
         "optimizers": {

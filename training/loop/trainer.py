@@ -50,7 +50,7 @@ class Trainer:
         self.built, self.config, self.plan, self.roles = run, run.config, run.plan, run.roles
         self.accelerator, self.output_dir = run.accelerator, run.config.output_dir
         self.batches = DataBatches(run.rng, run.data.prompts, run.data.shapes, run.accelerator.device)
-        self.progress = Progress()
+        self.progress = Progress(phase=run.config.first_phase)
         self.monitors = monitors_of(run.config, run.accelerator)
 
     def run(self) -> Path:
@@ -106,7 +106,7 @@ class Trainer:
     def start_phase(self) -> None:
         """Begin the phase at which the run is: a fake that is the teacher again, and the phase's expert in training."""
         phase = self.progress.phase
-        if phase:
+        if phase > self.config.first_phase:
             self.roles.reset(FAKE, self.built.rng.shared)
         if self.config.memory.offload_idle_experts:
             keep_idle_experts_away(self.roles, self.plan.phases[phase].name, self.accelerator.device)
@@ -147,7 +147,7 @@ class Trainer:
 
     def _export(self, name: str) -> None:
         """Write the experts so far into a folder of the run."""
-        summary = training_summary(self.config, self.plan, self.progress, self.built.history)
+        summary = training_summary(self.config, self.plan, self.progress, self.built.start, self.built.history)
         plan, prints = trained_part(self.plan, self.progress.phase), self.built.fingerprints
         main = self.accelerator.is_main_process
         export_experts(self.output_dir / name, self.config, plan, self.roles, summary, prints, main)
@@ -190,7 +190,7 @@ class Trainer:
     def _stays_for_good(self, update: int) -> bool:
         """Whether the checkpoint of an update is never removed: from the end of a phase the next is trained again."""
         every = self.config.checkpoints.keep_every
-        numbers = [self.config.updates_of(k) for k in range(len(self.plan))]
+        numbers = [self.config.updates_of(k) for k in range(self.config.first_phase, len(self.plan))]
         return update in itertools.accumulate(numbers) or bool(every and update % every == 0)
 
     def resume(self, resumption: Resumption) -> None:
@@ -210,7 +210,7 @@ class Trainer:
 
     def _progress_bar(self) -> tqdm[None]:
         return tqdm(
-            total=sum(self.config.updates_of(k) for k in range(len(self.plan))),
+            total=sum(self.config.updates_of(k) for k in range(self.config.first_phase, len(self.plan))),
             initial=self.progress.total,
             desc=self.training.expert,
             disable=not self.accelerator.is_main_process,

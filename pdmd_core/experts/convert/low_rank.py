@@ -130,3 +130,22 @@ def factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         vh = v.mT
     root = s[:rank].sqrt()
     return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+
+
+def recompressed(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Find the closest product of a lower rank to a low-rank product, exactly and without making the product.
+
+    Args:
+        down: The down-projection, of shape (old rank, in).
+        up: The up-projection, of shape (out, old rank).
+        rank: The new rank, at most the old one.
+
+    Returns:
+        down, of shape (rank, in), up, of shape (out, rank), and the relative Frobenius error of their product.
+    """
+    q_up, r_up = torch.linalg.qr(up.float())
+    q_down, r_down = torch.linalg.qr(down.float().mT)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.mT)
+    root, size = s[:rank].sqrt(), s.norm()
+    error = float(s[rank:].norm() / size) if size else 0.0
+    return root[:, None] * (vh[:rank] @ q_down.mT), (q_up @ u[:, :rank]) * root, error
