@@ -62,7 +62,7 @@ def test_the_four_methods_are_configs_of_one_code_path() -> None:
         ("memory.sharding", "did you mean 'parallel.sharding'?"),
         ("genrator.what", "expected in generator: kind, rank, alpha, targets, components, optimizer, lr, "),
         ("generator.lr_of_it_all", "expected in generator: kind, rank, "),
-        ("what.ever", "expected: model, data, plan, objective, generator, fake, updates, "),
+        ("what.ever", "expected: model, data, plan, objective, generator, fake, start, "),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_name(
