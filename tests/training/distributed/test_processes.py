@@ -68,6 +68,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "sent": {**HALF, "generator": LORA, "fake": FULL},
     "sent-fsdp": {"parallel.sharding": "fsdp"},
     "sent-cp": {"parallel.context_parallel": 2},
+    "warm": {"generator": FULL, "fake": LORA, "start.warm": True},
+    "warm-fsdp": {"parallel.sharding": "fsdp"},
 }
 """What a run changes of the one before its dash; the teacher is Wan's unless it says otherwise.
 
@@ -103,7 +105,8 @@ def launch(*command: str) -> str:
 
 def go_on_from(folder: Path, before: str, name: str) -> None:
     """Leave in the folder of ``name`` what a run of ``before`` had when it was stopped after three updates."""
-    shutil.copytree(folder / before / "checkpoints", folder / name / "checkpoints")
+    later = shutil.ignore_patterns("update-00000004")  # of the end of its last phase
+    shutil.copytree(folder / before / "checkpoints", folder / name / "checkpoints", ignore=later)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     for name, changes in RUNS.items():
         settings = {**shared, **RUNS[name.partition("-")[0]], **changes, "output_dir": str(folder / name)}
         settings |= copy.deepcopy(teachers[settings.pop("teacher", "wan")])
+        if settings.get("start.warm"):
+            settings["start.experts"] = str(folder / "lora" / "experts")
         settings["model"]["dtype"] = settings.pop("dtype", "float32")
         configs[name] = str(folder / f"{name}.yaml")
         Path(configs[name]).write_text(yaml.safe_dump(with_values({}, settings)), encoding="utf-8")
@@ -130,7 +135,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         Trainer(build_run(load_config(Path(configs[name])))).run()
     output = launch(str(ROOT / "training" / "distill.py"), "--config", configs["lora-fsdp"])
     AcceleratorState._reset_state()
-    two = ["full-none", "full-hsdp", "half-fsdp", "sent-fsdp", "sent-cp", "lora-cp", "full-cp-fsdp", "qwen-cp"]
+    two = [
+        "full-none",
+        "full-hsdp",
+        "half-fsdp",
+        "sent-fsdp",
+        "sent-cp",
+        "lora-cp",
+        "full-cp-fsdp",
+        "qwen-cp",
+        "warm-fsdp",
+    ]
     for name in ("lora-1-to-2", "image-1-to-2", "qwen-1-to-2", "lora-1-to-cp"):
         go_on_from(folder, name.partition("-")[0], name)
         two.append(name)
@@ -175,11 +190,12 @@ def test_processes_leave_one_set_of_files_and_one_line_of_output(runs: Finished)
     assert {path.name for path in (runs.folder / "lora-fsdp").iterdir()} == {
         path.name for path in (runs.folder / "lora").iterdir()
     }
-    assert [path.name for path in list_checkpoints(runs.folder / "lora-fsdp" / "checkpoints")] == ["update-00000003"]
+    kept = [f"update-0000000{update}" for update in (2, 3, 4)]  # of ends of phases too
+    assert [path.name for path in list_checkpoints(runs.folder / "lora-fsdp" / "checkpoints")] == kept
 
 
 def test_each_process_writes_its_shards_of_the_fake_once(runs: Finished) -> None:
-    (whole,), (sharded,) = (list_checkpoints(runs.folder / name / "checkpoints") for name in ("lora", "lora-fsdp"))
+    whole, sharded = (list_checkpoints(runs.folder / name / "checkpoints")[-1] for name in ("lora", "lora-fsdp"))
     sizes = sorted(path.stat().st_size for path in sharded.glob("*.distcp"))
     assert len(sizes) == 2 and sizes[0] > 0.3 * sum(sizes)
     (size,) = (path.stat().st_size for path in whole.glob("*.distcp"))
