@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import get_args
 
 
-def check_choice(name: str, value: object, choices: Any) -> None:
+def check_choice(name: str, value: object, choices: object) -> None:
     """Refuse a value that is none of those of a ``Literal``.
 
     Args:
