@@ -236,13 +236,13 @@ def export(run: Path, update: int | None, config: DistillConfig | None = None) -
 def distill(config: DistillConfig, resume: Resume | None, push_to_hub: str | None = None, private: bool = False) -> int:
     """Train, write experts/, push them when asked; returns the exit status."""
     from pdmd_core.experts.hub import check_push
-    from training.loop.run_lock import claimed
+    from training.loop.run_lock import lock_output_dir
 
     if os.environ.get("RANK", "0") != "0":
         return train(config, resume)
     if push_to_hub:
         check_push(push_to_hub)  # before hours of training, not after
-    with claimed(config.output_dir, resume is not None):
+    with lock_output_dir(config.output_dir, resume is not None):
         return train(config, resume, push_to_hub, private)
 
 
@@ -263,7 +263,7 @@ def train(config: DistillConfig, resume: Resume | None, push_to_hub: str | None 
     except Stopped as stop:
         if main:
             print(f"distill.py: {stop}", file=sys.stderr)
-        return stop.status
+        return stop.exit_status
     if main:
         print(f"experts: {experts}")
     if push_to_hub:

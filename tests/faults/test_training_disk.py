@@ -12,9 +12,10 @@ import torch
 from tests.faults.conftest import Uninterrupted
 from tests.helpers.faults.distillations import Distillation
 from training.loop.checkpoints import CheckpointError, newest_whole, save_checkpoint
-from training.loop.run_lock import OutputFolderError, claimed
+from training.loop.run_lock import OutputFolderError, lock_output_dir
 
-PARTS = (".metadata", "run.json", "sha256.json", "__0_0.distcp")
+SHARDS = "shard-00001-model-00001-of-00001.safetensors"
+PARTS = ("run.json", "sha256.json", SHARDS)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,10 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_else(
     assert line.startswith(f"distill.py: {run.folder}: cannot be written (Read-only file system); ")
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "run", tmp_path / "file", Path("/proc/phased-dmd")):
-        with pytest.raises(OutputFolderError, match="cannot be written") as error, claimed(folder, resume=False):
+        with (
+            pytest.raises(OutputFolderError, match="cannot be written") as error,
+            lock_output_dir(folder, resume=False),
+        ):
             pass
         assert "\n" not in str(error.value)
 
@@ -128,16 +132,16 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     run = distillation()
     shutil.copytree(uninterrupted.run.folder, run.folder)
     newest = run.folder / "checkpoints" / "update-00000006"
-    flip(newest / "__0_0.distcp")
+    flip(newest / SHARDS)
     shutil.rmtree(run.folder / "experts")
     ended = run.run("--resume")
     assert ended.status == 0, ended.errors
     (line,) = [line for line in ended.warnings if "damaged" in line]
-    assert f"{newest} is damaged (__0_0.distcp is not what was written)" in line
+    assert f"{newest} is damaged ({SHARDS} is not what was written)" in line
     assert "resumed from" in ended.output and "update-00000004" in ended.output
     assert run.results() == uninterrupted.results
     for path in (run.folder / "checkpoints").glob("update-*"):
-        flip(path / "__0_0.distcp")
+        flip(path / SHARDS)
     ended = run.run("--resume")
     assert ended.status == 2
     assert "every checkpoint is damaged" in ended.lines[-1]

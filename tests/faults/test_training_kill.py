@@ -16,7 +16,7 @@ KILLS = {
     "prompts are encoded": ("replace cache/", 1),
     "the configuration is written": ("write config.yaml", 1),
     "an update is noted": ("write metrics.jsonl", 2),
-    "shards of a checkpoint are written": (r"write checkpoints/\.unfinished-00000002/__0", 1),
+    "shards of a checkpoint are written": (r"write checkpoints/\.unfinished-00000002/shard", 1),
     "values of a checkpoint are written": (r"write checkpoints/\.unfinished-00000002/run", 1),
     "a checkpoint takes its place": (r"replace checkpoints/\.unfinished-00000002 ", 1),
     "samples are written": ("write samples/high_noise-final", 1),
@@ -50,7 +50,7 @@ def test_a_run_that_is_killed_in_the_middle_of_a_file_ends_like_one_that_is_not(
 ) -> None:
     """The kernel ends it at a byte: half the shards of a checkpoint are written, then half of an expert."""
     run, whole = distillation(), uninterrupted.run.folder
-    (shards,) = whole.glob("checkpoints/update-00000004/*.distcp")
+    (shards,) = whole.glob("checkpoints/update-00000004/*.safetensors")
     half = {"name": "largest_file", "size": shards.stat().st_size // 2}
     assert run.run(faults=[half]).status == -signal.SIGXFSZ
     assert sum(path.stat().st_size == half["size"] for path in run.folder.rglob("*")) == 1

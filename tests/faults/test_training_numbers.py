@@ -14,13 +14,13 @@ from torch import Tensor
 from pdmd_core.roles import FAKE, TEACHER
 from training.config.schema import parse_config
 from training.loop.build import build_run
-from training.loop.state import tensors_of_run
+from training.loop.state import state_tensors
 from training.loop.trainer import Trainer
 
 
 def state(trainer: Trainer, role: str) -> dict[str, Tensor]:
     """Weights, average and optimizer of a role."""
-    tensors = tensors_of_run(trainer.roles, trainer.training, trainer.built.rng)
+    tensors = state_tensors(trainer.roles, trainer.training, trainer.built.rng)
     return {name: value.clone() for name, value in tensors.items() if f"/{role}/" in name or name.startswith("average")}
 
 

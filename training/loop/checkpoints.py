@@ -1,6 +1,6 @@
 """Checkpoints of a run: written whole or not at all by all processes together, read by any number of them.
 
-A checkpoint is a folder with the shards of torch.distributed.checkpoint, ``run.json`` for what is no tensor, and
+A checkpoint is a folder of safetensors files with the shards of every process, ``run.json`` for what is no tensor, and
 ``sha256.json``, which shows damage to any of them.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -17,18 +16,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.tensor import DTensor
 
+from pdmd_core.experts.format.header import read_header
 from training.config.command_line import UserError
-from training.loop.digests import damage, write_digests
+from training.loop.digests import find_damage, write_digests
 
 VALUES = "run.json"
+FORMAT = 2
+"""Checkpoints of format 1 had pickled parts and did not say their format."""
+MAX_FILE_BYTES = 2**31
+"""Of the tensors in a file, the shards of all processes together: a process holds its part in memory twice to write."""
 _NAME = re.compile(r"update-(\d{8})")
 _UNFINISHED = ".unfinished-"
 """What a checkpoint is called while it is written or removed."""
@@ -48,35 +51,38 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/update-<n>`` through a temporary folder, then remove older ones.
 
-    All processes must save together: each writes its shards, the first one the rest.
+    All processes save together: each writes its shards, the first one the rest.
 
     Args:
-        folder: Where checkpoints are.
-        update: How many updates are done.
-        tensors: The tensors by name.
-        values: What else there is, as JSON knows it.
-        keep: How many of the newest stay.
+        folder: Where the checkpoints of a run lie.
+        update: Number of updates so far, over all phases.
+        tensors: Name to tensor: whole, a DTensor, or one that consists of others as 8-bit optimizer states do.
+        values: What is no tensor, as JSON knows it.
+        keep: How many of the newest stay, this one counted.
         for_good: Whether the checkpoint of an update stays however old it is.
 
     Returns:
-        The checkpoint.
+        The folder of this checkpoint.
 
     Raises:
-        CheckpointError: It cannot be written; the checkpoints before are untouched then.
+        CheckpointError: If it cannot be written; the checkpoints before are untouched then.
     """
     target, temporary = folder / f"update-{update:08d}", folder / f"{_UNFINISHED}{update:08d}"
     alone, first = not dist.is_initialized(), not dist.is_initialized() or dist.get_rank() == 0
-    with _one_line(lambda: _not_written(target, tensors)), _removed_on_failure(temporary):
+    plain = _plain_tensors(tensors)
+    with _one_line(lambda: _not_written(target, plain)), _removed_on_failure(temporary):
         if first:
             for left in folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         _wait_for_all()
         with _without_warnings():
-            dcp.save(dict(tensors), storage_writer=FileSystemWriter(temporary), no_dist=alone)
+            writer = HuggingFaceStorageWriter(str(temporary), _file_numbers(plain), save_distributed=True)
+            contiguous = {name: value.contiguous() for name, value in plain.items()}
+            dcp.save(contiguous, storage_writer=writer, no_dist=alone)
         if first:
             with (temporary / VALUES).open("w", encoding="utf-8") as file:
-                json.dump(values, file)
+                json.dump({"format": FORMAT, "values": values}, file)
                 file.flush()
                 os.fsync(file.fileno())
         _wait_for_all()
@@ -94,25 +100,41 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """List the complete checkpoints of a folder.
+
+    Args:
+        folder: Where the checkpoints of a run lie.
+
+    Returns:
+        The checkpoints, oldest first; none if there is no such folder.
+    """
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / VALUES).is_file())
 
 
-def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are what was written; None when there is no checkpoint.
+def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Find the newest checkpoint whose files are what was written. All processes ask together.
 
-    Newer ones that are damaged are set aside under the name ``damaged-...``, and said. All processes ask together.
-    Raises CheckpointError when there are checkpoints and every one is damaged.
+    Newer ones that are damaged are set aside under the name ``damaged-...``.
+
+    Args:
+        folder: Where the checkpoints of a run lie.
+        warn: Is told of each one that is set aside, in a line.
+
+    Returns:
+        The checkpoint; None when there is none.
+
+    Raises:
+        CheckpointError: If there are checkpoints and every one is damaged.
     """
     problems: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(folder)):
-        problem = damage(checkpoint)
+        problem = find_damage(checkpoint)
         if problem is None:
             for path, text in problems.items():
                 aside = folder / f"damaged-{path.name}"
-                say(f"{path} is damaged ({text}): it is now {aside.name}, going on from {checkpoint.name}")
+                warn(f"{path} is damaged ({text}): it is now {aside.name}, going on from {checkpoint.name}")
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     shutil.rmtree(aside, ignore_errors=True)
                     path.replace(aside)
@@ -129,7 +151,7 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def update_of(checkpoint: Path) -> int:
-    """How many updates were done when a checkpoint was taken."""
+    """The number of updates that were done when a checkpoint was taken."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -147,7 +169,7 @@ def whole_checkpoint(folder: Path, update: int) -> Path:
     if update not in found:
         there = ", ".join(map(str, found)) or "none"
         raise CheckpointError(f"{folder}: no checkpoint of update {update}; there are those of: {there}")
-    if problem := damage(found[update]):
+    if problem := find_damage(found[update]):
         raise CheckpointError(f"{found[update]} is damaged ({problem}): choose another checkpoint")
     return found[update]
 
@@ -174,56 +196,68 @@ def set_aside_later(checkpoint: Path) -> list[Path]:
 
 
 def load_values(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors. Raises CheckpointError."""
+    """Read what a checkpoint holds beside tensors.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        The values that ``save_checkpoint`` was given.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is of another format than this version writes.
+    """
     with _one_line(lambda: f"{path}: cannot be read; remove it to use an older one"):
-        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
+        content = json.loads((path / VALUES).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError(f"{VALUES} is no object")
-        return values
+        found, values = content.get("format"), content.get("values", {})
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of format {FORMAT}, found "
+            f"{'one of an earlier version, with pickled parts' if found is None else f'format {found!r:.20}'}: go on "
+            "with the version that wrote it, or choose another output_dir to start anew"
+        )
+    return dict(values)
 
 
 def load_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read a checkpoint's tensors of these names into these tensors, whole or sharded. Raises CheckpointError.
+    """Read a checkpoint's tensors into these of the same names, in place. All processes load together.
 
-    All processes must load together. Nothing but tensors is read: what else a damaged file names is refused.
+    Args:
+        path: The checkpoint, written by any number of processes. Its files are safetensors, which hold no code.
+        tensors: Name to tensor, as for ``save_checkpoint``.
+
+    Raises:
+        CheckpointError: If it cannot be read, lacks one of them, or has it in another shape.
     """
     with _one_line(lambda: f"{path}: cannot be read; remove it to use an older one"), _without_warnings():
-        dcp.load(dict(tensors), storage_reader=_TensorReader(path), no_dist=not dist.is_initialized())
+        for file in path.glob("*.safetensors"):
+            read_header(file)
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(_plain_tensors(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
-class _TensorReader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with those that consist of others (8-bit optimizer states) as their parts, ``<name>/<part>``."""
+    plain: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
+            plain[name] = value
+        else:
+            parts, _ = value.__tensor_flatten__()
+            plain |= {f"{name}/{part}": getattr(value, part) for part in parts}
+    return plain
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads names, shapes and places of tensors; an entry that would be unpickled with its own code is refused."""
-
-    KNOWN = frozenset(
-        {
-            ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "Metadata"),
-            ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-            ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-            ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-            ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours holds")
+def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name to the number, from 1, of the file that it goes to."""
+    numbers, number, size = {}, 1, 0
+    for name, value in tensors.items():
+        if size and size + value.nbytes > MAX_FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + value.nbytes
+    return numbers
 
 
 def _remove(checkpoint: Path) -> None:
@@ -235,7 +269,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _not_written(target: Path, tensors: Mapping[str, Tensor]) -> str:
-    taken = sum(value.numel() * value.element_size() for value in tensors.values()) / 2**20
+    taken = sum(value.nbytes for value in tensors.values()) / 2**20
     free = shutil.disk_usage(target.parent).free / 2**20
     return (
         f"{target}: cannot be written, the checkpoints before are kept; it takes {taken:.0f} MiB, {free:.0f} MiB are "
@@ -260,20 +294,8 @@ def _one_line(message: Callable[[], str]) -> Iterator[None]:
         first: BaseException = error
         if isinstance(error, CheckpointException):
             first = next(iter(error.failures.values()))[0]
-        first = _of_the_system(first)
         reason = " ".join(str(first).split())[:200]
         raise CheckpointError(f"{message()} ({type(first).__name__}: {reason})") from error
-
-
-def _of_the_system(error: BaseException) -> BaseException:
-    """The operating system's error behind one; the error itself where there is none.
-
-    PyTorch's writer tells of a full disk as of a position in the file that it did not expect.
-    """
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, OSError):
-        behind = behind.__cause__ or behind.__context__
-    return behind or error
 
 
 @contextmanager

@@ -14,7 +14,14 @@ NAME = "sha256.json"
 
 
 def write_digests(folder: Path) -> None:
-    """Write ``sha256.json``, the last file of a folder. All processes do it together and divide the reading."""
+    """Write ``sha256.json``, the last file of a folder. All processes do it together and divide the reading.
+
+    Args:
+        folder: The folder, whose other files are all there.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     found = digests_of(folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with (folder / NAME).open("w", encoding="utf-8") as file:
@@ -23,8 +30,15 @@ def write_digests(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a folder; None when they are what was written. All processes ask together."""
+def find_damage(folder: Path) -> str | None:
+    """Compare the files of a folder with their ``sha256.json``. All processes do it together.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What is wrong with one of its files; None if all are what was written.
+    """
     found = digests_of(folder)
     try:
         expected = json.loads((folder / NAME).read_text(encoding="utf-8"))
@@ -37,7 +51,14 @@ def damage(folder: Path) -> str | None:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """File name to SHA-256 of all files but ``sha256.json``; nothing for a file that cannot be read."""
+    """Compute the SHA-256 of the files of a folder. All processes do it together.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        File name to SHA-256, but for ``sha256.json`` and for files that cannot be read.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts: list[dict[str, str]] = [{} for _ in range(processes)]

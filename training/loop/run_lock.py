@@ -1,4 +1,4 @@
-"""The folder of a run: one that can be written, of one run, and of one process at a time."""
+"""The lock on the output folder of a run: it can be written, holds one run, and is used by one process at a time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,23 @@ class OutputFolderError(UserError):
 
 
 @contextmanager
-def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """No other process gets this folder inside. Only the first process of a run claims. Raises OutputFolderError.
+def lock_output_dir(output_dir: Path, resume: bool) -> Iterator[None]:
+    """Keep every other process out of an output folder within the block. Only the first process of a run locks.
 
-    The system releases the lock when this process ends, however it ends.
+    The operating system releases the lock when this process ends, however it ends.
+
+    Args:
+        output_dir: The folder, which is made when it is not there.
+        resume: Whether the run goes on from a checkpoint of the folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputFolderError: If another process has the lock, if the folder cannot be written, or if it holds the
+            checkpoints of a run that is not resumed.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = output_dir / "checkpoints"
     owner = checkpoints / ".owner"
     lock = FileLock(checkpoints / ".lock", timeout=0)
     try:
@@ -33,20 +44,20 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except Timeout:
         raise OutputFolderError(
-            f"{folder}: in use by {_read(owner)}; wait for its end, stop it, or choose another output_dir"
+            f"{output_dir}: in use by {_name_of(owner)}; wait for its end, stop it, or choose another output_dir"
         ) from None
     except OSError as error:
         lock.release()
         raise OutputFolderError(
-            f"{folder}: cannot be written ({error.strerror}); make room, change its permissions or choose another "
+            f"{output_dir}: cannot be written ({error.strerror}); make room, change its permissions or choose another "
             "output_dir"
         ) from None
     try:
         kept = list_checkpoints(checkpoints)
         if kept and not resume:
             raise OutputFolderError(
-                f"{folder}: holds a run with checkpoints up to {kept[-1].name}; go on with --resume, choose another "
-                f"output_dir, or remove {checkpoints} to start anew"
+                f"{output_dir}: holds a run with checkpoints up to {kept[-1].name}; go on with --resume, choose "
+                f"another output_dir, or remove {checkpoints} to start anew"
             )
         yield
     finally:
@@ -54,8 +65,8 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         lock.release()
 
 
-def _read(owner: Path) -> str:
+def _name_of(owner: Path) -> str:
     try:
         return owner.read_text(encoding="utf-8")
-    except OSError:  # it is about to write it
+    except OSError:  # it has the lock and is about to write its name
         return "another process"

@@ -16,47 +16,65 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """A run that ended because of a signal. It goes on from ``checkpoint`` as if it had never stopped."""
+    """Raised by a run that ended because of a signal; it goes on from its checkpoint as if it had never stopped.
+
+    Args:
+        number: The signal.
+        checkpoint: The checkpoint that was written.
+
+    Attributes:
+        exit_status: What a shell shows for a program that this signal ended.
+    """
 
     def __init__(self, number: int, checkpoint: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}, all is in {checkpoint}: go on with --resume")
-        self.status = 128 + number
-        """What a shell shows for a program that this signal ended."""
+        self.exit_status = 128 + number
 
 
-class StopRequest:
-    """Notes signals inside a ``with`` block; the loop inside asks. Outside of the main thread nothing is noted."""
+class StopSignals:
+    """A context manager that catches signals, for the loop inside to ask for them.
 
-    def __init__(self, device: torch.device, speaks: bool = True) -> None:
-        self.device, self.speaks = device, speaks
-        self._number = 0
-        self._before: dict[int, Any] = {}
+    In another than the main thread, where Python catches none, there never is one.
 
-    def __enter__(self) -> StopRequest:
+    Args:
+        device: Where processes tell each other of signals.
+        verbose: Whether a line on standard error says that the run is about to stop.
+    """
+
+    def __init__(self, device: torch.device, verbose: bool = True) -> None:
+        self.device, self.verbose = device, verbose
+        self._received = 0
+        self._previous_handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup and the like decided that
-                    self._before[number] = signal.signal(number, self._note)
+                    self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        first, self._number = not self._number, number
-        if signal.SIGINT in self._before:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self._received = not self._received, number
+        if signal.SIGINT in self._previous_handlers:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if first and self.speaks:
+        if first and self.verbose:
             text = (
                 f"\ndistill.py: {signal.Signals(number).name}: stopping after this update, a second Ctrl-C stops now\n"
             )
             os.write(2, text.encode())  # print may be what was interrupted
 
-    def number(self) -> int:
-        """The signal that some process got, 0 if none did. All processes ask together."""
+    def received(self) -> int:
+        """Ask, on all processes together, for the signal that one of them received.
+
+        Returns:
+            The number of the signal, the same on all processes; 0 if there was none.
+        """
         if not dist.is_initialized():
-            return self._number
-        number = torch.tensor(self._number, device=self.device)
+            return self._received
+        number = torch.tensor(self._received, device=self.device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return int(number)

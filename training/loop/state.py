@@ -19,12 +19,20 @@ from training.loop.progress import Progress
 from training.loop.rng import RunRNG
 
 
-def tensors_of_run(roles: Roles, training: PhaseTraining, draws: RunRNG) -> dict[str, Tensor]:
-    """Every tensor that the next update depends on, by name; not copies, but for the generators' states.
+def state_tensors(roles: Roles, training: PhaseTraining, rng: RunRNG) -> dict[str, Tensor]:
+    """Collect every tensor that the next update depends on.
 
     Experts of later phases are not among them: they are what the seed makes them.
+
+    Args:
+        roles: The networks of the run.
+        training: The phase in training, with its optimizers and the average of its expert.
+        rng: The random generators of the run.
+
+    Returns:
+        Name to tensor, the tensors themselves and not copies, but for the states of the generators.
     """
-    tensors = {f"draws/{name}": value for name, value in draws.state_dict().items()}
+    tensors = {f"rng/{name}": value for name, value in rng.state_dict().items()}
     distiller = training.distiller
     for role in [FAKE, *(phase.name for phase in distiller.plan.phases[: distiller.phase + 1])]:
         tensors |= {f"roles/{role}/{name}": value for name, value in roles.state_dict(role).items()}
@@ -38,8 +46,17 @@ def tensors_of_run(roles: Roles, training: PhaseTraining, draws: RunRNG) -> dict
     return tensors
 
 
-def values_of_run(run: BuiltRun, progress: Progress, training: PhaseTraining) -> dict[str, Any]:
-    """What else it depends on, as JSON knows it, and what tells whether teacher and prompts are the same later."""
+def state_values(run: BuiltRun, progress: Progress, training: PhaseTraining) -> dict[str, Any]:
+    """Collect what else the next update depends on, and what tells whether teacher and prompts are the same later.
+
+    Args:
+        run: The run that was built.
+        progress: Where it is.
+        training: The phase in training.
+
+    Returns:
+        The values by name, as JSON knows them.
+    """
     roles = run.roles
     return {
         "config": json.loads(run.config.model_dump_json()),
@@ -57,18 +74,29 @@ def values_of_run(run: BuiltRun, progress: Progress, training: PhaseTraining) ->
     }
 
 
-def resume_from(
-    checkpoint: Path, values: Mapping[str, Any], roles: Roles, training: PhaseTraining, draws: RunRNG
+def restore_state(
+    checkpoint: Path, values: Mapping[str, Any], roles: Roles, training: PhaseTraining, rng: RunRNG
 ) -> None:
-    """Go on where a checkpoint was taken, with a training of its phase. Raises CheckpointError."""
+    """Go on where a checkpoint was taken.
+
+    Args:
+        checkpoint: The checkpoint.
+        values: Its values, of ``state_values``.
+        roles: The networks of the run, whose weights are replaced.
+        training: A training of the checkpoint's phase, whose optimizers and average are replaced.
+        rng: The random generators of the run, whose states are replaced.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or is of other networks.
+    """
     for role, names in values["optimizers"].items():
         state = training.optimizers[role].state
         make_state(training.optimizers[role])
         for name, parameter in roles.named_parameters(role).items():
             if name not in names:  # had no gradient yet: the last block of Qwen-Image has weights that never get one
                 state.pop(parameter, None)
-    tensors = tensors_of_run(roles, training, draws)
+    tensors = state_tensors(roles, training, rng)
     load_tensors(checkpoint, tensors)
-    draws.load_state_dict({name: tensors[f"draws/{name}"] for name in draws.state_dict()})
+    rng.load_state_dict({name: tensors[f"rng/{name}"] for name in rng.state_dict()})
     if training.average is not None:
         training.average.optimization_step = values["averaged_updates"]

@@ -21,8 +21,8 @@ from training.loop.optimizers import lr_factor
 from training.loop.phase import PhaseTraining, Update
 from training.loop.progress import Progress
 from training.loop.resumption import Resumption
-from training.loop.signals import Stopped, StopRequest
-from training.loop.state import resume_from, tensors_of_run, values_of_run
+from training.loop.signals import Stopped, StopSignals
+from training.loop.state import restore_state, state_tensors, state_values
 from training.loop.validation import decoded, validation_latents
 from training.memory.offload import keep_idle_experts_away
 from training.monitoring.monitor import UpdateReport, warn
@@ -78,7 +78,7 @@ class Trainer:
         self.monitors.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
         bar = self._progress_bar()
         stop, kept = 0, None
-        with StopRequest(self.accelerator.device, self.accelerator.is_main_process) as request, bar:
+        with StopSignals(self.accelerator.device, self.accelerator.is_main_process) as signals, bar:
             self._validate_when_due()  # also after a checkpoint: the run may have ended before the samples were there
             while kept is None:
                 if progress.update >= config.updates_of(progress.phase):
@@ -92,7 +92,7 @@ class Trainer:
                 update = self.update()
                 bar.set_postfix({name: f"{value:.3g}" for name, value in update.values.items()}, refresh=False)
                 bar.update()
-                stop = request.number()
+                stop = signals.received()
                 phase_ends = progress.update >= config.updates_of(progress.phase)
                 if stop or phase_ends or progress.total % config.checkpoints.every == 0:
                     saved = self.save()  # before samples, which take their time and may fail
@@ -182,8 +182,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the next update depends on; returns it."""
-        tensors = tensors_of_run(self.roles, self.training, self.built.rng)
-        values = values_of_run(self.built, self.progress, self.training)
+        tensors = state_tensors(self.roles, self.training, self.built.rng)
+        values = state_values(self.built, self.progress, self.training)
         folder, keep = self.output_dir / "checkpoints", self.config.checkpoints.keep
         return save_checkpoint(folder, self.progress.total, tensors, values, keep, self._stays_for_good)
 
@@ -197,7 +197,7 @@ class Trainer:
         """Go on from a checkpoint; later ones, of a run that goes back, are set aside."""
         self.progress = resumption.progress
         self.start_phase()
-        resume_from(resumption.checkpoint, resumption.values, self.roles, self.training, self.built.rng)
+        restore_state(resumption.checkpoint, resumption.values, self.roles, self.training, self.built.rng)
         for aside in set_aside_later(resumption.checkpoint):
             warn(f"{aside.name} is set aside, the run goes on from {resumption.checkpoint.name}")
         changed = f", with {'; '.join(resumption.changed)}" if resumption.changed else ""

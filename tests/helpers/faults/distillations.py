@@ -12,7 +12,7 @@ import yaml
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from tests.helpers.faults.programs import Ended, Running, Warm
 from training.loop.checkpoints import list_checkpoints
-from training.loop.digests import damage
+from training.loop.digests import find_damage
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 4, "lr": 1e-2}
 SETTINGS: dict[str, Any] = {
@@ -85,7 +85,7 @@ class Distillation:
     def check_nothing_half_written_counts(self) -> None:
         """Every checkpoint that is listed is whole, and experts are those of a manifest or none."""
         for checkpoint in list_checkpoints(self.folder / "checkpoints"):
-            assert damage(checkpoint) is None, checkpoint
+            assert find_damage(checkpoint) is None, checkpoint
         try:
             experts = PhasedExperts.open(self.folder / "experts")
         except ExpertsError:

@@ -142,10 +142,10 @@ def test_a_configuration_under_old_names_becomes_that_of_today(settings_of_run: 
 def test_a_run_with_a_checkpoint_under_old_names_goes_on(config: DistillConfig) -> None:
     run_and_stop(Trainer(build_run(config)), after=3)
     checkpoint = list_checkpoints(config.output_dir / "checkpoints")[-1]
-    values = json.loads((checkpoint / VALUES).read_text(encoding="utf-8"))
-    values["config"] = under_old_names(values["config"])
-    assert "checkpoints" not in values["config"] and values["config"]["keep_checkpoints"] == 2
-    (checkpoint / VALUES).write_text(json.dumps(values), encoding="utf-8")
+    content = json.loads((checkpoint / VALUES).read_text(encoding="utf-8"))
+    old = content["values"]["config"] = under_old_names(content["values"]["config"])
+    assert "checkpoints" not in old and old["keep_checkpoints"] == 2
+    (checkpoint / VALUES).write_text(json.dumps(content), encoding="utf-8")
     write_digests(checkpoint)
     with pytest.raises(ConfigError, match=r"Changed: generator\.lr: 0\.01 -> 0\.5$"):
         Trainer(build_run(changed(config, **{"generator.lr": 0.5}), Resume())).run()

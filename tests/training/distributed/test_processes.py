@@ -196,9 +196,9 @@ def test_processes_leave_one_set_of_files_and_one_line_of_output(runs: Finished)
 
 def test_each_process_writes_its_shards_of_the_fake_once(runs: Finished) -> None:
     whole, sharded = (list_checkpoints(runs.folder / name / "checkpoints")[-1] for name in ("lora", "lora-fsdp"))
-    sizes = sorted(path.stat().st_size for path in sharded.glob("*.distcp"))
+    sizes = sorted(path.stat().st_size for path in sharded.glob("*.safetensors"))
     assert len(sizes) == 2 and sizes[0] > 0.3 * sum(sizes)
-    (size,) = (path.stat().st_size for path in whole.glob("*.distcp"))
+    (size,) = (path.stat().st_size for path in whole.glob("*.safetensors"))
     assert size < sum(sizes) < 1.5 * size  # more pieces, each with a header; written by both it would be twice as much
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
-import shutil
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training.loop.checkpoints import CheckpointError, list_checkpoints, load_tensors, load_values, save_checkpoint
@@ -58,10 +59,9 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink, lambda file: file.write_bytes(b"")])
-@pytest.mark.parametrize("part", [".metadata", "*.distcp"])
-def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, part: str, damage: object) -> None:
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: object) -> None:
     path = save_checkpoint(tmp_path, 1, weights(1), VALUES, keep=1)
-    (file,) = path.glob(part)
+    (file,) = path.glob("*.safetensors")
     damage(file)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match="remove it to use an older one") as error:
         load_tensors(path, weights(0))
@@ -95,22 +95,38 @@ class Runs:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 1, weights(1), VALUES, keep=1)
-    good, marker = tmp_path / "good", tmp_path / "marker"
-    shutil.copytree(path, good)
+    path, marker = save_checkpoint(tmp_path, 1, weights(1), VALUES, keep=1), tmp_path / "marker"
+    (shards,) = path.glob("*.safetensors")
+    for name in ("__0_0.distcp", shards.name):
+        torch.save(Runs(marker), path / name)
     (path / ".metadata").write_bytes(pickle.dumps(Runs(marker)))
-    with pytest.raises(CheckpointError, match="no checkpoint of ours holds"):
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load_tensors(path, weights(0))
-    (shards,) = good.glob("*.distcp")
-    torch.save(Runs(marker), shards)
-    with pytest.raises(CheckpointError):
-        load_tensors(good, weights(0))
     assert not marker.exists()
 
 
-def test_an_entry_that_is_no_tensor_is_not_read(tmp_path: Path) -> None:
-    """torch.distributed.checkpoint would unpickle it."""
-    path = tmp_path / "update-00000001"
-    save_checkpoint(tmp_path, 1, {"steps": Path("object")}, VALUES, keep=1)  # type: ignore[dict-item]
-    with pytest.raises(CheckpointError, match="BytesStorageMetadata"):
-        load_tensors(path, {"steps": torch.zeros(3)})
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [({"update": 4}, "one of an earlier version, with pickled parts"), ({"format": 3}, "format 3")],
+)
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path, content: dict[str, int], found: str) -> None:
+    path = save_checkpoint(tmp_path, 1, weights(1), VALUES, keep=1)
+    (path / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"expected a checkpoint of format 2, found {found}: go on with") as error:
+        load_values(path)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_of_every_kind_come_back_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as many files as it takes: a process holds what goes into one of them twice."""
+    monkeypatch.setattr("training.loop.checkpoints.MAX_FILE_BYTES", 100)
+    tensors = {f"{dtype}": (torch.rand(4, 6) * 50).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.uint8)}
+    tensors |= {"step": torch.tensor(3.0), "count": torch.tensor(2**40), "flag": torch.tensor(True)}
+    tensors |= {"turned": torch.randn(5, 3).T, "none": torch.empty(0, 3), "view": torch.randn(12)[3:7]}
+    path = save_checkpoint(tmp_path, 1, tensors, VALUES, keep=1)
+    sizes = [sum(v.nbytes for v in load_file(file).values()) for file in path.glob("*.safetensors")]
+    assert len(sizes) == 3 and max(sizes) <= 100
+    found = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    load_tensors(path, found)
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype, name
