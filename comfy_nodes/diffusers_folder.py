@@ -171,13 +171,11 @@ def _clip(folder: Path, tokens: int) -> Any:
 
 
 def _weights(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise NodeError(f"{folder}: no .safetensors file here; other formats are not read")
-    open_weights(*files)  # headers are checked before the library maps them
-    return {key: value for file in files for key, value in load_file(file).items()}
+    weights = open_weights(*files)
+    return {key: weights.read(key) for key in weights.specs}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
+
+SETTLED = 2.0
+"""Seconds since a file's last change after which another change cannot have the same date, on any file system."""
+
+_State = tuple[int, ...]
+_digests: dict[str, tuple[_State, str]] = {}
+"""Of the files that this process has read: their state then, and their digest."""
 
 
 def sha256_of(path: Path) -> str:
-    """Compute the SHA-256 of a file.
+    """Compute the SHA-256 of a file, which is read once in a process.
+
+    It is read again when its size, dates, inode or device are others than they were, and when it was so new that a
+    change might not show in them.
 
     Args:
         path: The file.
@@ -20,7 +32,21 @@ def sha256_of(path: Path) -> str:
         OSError: If the file cannot be read.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        state = _state(file.fileno())
+        known = _digests.get(str(path))
+        if known is not None and known[0] == state:
+            return known[1]
+        started = time.time_ns()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if _state(file.fileno()) == state and started - max(state[:2]) >= SETTLED * 1e9:
+            _digests[str(path)] = state, digest
+    return digest
+
+
+def _state(descriptor: int) -> _State:
+    """What changes when a file does: its dates in nanoseconds first."""
+    status = os.fstat(descriptor)
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev
 
 
 def sha256_of_bytes(content: bytes) -> str:

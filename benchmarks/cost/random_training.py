@@ -181,12 +181,11 @@ class RandomPrompts:
     def conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
         return {name: rows[indices.to(device)] for name, rows in self.rows.items()}
 
-    def negative_conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Another prompt, the same image."""
-        return {
-            name: rows[torch.full_like(indices, 2).to(device) if name == "prompt_embeds" else indices.to(device)]
-            for name, rows in self.rows.items()
-        }
+    def conditioning_pair(self, indices: Tensor, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Another prompt with the same image beside it."""
+        positive = self.conditioning(indices, device)
+        other = self.rows["prompt_embeds"][torch.full_like(indices, 2).to(device)]
+        return positive, positive | {"prompt_embeds": other}
 
 
 class RandomTraining:

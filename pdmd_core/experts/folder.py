@@ -214,7 +214,10 @@ class PhasedExperts:
             raise ExpertsError(f"{path}: its plan is not the manifest's")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read all tensors of an expert's file.
+        """Read all tensors of an expert's file, on the CPU.
+
+        Those of a LoRA are copies. Those of a full network are mapped (``MappedFile``), as diffusers and ComfyUI do it:
+        they take no memory of their own where they are copied to a GPU.
 
         Args:
             name: The expert's name.
@@ -228,10 +231,11 @@ class PhasedExperts:
         from .format.weights import open_weights
 
         expert, weights = self.manifest.expert(name), open_weights(self.verify(name))
-        tensors = {key: weights.read(key) for key in weights.specs}
+        if expert.kind == "full":
+            return {key: weights.read(key) for key in weights.specs}
+        tensors = {key: weights.read(key).clone() for key in weights.specs}
         # released files, and those of other families, have whatever keys their pipeline's own loader reads
-        ours = RELEASED not in self.manifest.training and self.manifest.base.family in FAMILIES
-        if expert.kind == "lora" and ours:
+        if RELEASED not in self.manifest.training and self.manifest.base.family in FAMILIES:
             check_lora(tensors, expert, family(self.manifest.base.family).lora_keys)
         return tensors
 

@@ -144,9 +144,7 @@ def networks_of(case: Case, folder: Path) -> list[nn.Module]:
         else:
             from safetensors.torch import load_file
 
-            # cloned: where weights lie in memory decides about the last digit
-            weights = {name: value.clone() for name, value in load_file(folder / expert.file).items()}
-            pipe.transformer.load_state_dict(weights, assign=True)
+            pipe.transformer.load_state_dict(load_file(folder / expert.file), assign=True)
         networks.append(getattr(pipe, expert.component))
     return networks
 

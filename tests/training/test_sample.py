@@ -45,6 +45,15 @@ def images(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def test_the_file_of_each_expert_is_read_once(
+    experts: Path, images: list[Path], tmp_path: Path, hashed: list[str]
+) -> None:
+    arguments = ["--prompt", "a boat", "--image", str(images[0]), "--seeds", "1", "--device", "cpu"]
+    assert sample.main(["--experts", str(experts), *arguments, "--output", str(tmp_path / "a.png")]) == 0
+    names = [name for name in hashed if name.endswith("_noise.safetensors")]
+    assert sorted(names) == ["high_noise.safetensors", "low_noise.safetensors"]
+
+
 def test_images_of_the_command_line_are_those_of_a_jsonl_file(
     experts: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

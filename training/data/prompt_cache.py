@@ -20,17 +20,19 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pdmd_core.experts.errors import ExpertsError
+from pdmd_core.experts.format.header import read_header
+from pdmd_core.experts.format.mapped import MappedFile
 from pdmd_core.families import ModelFamily
 from pdmd_core.hashing import sha256_of, sha256_of_bytes
 from training.config.command_line import UserError
 from training.data.buckets import ANY, Bucket, SampleSize, bucket_of
 from training.data.encoder import Encoder
-from training.data.examples import Example
+from training.data.examples import Example, PromptError
 from training.data.teacher import TeacherSource
 
 T = TypeVar("T")
@@ -82,23 +84,28 @@ class PromptCache:
         found = []
         for index in indices:
             chunk, row = self._places[index].tolist()
-            with safe_open(self._chunk(chunk), framework="pt") as file:
-                found.append(json.loads(file.metadata()["prompts"])[row])
+            file, _ = _opened(self._chunk(chunk))
+            found.append(json.loads(file.header.metadata["prompts"])[row])
         return found
 
     def conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Conditioning of these examples (batch,) on a device."""
-        rows = self._rows(indices)
-        return _stacked([{k: v for k, v in row.items() if not k.startswith(OF_NEGATIVE)} for row in rows], device)
+        """Read the conditioning of examples (batch,) as tensors (batch, ...) on a device."""
+        return _stacked([_positive(row) for row in self._rows(indices)], device)
 
-    def negative_conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Conditioning of these examples (batch,) with the negative prompt in place of theirs."""
-        rows = []
-        for row in self._rows(indices):
-            own = {k.removeprefix(OF_NEGATIVE): v for k, v in row.items() if k.startswith(OF_NEGATIVE)}
-            positive = {k: v for k, v in row.items() if not k.startswith(OF_NEGATIVE)}
-            rows.append(positive | self._negative | own)
-        return _stacked(rows, device)
+    def conditioning_pair(self, indices: Tensor, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Read the conditioning of both sides of guidance, each example once.
+
+        Args:
+            indices: Examples, shape (batch,).
+            device: Where the tensors go.
+
+        Returns:
+            ``conditioning``, and the same with the negative prompt in place of the examples' own; what does not depend
+            on the prompt, as an image, is one tensor in both.
+        """
+        rows = self._rows(indices)
+        positive = _stacked([_positive(row) for row in rows], device)
+        return positive, positive | _stacked([self._negative | _own_negative(row) for row in rows], device)
 
     def _rows(self, indices: Tensor) -> list[dict[str, Tensor]]:
         if self._held is not None:
@@ -110,29 +117,41 @@ class PromptCache:
 
     def _read(self, path: Path, row: int) -> dict[str, Tensor]:
         """One row of a file; prompts with the zeros after their tokens again."""
-        file, ends = _opened(str(path))
+        file, ends = _opened(path)
         found = {}
-        for name in file.keys():  # noqa: SIM118 - not a mapping
+        for name in file.header.specs:
             if name.endswith(LENGTHS):
                 continue
-            values = file.get_slice(name)
+            values = file.tensor(name)
             if name not in ends:
-                found[name] = values[row : row + 1][0]
+                found[name] = values[row]
                 continue
             start, end = ends[name][row], ends[name][row + 1]
             width = self.widths[name.removeprefix(OF_NEGATIVE)]
-            padded = values[0:0].new_zeros(width, *values.get_shape()[1:])
+            padded = values.new_zeros(width, *values.shape[1:])
             padded[: end - start] = values[start:end]
             found[name] = padded
         return found
 
 
 @lru_cache(maxsize=64)
-def _opened(path: str) -> tuple[Any, dict[str, list[int]]]:
-    """A file mapped into memory, and where the rows of its tensors without padding start."""
-    file = safe_open(path, framework="pt")
-    names = [name for name in file.keys() if name.endswith(LENGTHS)]  # noqa: SIM118
-    return file, {name.removesuffix(LENGTHS): [0, *file.get_tensor(name).cumsum(0).tolist()] for name in names}
+def _opened(path: Path) -> tuple[MappedFile, dict[str, list[int]]]:
+    """A file of a bank, and where the rows of its tensors without padding start. Raises PromptError."""
+    try:
+        file = MappedFile(path)
+    except ExpertsError:
+        raise PromptError(f"{path}: damaged since this run began; start again, it is encoded anew then") from None
+    names = [name for name in file.header.specs if name.endswith(LENGTHS)]
+    return file, {name.removesuffix(LENGTHS): [0, *file.tensor(name).cumsum(0).tolist()] for name in names}
+
+
+def _positive(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in row.items() if not name.startswith(OF_NEGATIVE)}
+
+
+def _own_negative(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of encoders that see the image with the prompt: what the negative prompt is for this example alone."""
+    return {name.removeprefix(OF_NEGATIVE): value for name, value in row.items() if name.startswith(OF_NEGATIVE)}
 
 
 def _stacked(rows: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
@@ -186,12 +205,12 @@ def _problem(path: Path) -> str | None:
         if path.name == INDEX:
             values = json.loads(path.read_text(encoding="utf-8"))
             return None if values.pop(DIGEST, None) == _digest(path, {}, values) else "not what was written"
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            digest = metadata.pop(DIGEST, None)
-            found = _digest(path, {name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        return " ".join(str(error).split())[:100] or type(error).__name__
+        file = MappedFile(path)
+        metadata = dict(file.header.metadata)
+        digest = metadata.pop(DIGEST, None)
+        found = _digest(path, {name: file.tensor(name) for name in file.header.specs}, metadata)
+    except (OSError, ValueError, AttributeError) as error:  # ValueError: of JSON, and ExpertsError
+        return " ".join(str(error).removeprefix(f"{path}: ").split())[:100] or type(error).__name__
     if digest is None:
         return "written without a digest"
     return None if digest == found else "not what was written"
@@ -253,11 +272,10 @@ def _write(
                 _wait_for(folder / name)
         files += [NEGATIVE] if negative else []
         widths: dict[str, int] = {}
-        for file_name in files:
-            with safe_open(folder / file_name, framework="pt") as file:
-                for name, width in json.loads(file.metadata()["widths"]).items():
-                    name = name.removeprefix(OF_NEGATIVE)
-                    widths[name] = max(width, widths.get(name, 0))
+        for name in files:
+            for tensor, width in json.loads(read_header(folder / name).metadata["widths"]).items():
+                tensor = tensor.removeprefix(OF_NEGATIVE)
+                widths[tensor] = max(width, widths.get(tensor, 0))
         values = {"chunks": [list(chunk) for chunk in chunks], "widths": widths, "files": files}
         temporary = folder / f"{INDEX}.{secrets.token_hex(4)}.part"
         text = json.dumps(values | {DIGEST: _digest(folder / INDEX, {}, values)})

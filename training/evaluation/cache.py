@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pdmd_core.experts.format.header import read_header
+from pdmd_core.experts.format.mapped import MappedFile
 from pdmd_core.hashing import sha256_of, sha256_of_bytes
 
 _NAME = 32
@@ -42,8 +43,7 @@ class TensorCache:
             self._index(path)
 
     def _index(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            ids: list[str] = json.loads(file.metadata()["ids"])
+        ids: list[str] = json.loads(read_header(path).metadata["ids"])
         self._where |= {name: (path, row) for row, name in enumerate(ids)}
 
     def __contains__(self, name: str) -> bool:
@@ -96,10 +96,9 @@ class TensorCache:
             places.setdefault(path, []).append((position, row))
         found: dict[str, list[Tensor]] = {}
         for path, rows in places.items():
-            with safe_open(path, "pt") as file:
-                for name in file.keys() if tensors is None else tensors:
-                    values = file.get_slice(name)
-                    column = found.setdefault(name, [torch.empty(0)] * len(ids))
-                    for position, row in rows:
-                        column[position] = values[row : row + 1]
+            file = MappedFile(path)
+            for name in file.header.specs if tensors is None else tensors:
+                values, column = file.tensor(name), found.setdefault(name, [torch.empty(0)] * len(ids))
+                for position, row in rows:
+                    column[position] = values[row : row + 1]
         return {name: torch.cat(values) for name, values in found.items()}

@@ -155,7 +155,8 @@ class Sampler:
             raise ValueError("this sampler was made without experts")
         plan = self.plan if plan is None else plan
 
-        def velocity(indices: Tensor, conditioning: dict[str, Tensor]) -> Velocity:
+        def velocity(indices: Tensor) -> Velocity:
+            conditioning = self.prompts.conditioning(indices, self.device)
             return route(expert_velocities(self.roles, plan, conditioning), plan)
 
         return self._sample(pairs, plan.sigmas, velocity, progress, on_step)
@@ -187,8 +188,8 @@ class Sampler:
         """
         sigmas = PhasePlan.from_steps([steps], shift).sigmas
 
-        def velocity(indices: Tensor, conditioning: dict[str, Tensor]) -> Velocity:
-            negative = self.prompts.negative_conditioning(indices, self.device)
+        def velocity(indices: Tensor) -> Velocity:
+            conditioning, negative = self.prompts.conditioning_pair(indices, self.device)
             return lambda x, sigma: guided_velocity(self.roles, x, sigma, conditioning, negative, guidance_scale)
 
         return self._sample(pairs, sigmas, velocity, progress, on_step)
@@ -197,7 +198,7 @@ class Sampler:
         self,
         pairs: Sequence[tuple[int, int]],
         sigmas: Sequence[float],
-        velocity: Callable[[Tensor, dict[str, Tensor]], Velocity],
+        velocity: Callable[[Tensor], Velocity],
         progress: str | None,
         on_step: Callable[[], object] | None,
     ) -> Tensor:
@@ -212,9 +213,8 @@ class Sampler:
 
             for part in parts:
                 indices = torch.tensor([prompt for prompt, _ in part])
-                conditioning = self.prompts.conditioning(indices, self.device)
                 noise = self.noise([seed for _, seed in part])
-                latents.append(sample(velocity(indices, conditioning), sigmas, noise, stepped))
+                latents.append(sample(velocity(indices), sigmas, noise, stepped))
         return torch.cat(latents)
 
     def decode(self, latents: Tensor, progress: str | None = "decode") -> Tensor:

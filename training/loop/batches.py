@@ -31,7 +31,9 @@ class Conditionings(Protocol):
 
     def conditioning(self, indices: Tensor, device: torch.device) -> Mapping[str, Tensor]: ...
 
-    def negative_conditioning(self, indices: Tensor, device: torch.device) -> Mapping[str, Tensor]: ...
+    def conditioning_pair(
+        self, indices: Tensor, device: torch.device
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]: ...
 
 
 class DataBatches:
@@ -53,8 +55,9 @@ class DataBatches:
         """Draw the next examples and their noise."""
         bucket, indices = self.rng.examples()
         noise = self.rng.noise(self.shapes[bucket]).to(self.device)
-        conditioning = self.prompts.conditioning(indices, self.device)
-        return Batch(noise, conditioning, self.prompts.negative_conditioning(indices, self.device) if negative else {})
+        if negative:
+            return Batch(noise, *self.prompts.conditioning_pair(indices, self.device))
+        return Batch(noise, self.prompts.conditioning(indices, self.device), {})
 
     def step(self, distiller: PhasedDistiller) -> int:
         """Draw the step that trains from the generator that all processes share."""

@@ -141,8 +141,7 @@ class EmbeddedProblem:
         """Prompts and noise."""
         indices = torch.randint(self.prompts, (count,), generator=generator)
         noise = torch.randn(count, *self.sampler.shape, generator=generator)
-        prompts, device = self.sampler.prompts, noise.device
-        return Batch(noise, prompts.conditioning(indices, device), prompts.negative_conditioning(indices, device))
+        return Batch(noise, *self.sampler.prompts.conditioning_pair(indices, noise.device))
 
     def experts(self) -> dict[str, dict[str, Tensor]]:
         """The adapters of the experts."""

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExpertsError
-from .header import read_header
 from .manifest import MAX_SAMPLED_VALUES, MAX_SAMPLED_WEIGHTS, BaseModel
 from .untrusted import shown
+from .weights import open_weights
 
 Sampler = Callable[[str], Tensor | None]
 """A function from the name of a weight, in diffusers' naming, to what ``sample_of`` returns for it; None where it
@@ -187,30 +186,10 @@ def sampler_of_files(files: Sequence[Path]) -> tuple[list[str], Sampler]:
         The names of the weights, and the sampler.
 
     Raises:
-        ExpertsError: If a file is missing or unreadable.
+        ExpertsError: If a file is missing or not valid. The sampler raises it for a file that is unreadable by then.
     """
-    headers = {path: read_header(path) for path in files}
-    places = {name: path for path, header in headers.items() for name in header.specs}
-
-    def sample(name: str) -> Tensor | None:
-        if name not in places:
-            return None
-        path = places[name]
-        spec, start = headers[path].specs[name], headers[path].starts[name]
-        row = math.prod(spec.shape[1:]) if len(spec.shape) > 1 else spec.numel
-        first = spec.shape[0] // 2 * row if len(spec.shape) > 1 else 0
-        count = min(row, spec.numel, MAX_SAMPLED_VALUES)
-        try:
-            with path.open("rb") as file:
-                file.seek(start + first * spec.dtype.itemsize)
-                data = file.read(count * spec.dtype.itemsize)
-        except OSError as error:
-            raise ExpertsError(f"{path}: cannot be read ({error})") from None
-        if len(data) < count * spec.dtype.itemsize:
-            raise ExpertsError(f"{path}: became shorter while it was read")
-        return torch.frombuffer(bytearray(data), dtype=spec.dtype) if data else None
-
-    return list(places), sample
+    weights = open_weights(*files)
+    return list(weights.specs), lambda name: sample_of(weights.read(name)) if name in weights.specs else None
 
 
 # --- the comparison ---------------------------------------------------------

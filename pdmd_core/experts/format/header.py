@@ -63,14 +63,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """What is in a file, and at which byte each tensor starts."""
+    """What is in a file."""
 
     specs: Mapping[str, TensorSpec]
     """Name to how the tensor is stored."""
-    starts: Mapping[str, int]
-    """Name to the first byte of the tensor, counted from the start of the file."""
     metadata: Mapping[str, str]
     """The texts under ``__metadata__``."""
+    size: int
+    """Bytes of the whole file."""
 
 
 def read_header(path: Path) -> Header:
@@ -128,14 +128,14 @@ def _header(entries: dict[str, Any], start: int, size: int) -> Header:
             raise ValueError(f"the name of a tensor is at most 500 printable characters, found {shown(name)}")
         specs[name], span = _tensor(name, entry)
         spans.append((*span, name))
-    starts, position = {}, 0
+    position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
             raise ValueError(f"tensor {shown(name)} starts at byte {position} of the data, found {shown(begin)}")
-        starts[name], position = start + begin, end
+        position = end
     if start + position != size:
         raise ValueError(f"its header describes {start + position} bytes, found {size}: it was cut off or extended")
-    return Header(specs, starts, metadata)
+    return Header(specs, metadata, size)
 
 
 def _tensor(name: str, entry: object) -> tuple[TensorSpec, tuple[int, int]]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ExpertsError
-from .header import DTYPES, TensorSpec, read_header
+from .header import DTYPES, TensorSpec
+from .mapped import MappedFile
 
 T = TypeVar("T")
 
@@ -76,43 +77,25 @@ class Weights:
 
 
 def open_weights(*files: Path) -> Weights:
-    """Open the tensors of safetensors files; only headers are read.
+    """Open the tensors of safetensors files, which are mapped into memory (``MappedFile``); only headers are read.
 
     Args:
         *files: Safetensors files with different tensors.
 
     Returns:
-        The weights.
+        The weights. Reading one raises ExpertsError if its file is unreadable by then.
 
     Raises:
         ExpertsError: If a file is missing or not valid, or if two files hold a tensor of one name.
     """
-    specs: dict[str, TensorSpec] = {}
-    places: dict[str, tuple[Path, int]] = {}
+    places: dict[str, MappedFile] = {}
     for path in files:
-        header = read_header(path)
-        if twice := sorted(specs.keys() & header.specs.keys()):
+        file = MappedFile(path)
+        if twice := sorted(places.keys() & file.header.specs.keys()):
             raise ExpertsError(f"{path}: {twice[0]} is in another of these files as well: download them again")
-        specs |= header.specs
-        places |= {name: (path, start) for name, start in header.starts.items()}
-
-    def read(name: str) -> Tensor:
-        (path, start), spec = places[name], specs[name]
-        try:
-            data = torch.empty(spec.nbytes, dtype=torch.uint8)
-        except RuntimeError:  # of the allocator
-            raise ExpertsError(f"{path}: {name} takes {spec.nbytes} bytes, more than there is memory for") from None
-        try:
-            with path.open("rb") as file:
-                file.seek(start)
-                count = file.readinto(data.numpy().data)
-        except OSError as error:
-            raise ExpertsError(f"{path}: cannot be read ({error})") from None
-        if count != spec.nbytes:
-            raise ExpertsError(f"{path}: became shorter while it was read")
-        return data.view(spec.dtype).reshape(spec.shape)
-
-    return Weights(specs, read)
+        places |= dict.fromkeys(file.header.specs, file)
+    specs = {name: file.header.specs[name] for name, file in places.items()}
+    return Weights(specs, lambda name: places[name].tensor(name))
 
 
 def weights_of(tensors: Mapping[str, Tensor]) -> Weights:

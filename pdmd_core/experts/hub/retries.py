@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,20 +52,45 @@ def persistently(what: str, timeout: float, call: Callable[[], T]) -> T:
 def patience(seconds: float) -> Iterator[None]:
     """Limit, within the block, how long the Hub's client waits; by itself it waits for ever on most requests.
 
+    All threads share one client. Where blocks overlap, the longest of their times holds; when the last one ends, the
+    client has again what it had before the first.
+
     Args:
         seconds: Seconds to wait for each answer or packet.
 
     Yields:
         Nothing.
     """
-    from huggingface_hub.utils import get_session
-
-    session: Any = get_session()
-    before, session.timeout = getattr(session, "timeout", None), seconds
+    with _shared:
+        _patiences.append(seconds)
+        _set_timeouts()
     try:
         yield
     finally:
-        session.timeout = before
+        with _shared:
+            _patiences.remove(seconds)
+            _set_timeouts()
+
+
+_shared = threading.Lock()
+_patiences: list[float] = []
+"""Of the blocks that have not ended."""
+_changed: list[tuple[Any, Any]] = []
+"""Clients whose timeout they set, with the one that each had: huggingface_hub makes a new client after some errors."""
+
+
+def _set_timeouts() -> None:
+    from huggingface_hub.utils import get_session
+
+    client: Any = get_session()
+    if _patiences:
+        if all(client is not known for known, _ in _changed):
+            _changed.append((client, client.timeout))
+        client.timeout = max(_patiences)
+    else:
+        for known, before in _changed:
+            known.timeout = before
+        _changed.clear()
 
 
 def is_passing(error: BaseException) -> bool:

@@ -354,3 +354,12 @@ def test_experts_to_share_must_be_there_and_fit(tmp_path: Path) -> None:
     with pytest.raises(ExpertsError, match="to share are of a WanTransformer3DModel, the pipeline has a FluxTransform"):
         attach_experts(other, pipe)
     assert_same(other, before)
+
+
+def test_the_file_of_each_expert_is_read_once(kind: str, tmp_path: Path, hashed: list[str]) -> None:
+    pipe = CASES["wan"].build()
+    pipe.save_pretrained(tmp_path / "base")
+    folder = KINDS[kind](tmp_path, pipe, PLAN)
+    for _ in range(2):
+        load_phased_pipeline(folder, tmp_path / "base")
+    assert sorted(hashed) == sorted(expert.file for expert in PhasedExperts.open(folder).manifest.experts)

@@ -43,7 +43,7 @@ def test_embeddings_are_those_of_the_pipeline(teacher: Path, tmp_path: Path) -> 
     found = bank.conditioning(torch.tensor([1]), torch.device("cpu"))["prompt_embeds"]
     torch.testing.assert_close(found, positive, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        bank.negative_conditioning(torch.tensor([0, 1, 1]), torch.device("cpu"))["prompt_embeds"],
+        bank.conditioning_pair(torch.tensor([0, 1, 1]), torch.device("cpu"))[1]["prompt_embeds"],
         negative.expand(3, -1, -1),
         atol=1e-5,
         rtol=0,
@@ -80,7 +80,7 @@ def test_image_conditioning_is_kept_until_an_image_changes(image_teacher: Path, 
         picture(seed, (64, 32)).save(tmp_path / f"{name}.png")
     bank = encode_images(image_teacher, tmp_path, ["fox", "panda"])
     indices, cpu = torch.tensor([1, 0, 1]), torch.device("cpu")
-    positive, negative = bank.conditioning(indices, cpu), bank.negative_conditioning(indices, cpu)
+    positive, negative = bank.conditioning_pair(indices, cpu)
     assert set(positive) == set(negative) == {"prompt_embeds", "image_latents", "image_embeds"}
     for name in ("image_latents", "image_embeds"):
         assert torch.equal(positive[name], negative[name]), "guidance keeps the image"
@@ -110,8 +110,7 @@ def test_prompts_of_different_lengths_get_their_zeros_back(tmp_path: Path) -> No
     texts = ["a fox", "a panda that eats bamboo", "x"]
     encoder = Encoder(TeacherSource(str(tmp_path / "qwen")), family("qwen_image"), 400, batch=1)
     bank = open_prompt_cache([Example(t) for t in texts], "bad", encoder, [Bucket(32, 32, 1)], tmp_path)
-    found = bank.conditioning(torch.arange(3), CPU)
-    negative = bank.negative_conditioning(torch.arange(3), CPU)
+    found, negative = bank.conditioning_pair(torch.arange(3), CPU)
     lengths = found["prompt_mask"].sum(1)
     assert len(set(lengths.tolist())) == 3
     assert found["prompt_embeds"].shape[1] == negative["prompt_embeds"].shape[1] == lengths.max()
@@ -205,6 +204,32 @@ def test_a_batch_reads_its_own_rows_and_no_others(teacher: Path, tmp_path: Path)
     torch.testing.assert_close(found[1:], single)
 
 
+def test_both_sides_of_guidance_read_each_example_once(image_teacher: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("fox", "panda")):
+        picture(seed, (64, 32)).save(tmp_path / f"{name}.png")
+    encoder = Encoder(TeacherSource(str(image_teacher)), WAN, 12)
+    examples = [Example(f"a {name}", tmp_path / f"{name}.png") for name in ("fox", "panda")]
+    bank = open_prompt_cache(examples, "bad", encoder, [Bucket(32, 16, 5)], tmp_path)
+    indices = torch.tensor([1, 0, 1])
+    alone = bank.conditioning(indices, CPU)
+    with mock.patch.object(PromptCache, "_read", autospec=True, side_effect=PromptCache._read) as read:
+        positive, negative = bank.conditioning_pair(indices, CPU)
+    assert [call.args[2] for call in read.call_args_list] == [1, 0, 1]
+    assert list(positive) == list(alone) and all(torch.equal(positive[name], alone[name]) for name in alone)
+    assert list(negative) == list(alone) and not torch.equal(positive["prompt_embeds"], negative["prompt_embeds"])
+    assert positive["image_latents"] is negative["image_latents"], "on the device once"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100])
+def test_a_damaged_file_of_a_bank_is_one_line(content: bytes, teacher: Path, tmp_path: Path) -> None:
+    encoder = Encoder(TeacherSource(str(teacher)), WAN, 12)
+    bank = open_prompt_cache([Example("a fox")], "", encoder, [Bucket(16, 16, 1)], tmp_path)
+    (bank.folder / "000000.safetensors").write_bytes(content)
+    with pytest.raises(PromptError, match=r"000000\.safetensors: damaged since this run began; start again") as error:
+        bank.conditioning(FIRST, CPU)
+    assert "\n" not in str(error.value)
+
+
 def test_few_examples_outlive_their_folder(teacher: Path, tmp_path: Path) -> None:
     bank = encode(teacher, tmp_path / "cache", ["a fox", "a panda"])
     before = bank.conditioning(torch.tensor([1, 0]), CPU)["prompt_embeds"]
@@ -256,7 +281,7 @@ def test_a_damaged_file_is_encoded_again_and_said(
         with mock.patch.object(prompt_cache, "CHUNK", 2):
             bank = open_prompt_cache(examples, "blurry", encoder, [Bucket(16, 16, 1)], tmp_path)
         own = torch.arange(5)
-        return [bank.conditioning(own, CPU)["prompt_embeds"], bank.negative_conditioning(own, CPU)["prompt_embeds"]]
+        return [side["prompt_embeds"] for side in bank.conditioning_pair(own, CPU)]
 
     expected = values()
     (folder,) = tmp_path.iterdir()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pdmd_core.experts import PhasedExperts, lora_to_file
 from tests.helpers.experts_folder import ALPHA, MODULE, PLAN, RANK, WAN, accept, refused, rewrite
@@ -17,12 +15,12 @@ from tests.helpers.tiny import lora_roles
 
 
 def test_more_than_the_memory_holds_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*arguments: Any, **options: Any) -> Tensor:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+    def no_memory(*arguments: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
 
     experts = PhasedExperts.open(folder)
-    monkeypatch.setattr(torch, "empty", no_memory)
-    with refused("low_noise.safetensors", "bytes, more than there is memory for"):
+    monkeypatch.setattr("pdmd_core.experts.format.mapped.safe_open", no_memory)
+    with refused("low_noise.safetensors", "cannot be read ('[Errno 12] Cannot allocate memory')"):
         experts.tensors("low_noise")
 
 

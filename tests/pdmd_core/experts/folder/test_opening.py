@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from pdmd_core.experts import MANIFEST_NAME, PhasedExperts
+from pdmd_core.experts import MANIFEST_NAME, BaseModel, Expert, Manifest, PhasedExperts, write_experts
 from pdmd_core.experts.format.weights import open_weights
-from tests.helpers.experts_folder import refused
+from tests.helpers.experts_folder import PLAN, refused
 
 
 def test_open_takes_a_text_path_and_a_linked_folder(folder: Path, tmp_path: Path) -> None:
@@ -119,3 +120,27 @@ def test_an_unknown_family_is_an_error_that_lists_the_known(folder: Path) -> Non
 def test_an_unknown_expert_is_an_error_that_lists_the_known(folder: Path) -> None:
     with refused("'middle'", "high_noise, low_noise"):
         PhasedExperts.open(folder).tensors("middle")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_each_file_is_read_once_and_mapped_then(kind: str, tmp_path: Path, hashed: list[str]) -> None:
+    """Counted by the system: a file that is mapped is not read into memory of its own."""
+    counter, size = Path("/proc/self/io"), 4 * 2**20
+    if not counter.exists():
+        pytest.skip("Linux counts what a process reads")
+
+    def read() -> int:
+        return int(counter.read_text().split("rchar:")[1].split()[0])
+
+    rank = {"rank": 4, "alpha": 4.0, "targets": ("k",)} if kind == "lora" else {}
+    entries = tuple(Expert(p.name, f"{p.name}.safetensors", kind, "", **rank) for p in PLAN.phases)  # type: ignore[arg-type]
+    weights = {entry.name: {"w": torch.full((size // 4,), float(k))} for k, entry in enumerate(entries)}
+    base = BaseModel("some/base", "Unknown", "unknown")
+    write_experts(tmp_path, Manifest(base, PLAN, entries, 1.0, {}), weights)
+    experts, before = PhasedExperts.open(tmp_path), read()
+    for _ in range(2):
+        for entry in entries:
+            experts.verify(entry.name)
+            assert torch.equal(experts.tensors(entry.name)["w"], weights[entry.name]["w"])
+    assert hashed == [entry.file for entry in entries]
+    assert 2 * size <= read() - before < 2.1 * size
