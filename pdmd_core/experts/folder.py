@@ -10,16 +10,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..families import FAMILIES, family
+from ..families import FAMILIES, ModelFamily, family
 from ..phases import PhasePlan
-from .convert.released import manifest_of_lora_files
+from .convert.released import BESIDE, manifest_of_lora_files, on_network, open_source
 from .errors import ExpertsError
 from .format.files import RELEASED, SCHEDULER_CONFIG, check_folder, check_hash, expert_metadata
+from .format.header import read_header
 from .format.lora_keys import check_lora, lora_from_file
 from .format.manifest import MANIFEST_NAME, Manifest, read_manifest
 from .format.untrusted import check_inside, read_json, shown
 from .hub.download import download_experts
-from .hub.ids import is_hub_id
+from .hub.ids import hub_address
+from .hub.lora_files import local_lora_file
+from .lora.alpha import Alphas, alphas_in
+from .lora.file import LoraFile, read_lora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,15 +117,18 @@ class PhasedExperts:
         cache_dir: str | Path | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        subfolder: str = "",
     ) -> PhasedExperts:
         """Open an experts folder, or download one from the Hub.
 
         Args:
-            experts: A folder or a Hub id ``user/name``. A folder of that name goes before a Hub id of the same text.
+            experts: A folder, a Hub id ``user/name``, a folder of a repository ``user/name/folder``, or the pasted
+                address of one of its pages. A folder of that name here goes before the Hub.
             revision: A branch, tag or commit hash on the Hub.
             cache_dir: Where downloads are kept; None is the Hub client's own cache.
             token: The token for private repositories; None takes the one of ``hf auth login`` or HF_TOKEN.
             local_files_only: Whether only the cache is used, as with HF_HUB_OFFLINE=1.
+            subfolder: The folder in which the experts lie, below the one or the repository that is given.
 
         Returns:
             The opened experts.
@@ -132,12 +139,17 @@ class PhasedExperts:
         if str(experts) and Path(experts).is_dir():
             if revision is not None:
                 raise ExpertsError(f"{experts} is a folder here, which has no revision {revision!r}: leave it out")
-            return cls.open(experts)
-        if isinstance(experts, Path) or not is_hub_id(experts):
+            return cls.open(Path(experts, subfolder))
+        address = None if isinstance(experts, Path) else hub_address(experts)
+        if address is None:
             raise ExpertsError(
                 f"{shown(str(experts))} is neither a folder nor a Hub id user/name; give one that holds {MANIFEST_NAME}"
             )
-        return cls.open(download_experts(experts, revision, cache_dir, token, local_files_only))
+        if revision is not None and address.revision not in (None, revision):
+            raise ExpertsError(f"{shown(experts)} says revision {address.revision}, revision= {revision}: give one")
+        inside = "/".join(filter(None, (address.path.removesuffix(MANIFEST_NAME).strip("/"), subfolder.strip("/"))))
+        at = revision or address.revision
+        return cls.open(download_experts(address.repo_id, at, cache_dir, token, local_files_only, inside))
 
     @classmethod
     def from_lora_files(
@@ -147,16 +159,24 @@ class PhasedExperts:
         low: str | Path | None = None,
         base: str | None = None,
         components: Sequence[str] | None = None,
+        family: str | None = None,
+        strength: float | Mapping[str, float] = 1.0,
         **files: str | Path,
     ) -> PhasedExperts:
         """Take few-step LoRA files that other projects released as the experts of a plan.
 
+        A file is one in any of the layouts that LoRA files have, a folder of PEFT, or a file on the Hub, as a pasted
+        address or as ``user/name/path/to/file.safetensors``.
+
         Args:
-            plan: The sigmas that the files were distilled for: their authors' card says steps and shift.
+            plan: The sigmas that the files were distilled for: their authors' card says steps and shift, and
+                ``PhasePlan.preset`` has those of well-known ones.
             high: The file of the first phase.
             low: The file of the last phase.
             base: The base model; see ``convert.released.manifest_of_lora_files``.
             components: The base's component of each expert; see there.
+            family: The model family of the files; None takes the pipeline's, or what the keys tell.
+            strength: The factor of what the files change, for all or by phase name.
             **files: More files by the name of their phase, for any plan.
 
         Returns:
@@ -167,9 +187,21 @@ class PhasedExperts:
         """
         ends = ((plan.phases[0].name, high), (plan.phases[-1].name, low))
         given = {name: path for name, path in ends if path is not None}
-        paths = {name: Path(path) for name, path in (given | files).items()}
-        manifest = manifest_of_lora_files(paths, plan, base, components)
+        paths = {name: local_lora_file(path) for name, path in (given | files).items()}
+        manifest = manifest_of_lora_files(paths, plan, base, components, family, strength)
+        paths = {name: open_source(path).path for name, path in paths.items()}
         return cls(paths[plan.phases[0].name].parent, manifest, paths)
+
+    def on_network(self, architecture: str) -> PhasedExperts:
+        """Take released LoRA files as those of the network that a pipeline has; other experts are as they are.
+
+        Args:
+            architecture: The class name of the network.
+
+        Returns:
+            The experts, whose manifest names the network.
+        """
+        return replace(self, manifest=on_network(self.manifest, architecture))
 
     def path(self, name: str) -> Path:
         """Look up where an expert's file lies.
@@ -254,8 +286,46 @@ class PhasedExperts:
         expert = self.manifest.expert(name)
         if expert.kind != "lora":
             raise ExpertsError(f"expert {name!r} is a {expert.kind} expert, it has no LoRA weights")
+        return lora_from_file(self.tensors(name), expert, self._family())
+
+    def alphas(self, name: str) -> Alphas:
+        """Read what the metadata of a LoRA expert's file, or what lay beside it, say of alpha.
+
+        Args:
+            name: The expert's name.
+
+        Returns:
+            The alpha of modules that have no tensor for it.
+
+        Raises:
+            ExpertsError: If they say different ones.
+        """
+        beside = self.manifest.training.get(BESIDE)
+        config = beside.get(name) if isinstance(beside, dict) else None
         try:
-            names = family(self.manifest.base.family)
+            return alphas_in(read_header(self.path(name)).metadata, config if isinstance(config, dict) else None)
+        except ExpertsError as error:
+            raise ExpertsError(f"{self.path(name)}: {error}") from None
+
+    def lora_changes(self, name: str) -> LoraFile:
+        """Read all that a LoRA expert changes, at its strength.
+
+        Args:
+            name: The expert's name.
+
+        Returns:
+            The changes by diffusers' names of weights.
+
+        Raises:
+            ExpertsError: If the file is not the manifest's, is of no known family, or holds what is not applied.
+        """
+        expert, names = self.manifest.expert(name), self._family().lora_names
+        what = self.path(name).name
+        file = read_lora(self.tensors(name), self.alphas(name), names, what, expert.component)
+        return file.scaled(expert.strength)
+
+    def _family(self) -> ModelFamily:
+        try:
+            return family(self.manifest.base.family)
         except ValueError as error:
             raise ExpertsError(f"{self.folder}: {error}") from None
-        return lora_from_file(self.tensors(name), expert, names)

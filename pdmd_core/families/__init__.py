@@ -7,6 +7,7 @@ from importlib import import_module
 
 from .base import Conditioning, ModelFamily
 from .lora_keys import LoraKeys
+from .module_names import ModuleNames
 from .routing import TeacherRouting
 
 FAMILIES = {
@@ -88,6 +89,7 @@ __all__ = [
     "Conditioning",
     "LoraKeys",
     "ModelFamily",
+    "ModuleNames",
     "TeacherRouting",
     "family",
     "family_of",

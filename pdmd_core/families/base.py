@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..flow import Sigma, at_least_float32
 from ..phases import PhasePlan
 from .lora_keys import LoraKeys
+from .module_names import ModuleNames
 from .routing import TeacherRouting
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class ModelFamily(ABC):
     """Those of ``modules`` that LoRA experts adapt unless a configuration says otherwise: all but the modulation."""
     lora_keys: LoraKeys = LoraKeys()
     """How LoRA files name their tensors."""
+    lora_names: ModuleNames = ModuleNames()
+    """All that LoRA files of other projects change, beyond ``modules``, under every name that they give it."""
     default_base: str | None = None
     """Hub id of the base that most LoRA files of other projects belong to; None where there is none to assume."""
 

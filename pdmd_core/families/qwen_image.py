@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..flow import Sigma
 from . import wan_autoencoder
 from .base import Conditioning, ModelFamily, classifier_free_guidance
+from .module_names import ModuleNames
 from .pictures import picture_latent_size
 
 if TYPE_CHECKING:
@@ -39,6 +40,16 @@ _WEIGHT = re.compile(
     r"|(img_in|txt_in|txt_norm|proj_out|norm_out\.linear|time_text_embed\.[\w.]+)\.(weight|bias)"
 )
 _MODULES = {name: name for name in (*_TARGETS, "img_mod.1", "txt_mod.1")}
+_NORMS = ("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
+_OUTSIDE = (
+    "img_in",
+    "txt_in",
+    "txt_norm",
+    "proj_out",
+    "norm_out.linear",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+)
 _LORA = re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]")
 
 _REFERENCE = 1024 * 1024
@@ -60,6 +71,11 @@ class QwenImageFamily(ModelFamily):
     blocks = ("transformer_blocks",)
     modules = _MODULES
     lora_targets = _TARGETS
+    lora_names = ModuleNames(
+        blocks=("transformer_blocks",),
+        in_block=_MODULES | {name: name for name in _NORMS},
+        outside={name: name for name in _OUTSIDE},
+    )
     default_base = "Qwen/Qwen-Image"
     guidance_argument = "true_cfg_scale"
     comfyui_sampling = "ModelSamplingAuraFlow"

@@ -14,6 +14,7 @@ from ..flow import Sigma, like
 from ..phases import PhasePlan
 from . import wan_autoencoder
 from .base import Conditioning, ModelFamily
+from .module_names import ModuleNames
 from .routing import TeacherRouting
 
 if TYPE_CHECKING:
@@ -32,30 +33,23 @@ _MODULES = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _LORA = re.compile(r"(?:^|\.|(?<!transformer)_)blocks[._]\d+[._](self_attn|cross_attn|attn[12]|ffn)[._]")
 """Not of ``transformer_blocks``, which other models have."""
 
-_NATIVE_WEIGHTS_IN_BLOCK = {
-    f"{diffusers}.{kind}": f"{native}.{kind}"
-    for diffusers, native in (
-        _MODULES
-        | {
-            "attn1.norm_q": "self_attn.norm_q",
-            "attn1.norm_k": "self_attn.norm_k",
-            "attn2.norm_q": "cross_attn.norm_q",
-            "attn2.norm_k": "cross_attn.norm_k",
-            "attn2.add_k_proj": "cross_attn.k_img",
-            "attn2.add_v_proj": "cross_attn.v_img",
-            "attn2.norm_added_k": "cross_attn.norm_k_img",
-            "norm2": "norm3",  # the one norm with weights; the layouts number them in another order
-        }
-    ).items()
-    for kind in ("weight", "bias")
-} | {"scale_shift_table": "modulation"}
-_NATIVE_WEIGHTS = {
-    f"{diffusers}.{kind}": f"{native}.{kind}"
-    for diffusers, native in {
+_NAMES = ModuleNames(
+    blocks=("blocks",),
+    in_block=_MODULES
+    | {
+        "attn1.norm_q": "self_attn.norm_q",
+        "attn1.norm_k": "self_attn.norm_k",
+        "attn2.norm_q": "cross_attn.norm_q",
+        "attn2.norm_k": "cross_attn.norm_k",
+        "attn2.add_k_proj": "cross_attn.k_img",
+        "attn2.add_v_proj": "cross_attn.v_img",
+        "attn2.norm_added_k": "cross_attn.norm_k_img",
+        "norm2": "norm3",  # the one norm with weights; the layouts number them in another order
+    },
+    outside={
         "patch_embedding": "patch_embedding",
         "condition_embedder.time_embedder.linear_1": "time_embedding.0",
         "condition_embedder.time_embedder.linear_2": "time_embedding.2",
@@ -67,12 +61,13 @@ _NATIVE_WEIGHTS = {
         "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
         "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
         "proj_out": "head.head",
-    }.items()
-    for kind in ("weight", "bias")
-} | {
-    "scale_shift_table": "head.modulation",
-    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
-}
+    },
+    block_parameters={"scale_shift_table": "modulation"},
+    parameters={
+        "scale_shift_table": "head.modulation",
+        "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    },
+)
 
 _IMAGE_TOKENS = 257
 """Of CLIP's ViT-H/14 at 224 pixels, which Wan 2.1 sees the image with."""
@@ -94,6 +89,7 @@ class WanFamily(ModelFamily):
     blocks = ("blocks",)
     modules = _MODULES
     lora_targets = tuple(_MODULES)
+    lora_names = _NAMES
     default_base = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     makes_clips = True
     comfyui_pipelines = ("WanPipeline",)
@@ -192,18 +188,17 @@ class WanFamily(ModelFamily):
         return {"load_into_transformer_2": True} if component == "transformer_2" else super().lora_arguments(component)
 
     def owns_lora(self, modules: Sequence[str]) -> bool:
-        return all(_LORA.search(module) for module in modules)
+        # others have blocks of self_attn and cross_attn too, with other names in them
+        return any(_LORA.search(module) and self.lora_names.place(module) for module in modules)
 
     def released_components(self, files: int) -> tuple[str, ...]:
         return ("transformer", "transformer_2") if files == 2 else super().released_components(files)
 
     def native_weight_name(self, diffusers_name: str) -> str:
-        match = _BLOCK.fullmatch(diffusers_name)
-        if match and match[2] in _NATIVE_WEIGHTS_IN_BLOCK:
-            return f"blocks.{match[1]}.{_NATIVE_WEIGHTS_IN_BLOCK[match[2]]}"
-        if diffusers_name not in _NATIVE_WEIGHTS:
+        name = self.lora_names.native_weight(diffusers_name)
+        if name is None:
             raise ValueError(f"{diffusers_name!r} is not a weight of {self.architecture}")
-        return _NATIVE_WEIGHTS[diffusers_name]
+        return name
 
     def comfyui_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         heads = config["num_attention_heads"]

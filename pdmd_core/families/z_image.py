@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..flow import Sigma
 from .base import Conditioning, ModelFamily
+from .module_names import ModuleNames
 from .pictures import picture_latent_size
 
 if TYPE_CHECKING:
@@ -28,7 +29,25 @@ _TARGETS = (
     "feed_forward.w3",
 )
 _MODULES = {name: name for name in _TARGETS}
-_LORA = re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention[._]to_|feed_forward[._]w\d)")
+_NAMES = ModuleNames(
+    blocks=("layers", "noise_refiner", "context_refiner"),
+    in_block=_MODULES
+    | {name: name for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "adaLN_modulation.0")}
+    | {"attention.norm_q": "attention.q_norm", "attention.norm_k": "attention.k_norm"},
+    outside={
+        "all_x_embedder.2-1": "x_embedder",
+        "all_final_layer.2-1.linear": "final_layer.linear",
+        "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+    }
+    | {name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1")},
+    parameters={"x_pad_token": "x_pad_token", "cap_pad_token": "cap_pad_token"},
+    joined={
+        "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+        "attention.out": ("attention.to_out.0",),
+    },
+)
+"""Native names are those that ComfyUI reads in LoRA files; its network has attention's projections in one weight."""
+_LORA = re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._]attention[._]to_")
 
 
 class ZImageFamily(ModelFamily):
@@ -43,6 +62,7 @@ class ZImageFamily(ModelFamily):
     blocks = ("layers", "noise_refiner", "context_refiner")
     modules = _MODULES
     lora_targets = _TARGETS
+    lora_names = _NAMES
     unguided = 0.0
     comfyui_sampling = "ModelSamplingAuraFlow"
 
@@ -89,7 +109,7 @@ class ZImageFamily(ModelFamily):
 
     def owns_lora(self, modules: Sequence[str]) -> bool:
         # the layout of the original code, with attention.qkv, is Lumina 2's too
-        return all(_LORA.search(module) for module in modules) and any("attention" in module for module in modules)
+        return any(_LORA.search(module) for module in modules)
 
     def native_weight_name(self, diffusers_name: str) -> str:
         raise ValueError(

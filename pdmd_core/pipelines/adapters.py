@@ -7,12 +7,18 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import nn
+from diffusers.utils import logging
+from torch import Tensor, nn
 
-from ..experts import ExpertsError, PhasedExperts
-from ..families import family_of
+from ..experts import Expert, ExpertsError, PhasedExperts
+from ..experts.lora.changes import Change, LowRank, sum_of
+from ..families import FAMILIES, family
+from .differences import Differences, weight_shapes
 from .networks import COMPONENT, network_of
+from .other_loras import load_unknown
 from .routing import AdapterSwitch, Route
+
+logger = logging.get_logger(__name__)
 
 PREFIX = "phased_"
 """The start of the names of the experts' adapters, which are called ``phased_<phase name>``."""
@@ -38,23 +44,16 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
     for network in networks.values():
         _check_usable(network)
     active = {name: _active_adapters(network) for name, network in networks.items()}
-    adapters: dict[str, dict[int, str]] = {name: {} for name in networks}
+    adapters: dict[str, dict[int, str | None]] = {name: {} for name in networks}
+    differences = {name: Differences(network) for name, network in networks.items()}
     try:
         for k, expert in enumerate(experts.manifest.experts):
-            adapter, network = PREFIX + expert.name, networks[expert.component]
-            tensors = experts.tensors(expert.name)
-            second = _into(expert.component, experts.manifest.base.architecture)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
-                pipe.load_lora_weights(dict(tensors), adapter_name=adapter, **second)
-            expected = sum(key.endswith((".lora_up.weight", ".lora_B.weight")) for key in tensors)
-            adapted = sum(adapter in layer._all_available_adapter_names() for layer in _tuner_layers(network).values())
-            if adapted < expected or not adapted:
-                raise ExpertsError(
-                    f"{expert.file}: only {adapted} of its {expected} adapted modules exist in the pipeline's "
-                    f"{type(network).__name__}: the file is of another model or layout"
-                )
-            adapters[expert.component][k] = adapter
+            network, adapter = networks[expert.component], PREFIX + expert.name
+            load = _load_known if experts.manifest.base.family in FAMILIES else load_unknown
+            changes = load(pipe, network, experts, expert, adapter)
+            differences[expert.component].add(k, changes, expert.file)
+            held = any(adapter in layer._all_available_adapter_names() for layer in _tuner_layers(network).values())
+            adapters[expert.component][k] = adapter if held else None
     except Exception as error:
         for name, network in networks.items():
             remove_adapters(network)
@@ -65,18 +64,47 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
             f"{experts.folder}: these experts do not fit the pipeline: {' '.join(str(error).split())[:300]}"
         ) from None
     for name, network in networks.items():
-        _activate(network, [*active[name], adapters[name][min(adapters[name])]])
-    return {name: AdapterSwitch(route, network, adapters[name]) for name, network in networks.items()}
+        first = adapters[name][min(adapters[name])]
+        _activate(network, [*active[name], *([] if first is None else [first])])
+    return {
+        name: AdapterSwitch(route, network, adapters[name], differences[name]) for name, network in networks.items()
+    }
 
 
-def _into(component: str, architecture: str) -> dict[str, Any]:
-    """Arguments of ``load_lora_weights`` for a network of the pipeline."""
-    if component == COMPONENT:
-        return {}
+def _load_known(
+    pipe: DiffusionPipeline, network: Any, experts: PhasedExperts, expert: Expert, adapter: str
+) -> dict[str, list[Change]]:
+    """Load the products of a LoRA file of a known family as an adapter; returns the other changes of weights."""
+    kind = type(network).__name__
+    file = experts.lora_changes(expert.name).fitted(weight_shapes(network), kind)
+    if text := file.warning(kind):
+        logger.warning(text)
+    state: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+    others: dict[str, list[Change]] = {}
+    for name, changes in file.weights.items():
+        products = [change for change in changes if isinstance(change, LowRank)]
+        if len(products) < len(changes):
+            others[name] = [change for change in changes if not isinstance(change, LowRank)]
+        if products:
+            product, module = sum_of(products), name.removesuffix(".weight")
+            down, up = product.factors()
+            state |= {f"{COMPONENT}.{module}.lora_A.weight": down, f"{COMPONENT}.{module}.lora_B.weight": up}
+            scales[module] = product.scale
+    if not state:
+        return others
     try:
-        return family_of(architecture).lora_arguments(component)
+        into = family(experts.manifest.base.family).lora_arguments(expert.component)
     except ValueError as error:
         raise ExpertsError(str(error)) from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
+        pipe.load_lora_weights(state, adapter_name=adapter, **into)
+    for name, layer in _tuner_layers(network).items():
+        scale = scales.get(name.replace("_orig_mod.", ""))
+        if scale is not None:  # as alpha, from which diffusers computes it again in set_adapters
+            layer.lora_alpha[adapter], layer.scaling[adapter] = scale * layer.r[adapter], scale
+    return others
 
 
 def _check_usable(network: Any) -> None:

@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..experts import MANIFEST_NAME, BaseModel, ExpertsError, Manifest, PhasedExperts
+from ..experts.convert.released import UNKNOWN
 from ..experts.format.fingerprint import base_warning, network_weights, sampler_of
 from ..experts.format.untrusted import shown
 from ..families import known_family
@@ -149,6 +150,7 @@ def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
         for handle in attachment.handles:
             handle.remove()
         for switch in attachment.switches.values():
+            switch.differences.switch(None)
             remove_adapters(switch.network)
     with offloaded_again(pipe):
         restore(pipe, original)
@@ -170,6 +172,8 @@ def _load(
     experts: PhasedExperts, base: str | Path | None, scheduler: PhasedDMDScheduler, **kwargs: Any
 ) -> DiffusionPipeline:
     manifest, kind = experts.manifest, DiffusionPipeline
+    if base is None and manifest.base.model == UNKNOWN:
+        raise ExpertsError("these LoRA files do not tell their base: pass its Hub id or folder as base=")
     source = str(base if base is not None else manifest.base.model)
     if base is None and manifest.base.revision:
         kwargs.setdefault("revision", manifest.base.revision)
@@ -205,6 +209,8 @@ def _attach(
     scheduler: PhasedDMDScheduler | None = None,
 ) -> DiffusionPipeline:
     """Attach opened experts; ``loaded`` are full experts that the pipeline was loaded with in the base's place."""
+    network = network_of(pipe, COMPONENT)
+    experts = experts.on_network(type(network).__name__) if network is not None else experts
     manifest = experts.manifest
     _check_fits(pipe, experts)
     scheduler = scheduler or _scheduler_of(pipe, manifest.plan)

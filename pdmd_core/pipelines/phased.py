@@ -225,6 +225,8 @@ def _as_it_was(pipe: Any) -> Iterator[None]:
     """The pipeline with LoRA experts as the one they were attached to; adapters are left out of weights."""
     attachment, kind, config = pipe.phased, type(pipe), pipe._internal_dict
     now = {name: pipe.__dict__[name] for name in attachment.original.components}
+    for switch in attachment.switches.values():
+        switch.differences.switch(None)
     hooks = [s.network.register_state_dict_post_hook(without_adapters) for s in attachment.switches.values()]
     restore(pipe, attachment.original)
     try:

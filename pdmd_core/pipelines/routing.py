@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..scheduler import PhasedDMDScheduler
+from .differences import Differences
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -107,15 +108,23 @@ class AdapterSwitch(PhaseGuard):
     Args:
         route: Says which phase is current.
         network: The network that carries the adapters.
-        adapters: Phase index to the name of its adapter on this network.
+        adapters: Phase index to the name of its adapter on this network; None for a phase that has none.
+        differences: What phases change beside their adapters.
     """
 
-    def __init__(self, route: Route, network: nn.Module, adapters: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        route: Route,
+        network: nn.Module,
+        adapters: Mapping[int, str | None],
+        differences: Differences | None = None,
+    ) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         super().__init__(route, network, frozenset(adapters))
         self.adapters = adapters
-        self.own = frozenset(adapters.values())
+        self.differences = differences or Differences(network)
+        self.own = frozenset(name for name in adapters.values() if name is not None)
         self.layers = [
             module
             for module in network.modules()
@@ -134,8 +143,9 @@ class AdapterSwitch(PhaseGuard):
         """
         if phase not in self.phases:
             return
+        self.differences.switch(phase)
         adapter = self.adapters[phase]
-        if adapter not in getattr(self.network, "peft_config", {}):
+        if adapter is not None and adapter not in getattr(self.network, "peft_config", {}):
             raise RuntimeError(
                 f"the adapter {adapter!r} of the phased experts was unloaded: call detach_experts, then "
                 "attach_experts; to unload a LoRA of your own, call delete_adapters with its name"
@@ -153,10 +163,11 @@ class AdapterSwitch(PhaseGuard):
                     "without a LoRA of your own, give it weight 0 in set_adapters"
                 )
             active = layer.active_adapters
-            if adapter in active and self.own.intersection(active) == {adapter}:
+            wanted = [] if adapter is None else [adapter]
+            if self.own.intersection(active) == set(wanted):
                 continue
             # as layer.set_adapter does, which also walks all parameters to freeze them: they are frozen since loading
-            layer._active_adapter = [*(name for name in active if name not in self.own), adapter]
+            layer._active_adapter = [*(name for name in active if name not in self.own), *wanted]
 
 
 def guard_networks(networks: Sequence[nn.Module], route: Route) -> list[RemovableHandle]:

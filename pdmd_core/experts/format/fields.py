@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 import re
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,6 +97,27 @@ def are_sizes(values: Sequence[object], count: int) -> bool:
         Whether they are.
     """
     return len(values) == count and all(type(value) is int and 1 <= value <= 2**14 for value in values)
+
+
+def are_bfloat16(value: object, most: int) -> bool:
+    """Check that a value is a text with finite values of bfloat16 in base64.
+
+    Args:
+        value: Any value.
+        most: The most values.
+
+    Returns:
+        Whether it is, with at least one value.
+    """
+    if not isinstance(value, str) or len(value) > 4 * most:
+        return False
+    try:
+        data = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    if not data or len(data) % 2 or len(data) > 2 * most:
+        return False
+    return all(number & 0x7F80 != 0x7F80 for number in struct.unpack(f"<{len(data) // 2}H", data))
 
 
 def is_json(value: object) -> bool:

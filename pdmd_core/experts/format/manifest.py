@@ -6,12 +6,9 @@ checked as a whole before any weight is touched. (Standard library only.)
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any, Literal
 
 from ...phases import PhasePlan, PhasePlanError
 from ..errors import ExpertsError
-from .fields import are_sizes, check_field, check_object, is_json, is_number, is_text, matches
+from .fields import are_bfloat16, are_sizes, check_field, check_object, is_json, is_number, is_text, matches
 from .untrusted import MAX_JSON_BYTES, check_inside, parse_json, read_json, shown
 
 FORMAT_VERSION = 1
@@ -34,6 +31,8 @@ MAX_TARGETS = 10_000
 """The most target modules of a LoRA expert."""
 MAX_SAMPLED_WEIGHTS, MAX_SAMPLED_VALUES = 200, 32
 """The most weights in a network's fingerprint, and the most values of each."""
+MAX_STRENGTH = 10
+"""The largest strength of a LoRA expert, of either sign, as for ComfyUI's loaders."""
 MAX_GUIDANCE = 100
 """The largest guidance scale, as for ComfyUI's cfg."""
 
@@ -81,6 +80,8 @@ class Expert:
     """The alpha of a LoRA expert, whose product is scaled by alpha / rank; None for a full one."""
     targets: tuple[str, ...] | None = None
     """Ends of the names of the modules that a LoRA expert adapts; None for a full one."""
+    strength: float = 1.0
+    """The factor of all that a LoRA expert changes; 1 is what was trained."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,7 @@ class Manifest:
             "base": base,
             "plan": self.plan.to_dict(),
             "guidance_scale": self.guidance_scale,
-            "experts": [
-                {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(expert).items()}
-                for expert in self.experts
-            ],
+            "experts": [_entry(expert) for expert in self.experts],
             "training": _finite(dict(self.training)),
         }
 
@@ -303,24 +301,16 @@ def _check_fingerprints(data: Any) -> None:
         )
         expected = f"1 to {MAX_SAMPLED_VALUES} finite values of bfloat16 in base64"
         for name, values in weights.items():
-            check_field(values, f"{where}.{component}[{shown(name)}]", expected, _is_sample)
-
-
-def _is_sample(value: object) -> bool:
-    if not isinstance(value, str) or len(value) > 4 * MAX_SAMPLED_VALUES:
-        return False
-    try:
-        data = base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        return False
-    if not data or len(data) % 2 or len(data) > 2 * MAX_SAMPLED_VALUES:
-        return False
-    return all(number & 0x7F80 != 0x7F80 for number in struct.unpack(f"<{len(data) // 2}H", data))
+            check_field(
+                values, f"{where}.{component}[{shown(name)}]", expected, lambda v: are_bfloat16(v, MAX_SAMPLED_VALUES)
+            )
 
 
 def _expert(data: object, index: int) -> Expert:
     where = f"experts[{index}]"
-    entry = check_object(data, where, {"name", "file", "kind", "sha256"}, {"component", "rank", "alpha", "targets"})
+    entry = check_object(
+        data, where, {"name", "file", "kind", "sha256"}, {"component", "rank", "alpha", "targets", "strength"}
+    )
     check_field(entry["name"], f"{where}.name", "a text of printable characters", is_text)
     check_field(
         entry["file"],
@@ -343,6 +333,13 @@ def _expert(data: object, index: int) -> Expert:
         lambda v: matches(_COMPONENT, v),
     )
     rank, alpha, targets = entry.get("rank"), entry.get("alpha"), entry.get("targets")
+    strength = entry.get("strength", 1.0)
+    check_field(
+        strength,
+        f"{where}.strength",
+        f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, and 1 for a full expert",
+        lambda v: is_number(v) and -MAX_STRENGTH <= v <= MAX_STRENGTH and (v == 1 or entry["kind"] == "lora"),
+    )
     if entry["kind"] == "lora":
         check_field(
             rank,
@@ -370,7 +367,16 @@ def _expert(data: object, index: int) -> Expert:
         rank=rank,
         alpha=float(alpha) if alpha is not None else None,
         targets=tuple(targets) if targets is not None else None,
+        strength=float(strength),
     )
+
+
+def _entry(expert: Expert) -> dict[str, Any]:
+    """The JSON form of an expert; a strength of 1 is left out."""
+    entry = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(expert).items()}
+    if entry["strength"] == 1.0:
+        del entry["strength"]
+    return entry
 
 
 def _finite(value: Any) -> Any:

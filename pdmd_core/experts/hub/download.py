@@ -28,6 +28,7 @@ def download_experts(
     cache_dir: str | Path | None = None,
     token: str | None = None,
     local_files_only: bool = False,
+    subfolder: str = "",
 ) -> Path:
     """Download manifest, expert files and scheduler of a repository.
 
@@ -40,6 +41,7 @@ def download_experts(
         cache_dir: Where downloads are kept; None is the Hub client's own cache.
         token: The token for private repositories; None takes the one of ``hf auth login`` or HF_TOKEN.
         local_files_only: Whether only the cache is used.
+        subfolder: The folder of the repository in which the experts lie; empty for its top.
 
     Returns:
         The folder in the Hub's cache.
@@ -49,7 +51,7 @@ def download_experts(
     """
     from huggingface_hub import constants
 
-    experts = _Download(repo_id, revision, cache_dir, token)
+    experts = _Download(repo_id, revision, cache_dir, token, subfolder)
     with one_line(f"cannot load experts from {repo_id!r}", revision):
         if local_files_only or constants.HF_HUB_OFFLINE:
             return experts.from_cache()
@@ -77,12 +79,16 @@ class _Download:
         revision: A branch, tag or commit hash.
         cache_dir: Where downloads are kept.
         token: The token for private repositories.
+        subfolder: The folder of the repository in which the experts lie.
     """
 
-    def __init__(self, repo_id: str, revision: str | None, cache_dir: str | Path | None, token: str | None) -> None:
+    def __init__(
+        self, repo_id: str, revision: str | None, cache_dir: str | Path | None, token: str | None, subfolder: str
+    ) -> None:
         from huggingface_hub import HfApi, constants
 
         self.repo_id, self.revision, self.cache_dir = repo_id, revision, cache_dir
+        self.parts = [part for part in subfolder.split("/") if part]
         self.api, self.timeout = HfApi(token=token), float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     def from_hub(self, manifest_size: dict[str, tuple[int, str | None]]) -> Path:
@@ -98,11 +104,12 @@ class _Download:
             ExpertsError: If a file is missing, damaged or too large.
         """
         if MANIFEST_NAME not in manifest_size:
-            raise ExpertsError(f"{self.repo_id!r} holds no {MANIFEST_NAME}: it is not a repository of phased experts")
+            where = f" in {'/'.join(self.parts)}" if self.parts else ""
+            raise ExpertsError(f"{self.repo_id!r} holds no {MANIFEST_NAME}{where}: there are no phased experts there")
         self.check_size(MANIFEST_NAME, manifest_size[MANIFEST_NAME][0], MAX_MANIFEST_BYTES)
         folder = self.fetch(MANIFEST_NAME, self.revision).parent
         manifest = read_manifest(folder)
-        commit, expected = folder.name, {expert.file: expert for expert in manifest.experts}
+        commit, expected = self.commit(folder), {expert.file: expert for expert in manifest.experts}
         found = self.persistently(lambda: self.sizes([*expected, SCHEDULER_CONFIG], commit))
         for file, expert in expected.items():
             if file not in found:
@@ -142,7 +149,7 @@ class _Download:
 
         def cached(file: str, revision: str | None) -> Path:
             path = self.api.hf_hub_download(
-                self.repo_id, file, revision=revision, cache_dir=self.cache_dir, local_files_only=True
+                self.repo_id, self.place(file), revision=revision, cache_dir=self.cache_dir, local_files_only=True
             )
             return Path(path)
 
@@ -150,7 +157,7 @@ class _Download:
             folder = cached(MANIFEST_NAME, self.revision).parent
             manifest = read_manifest(folder)
             for expert in manifest.experts:
-                cached(expert.file, folder.name)
+                cached(expert.file, self.commit(folder))
         except EntryNotFoundError:
             wanted = self.repo_id + (f" at {self.revision}" if self.revision else "")
             raise ExpertsError(
@@ -165,7 +172,7 @@ class _Download:
         """Ask the Hub for sizes and hashes.
 
         Args:
-            paths: Files of the repository.
+            paths: Files of the experts' folder.
             revision: A branch, tag or commit hash.
 
         Returns:
@@ -173,9 +180,10 @@ class _Download:
         """
         from huggingface_hub.hf_api import RepoFile
 
-        found = self.api.get_paths_info(self.repo_id, paths, revision=revision)
+        names = {self.place(path): path for path in paths}
+        found = self.api.get_paths_info(self.repo_id, list(names), revision=revision)
         return {
-            entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else None)
+            names[entry.path]: (entry.size, entry.lfs.sha256 if entry.lfs else None)
             for entry in found
             if isinstance(entry, RepoFile)
         }
@@ -198,7 +206,7 @@ class _Download:
         """Download one file.
 
         Args:
-            file: Its path in the repository.
+            file: Its path in the experts' folder.
             revision: A branch, tag or commit hash.
             force_download: Whether a copy in the cache is replaced.
 
@@ -207,10 +215,36 @@ class _Download:
         """
         path = self.persistently(
             lambda: self.api.hf_hub_download(
-                self.repo_id, file, revision=revision, cache_dir=self.cache_dir, force_download=force_download
+                self.repo_id,
+                self.place(file),
+                revision=revision,
+                cache_dir=self.cache_dir,
+                force_download=force_download,
             )
         )
         return Path(path)
+
+    def place(self, file: str) -> str:
+        """Name a file of the experts' folder in the repository.
+
+        Args:
+            file: Its path in the experts' folder.
+
+        Returns:
+            Its path in the repository.
+        """
+        return "/".join([*self.parts, file])
+
+    def commit(self, folder: Path) -> str:
+        """Tell the commit of what lies in the cache.
+
+        Args:
+            folder: The experts' folder in the cache.
+
+        Returns:
+            The commit's hash.
+        """
+        return (folder, *folder.parents)[len(self.parts)].name
 
     def persistently(self, call: Callable[[], T]) -> T:
         """Call with retries; see ``retries.persistently``.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.experts.convert.released import open_lora
+from pdmd_core.experts.lora.changes import Change
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
@@ -134,28 +136,20 @@ def test_an_alpha_that_scales_to_nonsense_is_refused(tmp_path: Path, alpha: Tens
         PhasedExperts.from_lora_files(PhasePlan.from_steps([4], shift=5.0), path)
 
 
-def test_an_alpha_that_would_be_lost_is_refused(tmp_path: Path) -> None:
-    tensors = {k: v for k, v in load_file(lightning(tmp_path / "x.safetensors", 1)).items() if not k.endswith(".alpha")}
-    plan = PhasePlan.from_steps([4], shift=5.0)
-    for alpha in (4, 8):
-        metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": alpha})}
-        save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
-        if alpha == 4:  # as without
-            assert PhasedExperts.from_lora_files(plan, tmp_path / "x.safetensors").manifest.experts[0].alpha == 4.0
-        else:
-            with pytest.raises(ExpertsError, match=r"alpha 8 at rank 4 is in the metadata alone"):
-                PhasedExperts.from_lora_files(plan, tmp_path / "x.safetensors")
-
-
-def test_an_alpha_that_only_some_modules_have_beside_the_metadata_is_refused(tmp_path: Path) -> None:
+def test_an_alpha_that_only_some_modules_have_goes_before_that_of_the_metadata(tmp_path: Path) -> None:
     path = lightning(tmp_path / "x.safetensors", 1)
     tensors, metadata = load_file(path), {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2})}
+    expected = {name: changes[0].dense() for name, changes in changes_in(path).items()}
+    for name in MODULES[3:]:
+        del tensors[f"diffusion_model.blocks.0.{name}.alpha"]
     save_file(tensors, path, metadata=metadata)
-    assert open_lora(path).specs.keys() == tensors.keys()
-    del tensors["diffusion_model.blocks.0.ffn.0.alpha"]
-    save_file(tensors, path, metadata=metadata)
-    with pytest.raises(ExpertsError, match="alpha 2 at rank 4 is in the metadata alone"):
-        open_lora(path)
+    found = changes_in(path)
+    assert set(found) == set(expected)
+    assert all(torch.equal(changes[0].dense(), expected[name]) for name, changes in found.items())
+
+
+def changes_in(path: Path) -> Mapping[str, list[Change]]:
+    return PhasedExperts.from_lora_files(PhasePlan.from_steps([4], shift=5.0), path).lora_changes("all_noise").weights
 
 
 def test_each_module_is_scaled_by_its_own_alpha(tmp_path: Path) -> None:
@@ -211,15 +205,22 @@ def test_what_cannot_be_experts_is_said_in_one_line(tmp_path: Path) -> None:
     save_file({"x.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "half.safetensors")
     scalar = {"blocks.0.ffn.0.lora_down.weight": torch.tensor(1.0), "blocks.0.ffn.0.lora_up.weight": torch.tensor(1.0)}
     save_file(scalar, tmp_path / "scalar.safetensors")
-    pair = {"unet.mid.lora_down.weight": torch.zeros(2, 3), "unet.mid.lora_up.weight": torch.zeros(3, 2)}
-    save_file(pair, tmp_path / "unet.safetensors")
+    half = "transformer_blocks.0.img_mlp.net.2.lora"
+    save_file({f"{half}_down.weight": torch.zeros(2, 3), f"{half}_up.weight": torch.zeros(3, 2)}, tmp_path / "qwen.sft")
     cases = {
         "phases high_noise, low_noise, found files for high_noise": {"high": high},
         "found files for high_noise, low_noise, other": {"high": high, "low": low, "other": low},
         "no such file": {"high": high, "low": tmp_path / "none.safetensors"},
         "not a LoRA file": {"high": high, "low": tmp_path / "weights.safetensors"},
         "every module needs a down and an up": {"high": high, "low": tmp_path / "half.safetensors"},
-        "found high.safetensors: wan, unet.safetensors: unknown": {"high": high, "low": tmp_path / "unet.safetensors"},
+        "found high.safetensors: wan, qwen.sft: qwen_image": {"high": high, "low": tmp_path / "qwen.sft"},
+        "family is one of qwen_image, wan, z_image, found 'flux'": {"high": high, "low": low, "family": "flux"},
+        "strength is given for 'middle', the plan has": {"high": high, "low": low, "strength": {"middle": 1.0}},
+        "strength of low_noise is a number from -10 to 10": {"high": high, "low": low, "strength": {"low_noise": 11}},
+        "expected here, such as https://huggingface.co/user/": {
+            "high": high,
+            "low": "https://huggingface.co/user/name",
+        },
         "not a LoRA file: ": {"high": high, "low": tmp_path / "scalar.safetensors"},
         "expected here, found a folder": {"high": high, "low": tmp_path},
         "one component for each of the 2 experts": {"high": high, "low": low, "components": ["transformer"]},

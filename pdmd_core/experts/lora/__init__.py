@@ -1,0 +1,1 @@
+"""LoRA files of all programs: what their keys mean, and the change of weights that they hold."""
