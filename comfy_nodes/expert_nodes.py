@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..pdmd_core.experts.convert.released import open_lora
+from ..pdmd_core.experts.convert.released import open_lora, open_source
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
 from .errors import NodeError
-from .loading import FROM_HUB, apply_lora, base_warnings, expert_model, experts_names, fingerprint, open_experts
-from .notices import warn_of_base
+from .loading import FROM_HUB, base_warnings, expert_model, experts_names, fingerprint, open_experts
+from .loras import Lora, apply_lora
+from .notices import warn_of_base, warn_of_loras
 from .schema import Plan, cfg_input, plan_input, schema, shift_input
 from .timeline import timeline
 from .widget_text import TRAINED, read_cfgs
@@ -99,11 +101,12 @@ class LoadExperts(io.ComfyNode):
         cfgs = read_cfgs(cfg, [phase.name for phase in manifest.plan.phases], manifest.guidance_scale)
         given = {"transformer": base_1, "transformer_2": base_2}
         bases = {component: model for component, model in given.items() if model is not None}
+        warnings: list[str] = []
         entries = [
-            Expert(expert_model(opened, expert, bases, strength), value)
+            Expert(expert_model(opened, expert, bases, strength, warnings.append), value)
             for expert, value in zip(manifest.experts, cfgs, strict=True)
         ]
-        warnings = base_warnings(opened, bases)
+        warnings += base_warnings(opened, bases)
         warn_of_base(warnings)
         model = compose(manifest.plan, entries, set_shift, warnings)
         return io.NodeOutput(model, manifest.plan, ui={"phase_plan": [timeline(manifest.plan, cfgs)]})
@@ -203,13 +206,16 @@ class ExpertsFromLoRAs(io.ComfyNode):
         if all(name == NO_LORA for name in chosen):
             raise NodeError("no LoRA is chosen for any phase: choose at least one")
         cfgs = read_cfgs(cfg, names)
-        experts = []
+        experts, warnings = [], []
         for k, file in enumerate(chosen[: len(names)]):
-            expert = model if file == NO_LORA else _with_lora(model, file, loras[f"strength_{k + 1}"])
+            expert = model if file == NO_LORA else _with_lora(model, file, loras[f"strength_{k + 1}"], warnings.append)
             experts.append(Expert(expert, cfgs[k]))
-        return io.NodeOutput(compose(plan, experts, set_shift), ui={"phase_plan": [timeline(plan, cfgs)]})
+        warn_of_loras(warnings)
+        return io.NodeOutput(compose(plan, experts, set_shift, warnings), ui={"phase_plan": [timeline(plan, cfgs)]})
 
 
-def _with_lora(model: Any, file: str, strength: float) -> Any:
-    weights = open_lora(Path(folder_paths.get_full_path_or_raise("loras", file)))
-    return apply_lora(model, {name: weights.read(name) for name in weights.specs}, strength, file)
+def _with_lora(model: Any, file: str, strength: float, warn: Callable[[str], None]) -> Any:
+    source = open_source(Path(folder_paths.get_full_path_or_raise("loras", file)))
+    weights = open_lora(source.path)
+    tensors = {name: weights.read(name) for name in weights.specs}
+    return apply_lora(model, Lora(tensors, source.alphas, file), strength, warn)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import comfy.lora_convert
 import comfy.model_detection
 import comfy.model_management
 import comfy.sd
-import comfy.weight_adapter
 import folder_paths
 import torch
 
@@ -22,14 +21,15 @@ from ..pdmd_core.experts.format.fingerprint import Sampler, base_warning, sample
 from ..pdmd_core.families import family
 from ..pdmd_core.hashing import sha256_of
 from .errors import NodeError
+from .loras import Lora, apply_lora
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "phased_experts"
 """The kind of ComfyUI's model folders in which experts lie."""
 FROM_HUB = "(Hub id)"
 """What users pick to load experts from the Hub."""
 _REPOSITORY = Path(__file__).resolve().parents[1]
-_EXACT = (torch.float32, torch.float16, torch.bfloat16)
-_TEXT_ENCODER = ("lora_te", "text_encoders.", "text_encoder.")
 
 
 def register_folder() -> None:
@@ -91,14 +91,21 @@ def fingerprint(name: str) -> str:
     return sha256_of(folder / MANIFEST_NAME) if folder else name
 
 
-def expert_model(experts: PhasedExperts, expert: Expert, bases: Mapping[str, Any], strength: float = 1.0) -> Any:
+def expert_model(
+    experts: PhasedExperts,
+    expert: Expert,
+    bases: Mapping[str, Any],
+    strength: float = 1.0,
+    warn: Callable[[str], None] = logger.warning,
+) -> Any:
     """Make the MODEL of one expert.
 
     Args:
         experts: The opened experts.
         expert: The manifest's entry of the expert.
         bases: The base's MODELs by component, ``transformer`` and ``transformer_2``.
-        strength: The strength of a LoRA expert.
+        strength: The strength of a LoRA expert, by which the one that the manifest says is multiplied.
+        warn: Is told, in one line, which keys of a LoRA expert have no place in its base.
 
     Returns:
         The MODEL.
@@ -117,7 +124,8 @@ def expert_model(experts: PhasedExperts, expert: Expert, bases: Mapping[str, Any
             f"base_{number}"
         )
     try:
-        return apply_lora(base, experts.tensors(expert.name), strength, what)
+        lora = Lora(experts.tensors(expert.name), experts.alphas(expert.name), what, expert.component)
+        return apply_lora(base, lora, strength * expert.strength, warn)
     except NodeError as error:
         origin = experts.manifest.base
         raise NodeError(f"{error}; these experts belong to {origin.model} ({origin.architecture})") from None
@@ -147,73 +155,6 @@ def _sampler(model: Any, family_name: str) -> Sampler:
         return None if weight is None else sample_of(weight, *(part[1:] if part else ()))
 
     return sample
-
-
-def apply_lora(model: Any, tensors: Mapping[str, Any], strength: float, what: str) -> Any:
-    """Put a LoRA onto a clone of a MODEL.
-
-    Args:
-        model: The MODEL.
-        tensors: The LoRA's tensors by the keys of its file.
-        strength: The strength.
-        what: What the file is, for errors.
-
-    Returns:
-        The clone.
-
-    Raises:
-        NodeError: If a key of the file finds no place in the network.
-    """
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    lora = comfy.lora_convert.convert_lora({k: v for k, v in tensors.items() if not k.startswith(_TEXT_ENCODER)})
-    unknown = sorted(key for key in lora if not _known(key, keys))
-    network = type(model.model).__name__
-    if not lora or len(unknown) == len(lora):
-        found = f"its keys look like {unknown[0]!r}" if unknown else "it has none for a diffusion model"
-        raise NodeError(
-            f"{what}: no key of this LoRA belongs to a {network}, {found}: wrong base, or a LoRA not for ComfyUI"
-        )
-    if unknown:
-        raise NodeError(
-            f"{what}: {len(unknown)} of {len(lora)} keys of this LoRA do not belong to this {network}, for example "
-            f"{unknown[0]!r}: wrong base"
-        )
-    patches = comfy.lora.load_lora(lora, keys, log_missing=False)
-    _check_shapes(model, patches, what)
-    patched = model.clone()
-    missing = set(patches) - set(patched.add_patches(patches, strength))
-    if missing or not patches:
-        raise NodeError(f"{what}: {len(missing)} weights of this LoRA could not be put onto this {network}: wrong base")
-    return patched
-
-
-def _known(key: str, keys: Mapping[str, Any]) -> bool:
-    stem = key
-    while stem:
-        if stem in keys:
-            return True
-        stem = stem.rpartition(".")[0]
-    return False
-
-
-def _check_shapes(model: Any, patches: Mapping[Any, Any], what: str) -> None:
-    """Refuse a LoRA weight of another shape, which ComfyUI would log and go on without."""
-    weights = model.model.state_dict()
-    for target, patch in patches.items():
-        key, part = (target, None) if isinstance(target, str) else (target[0], target[1])
-        weight = weights.get(key)
-        if weight is None or weight.dtype not in _EXACT or not isinstance(patch, comfy.weight_adapter.LoRAAdapter):
-            continue
-        up, down, _, middle, _, reshape = patch.weights
-        found = (up.flatten(1).shape[0], down.flatten(1).shape[1])
-        if part is not None:  # one of several projections that lie in one weight
-            weight = weight.narrow(*part)
-        expected = (weight.shape[0], weight[0].numel())
-        if middle is None and reshape is None and found != expected:
-            raise NodeError(
-                f"{what}: {key} is {expected[0]}x{expected[1]} in this MODEL and {found[0]}x{found[1]} in the LoRA: "
-                "a LoRA for a network of another size"
-            )
 
 
 def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) -> Any:

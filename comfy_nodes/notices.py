@@ -37,6 +37,13 @@ def warn_of_base(warnings: Sequence[str]) -> None:
     _show(f"Phased experts: {'; '.join(warnings) or 'on their own base'}", warning=bool(warnings))
 
 
+def warn_of_loras(warnings: Sequence[str]) -> None:
+    """Warn, in one line each, of keys of LoRA files that have no place in their base."""
+    for text in warnings:
+        logger.warning(f"Phased experts: {text}")
+    _show(f"Phased experts: {'; '.join(warnings) or 'every key of the LoRAs has its place'}", warning=bool(warnings))
+
+
 def _show(text: str, warning: bool) -> None:
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is None or server is None:

@@ -1,0 +1,186 @@
+"""LoRA files of other projects on real MODELs: weights become those of the explicit changes that a file means."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pdmd_core.families import family
+from tests.comfyui.test_z_image import diffusers_names
+from tests.helpers.comfyui.phased_models import TWO, plan_of, sample, sigmas_of
+from tests.helpers.comfyui.tiny_models import qwen_state, wan_file, z_image_state
+from tests.helpers.lora_layouts import (
+    LAYOUTS,
+    RANK,
+    Deltas,
+    Pairs,
+    added,
+    deltas_of,
+    pairs_of,
+    save,
+    wan_of_2026,
+    with_alpha,
+)
+from tests.helpers.tiny import randn, transformer
+
+WAN = family("wan")
+BASES: dict[str, dict[str, Any]] = {
+    "wan2.1 image to video": {"in_channels": 36, "added_kv_proj_dim": 24, "image_dim": 1280},
+    "wan2.2 image to video": {"in_channels": 36},
+    "text to video": {},
+}
+
+
+@pytest.fixture
+def apply(pack):
+    """``apply(model, file, strength)``: the MODEL with the file, and what was warned of."""
+
+    def apply(model: Any, path: Path, strength: float = 1.0) -> tuple[Any, list[str]]:
+        loras, released = pack.module("comfy_nodes.loras"), pack.module("pdmd_core.experts.convert.released")
+        source, warnings = released.open_source(path), []
+        weights = released.open_lora(source.path)
+        tensors = {name: weights.read(name) for name in weights.specs}
+        lora = loras.Lora(tensors, source.alphas, path.name)
+        return loras.apply_lora(model, lora, strength, warnings.append), warnings
+
+    return apply
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """The weights with which a MODEL runs."""
+    model.patch_model(device_to=torch.device("cpu"))
+    try:
+        return {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
+    finally:
+        model.unpatch_model()
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_key_of_a_wan_file_of_2026_is_applied_or_named(models, apply, name: str, tmp_path: Path) -> None:
+    tensors, deltas = wan_of_2026(transformer(**BASES["wan2.1 image to video"]), WAN, 1)
+    if name == "text to video":  # of another width there, which would be refused
+        tensors.pop("diffusion_model.patch_embedding.diff")
+        deltas.pop("patch_embedding.weight")
+    model = models.wan(**BASES[name])
+    patched, warnings = apply(model, save(tmp_path / "x.safetensors", tensors), 0.7)
+    expected = added(transformer(**BASES[name]), deltas, 0.7)
+    close(weights_of(patched), {WAN.native_weight_name(key): value for key, value in expected.state_dict().items()})
+    assert len(warnings) == (name != "wan2.1 image to video")
+    for line in warnings:
+        assert line.startswith("x.safetensors: 30 of its keys have no place in this WAN2")
+        assert "cross_attn.k_img.alpha|lora_down.weight|lora_up.weight|diff_b (8)" in line, line
+        assert "norm_k_img.diff (2)" in line and "text_embedding" not in line and "diff_m" not in line
+
+
+def networks() -> dict[str, tuple[nn.Module, Any]]:
+    """Family to a network of diffusers, and what ComfyUI loads of it."""
+    from diffusers import QwenImageTransformer2DModel
+
+    with torch.device("meta"):
+        qwen = QwenImageTransformer2DModel(
+            num_layers=1,
+            attention_head_dim=128,
+            num_attention_heads=1,
+            joint_attention_dim=32,
+            axes_dims_rope=(16, 56, 56),
+        )
+    return {"wan": (transformer(), None), "qwen_image": (qwen, qwen_state(0)), "z_image": (qwen, z_image_state(0))}
+
+
+def z_image_pairs() -> Pairs:
+    """For each of the projections, which ComfyUI has in one weight, and a linear layer outside of the blocks."""
+    apart = diffusers_names(z_image_state(0))
+    ends = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "w1.weight", "t_embedder.mlp.0.weight")
+    return {
+        name.removesuffix(".weight"): (
+            0.3 * randn(RANK, value.shape[1], seed=n),
+            0.3 * randn(len(value), RANK, seed=n + 99),
+        )
+        for n, (name, value) in enumerate(apart.items())
+        if name.endswith(ends)
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["wan", "qwen_image", "z_image"])
+def test_every_layout_means_the_same(models, apply, name: str, layout: str, tmp_path: Path) -> None:
+    import comfy.sd
+
+    found = family(name)
+    if name == "wan":
+        model, pairs = models.wan(), pairs_of(transformer(), 1)
+        before = {key: value.clone() for key, value in transformer().state_dict().items()}
+    elif name == "qwen_image":
+        before = qwen_state(0)
+        model, pairs = models.qwen(), pairs_of(networks()["qwen_image"][0], 1)
+    else:
+        before, pairs = diffusers_names(z_image_state(0)), z_image_pairs()
+        model = comfy.sd.load_diffusion_model_state_dict(z_image_state(0))
+    tensors = with_alpha(LAYOUTS[layout](found, pairs), 1.0)
+    patched, warnings = apply(model, save(tmp_path / "x.safetensors", tensors))
+    assert not warnings
+    deltas: Deltas = deltas_of(pairs, 1 / RANK)
+    expected = {key: value + deltas.get(key, 0) for key, value in before.items()}
+    after = weights_of(patched)
+    if name == "wan":
+        expected = {WAN.native_weight_name(key): value for key, value in expected.items()}
+    elif name == "z_image":
+        after = {key: value for key, value in diffusers_names(after).items() if key in expected}
+    close(after, expected)
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"ss_network_alpha": "1"}, {"lora_adapter_metadata": {"transformer.lora_alpha": 1}}]
+)
+def test_alpha_in_the_metadata_counts(models, apply, metadata: dict[str, Any], tmp_path: Path) -> None:
+    pairs = pairs_of(transformer(), 1)
+    for layout in ("native", "diffusers"):
+        path = save(tmp_path / "x.safetensors", LAYOUTS[layout](WAN, pairs), **metadata)
+        expected = added(transformer(), deltas_of(pairs, 1 / RANK)).state_dict()
+        found = weights_of(apply(models.wan(), path)[0])
+        close(found, {WAN.native_weight_name(key): value for key, value in expected.items()})
+
+
+def test_a_pair_of_files_samples_as_networks_with_its_changes(
+    pack, models, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through the node, with keys that have no place named in the log."""
+    import comfy.sd
+
+    chosen = {f"lora_{k}": "none" for k in (3, 4)} | {f"strength_{k}": 1.0 for k in range(1, 5)}
+    changed = []
+    for k in (1, 2):
+        tensors, deltas = wan_of_2026(transformer(), WAN, k)
+        tensors["diffusion_model.blocks.0.cross_attn.norm_k_img.diff"] = torch.ones(24)
+        chosen[f"lora_{k}"] = f"wan_2026_{k}.safetensors"
+        save(base / "models/loras" / chosen[f"lora_{k}"], tensors)
+        path = wan_file(tmp_path / f"{k}.safetensors", 0)
+        state = added(transformer(), deltas).state_dict()
+        save(path, {WAN.native_weight_name(key): value for key, value in state.items()}, config=_config(path))
+        changed.append(comfy.sd.load_diffusion_model(str(path)))
+    common = {"plan": plan_of(pack), "cfg": "", "set_shift": True}
+    with caplog.at_level(logging.WARNING):
+        (model,) = pack.call("PhasedDMDExpertsLoRA", model=models.wan(), **common, **chosen)
+    said = [r.getMessage() for r in caplog.records if "have no place" in r.getMessage()]
+    assert len(said) == 2 and all("blocks.*.cross_attn.norm_k_img.diff" in line for line in said)
+    (expected,) = pack.call("PhasedDMDExperts", model_1=changed[0], model_2=changed[1], **common)
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (model, expected)]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def _config(path: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()["config"]
