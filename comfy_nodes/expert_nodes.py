@@ -206,7 +206,7 @@ class ExpertsFromLoRAs(io.ComfyNode):
         if all(name == NO_LORA for name in chosen):
             raise NodeError("no LoRA is chosen for any phase: choose at least one")
         cfgs = read_cfgs(cfg, names)
-        experts, warnings = [], []
+        experts, warnings = [], list[str]()
         for k, file in enumerate(chosen[: len(names)]):
             expert = model if file == NO_LORA else _with_lora(model, file, loras[f"strength_{k + 1}"], warnings.append)
             experts.append(Expert(expert, cfgs[k]))

@@ -17,6 +17,7 @@ import folder_paths
 import torch
 
 from ..pdmd_core.experts import MANIFEST_NAME, Expert, PhasedExperts
+from ..pdmd_core.experts.format.files import RELEASED
 from ..pdmd_core.experts.format.fingerprint import Sampler, base_warning, sample_of
 from ..pdmd_core.families import family
 from ..pdmd_core.hashing import sha256_of
@@ -124,11 +125,18 @@ def expert_model(
             f"base_{number}"
         )
     try:
+        if RELEASED not in experts.manifest.training:
+            warn = _refuse
         lora = Lora(experts.tensors(expert.name), experts.alphas(expert.name), what, expert.component)
         return apply_lora(base, lora, strength * expert.strength, warn)
     except NodeError as error:
         origin = experts.manifest.base
         raise NodeError(f"{error}; these experts belong to {origin.model} ({origin.architecture})") from None
+
+
+def _refuse(text: str) -> None:
+    """Experts of this project fit their base as a whole."""
+    raise NodeError(text)
 
 
 def base_warnings(experts: PhasedExperts, bases: Mapping[str, Any]) -> list[str]:

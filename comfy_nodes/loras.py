@@ -147,7 +147,7 @@ def _patches(
         plain = [change.dense() for change in changes if not isinstance(change, LowRank)]
         if plain:
             shape = weights[target].shape if isinstance(target, str) else plain[0].shape
-            value = sum(plain)
+            value = torch.stack(plain).sum(0)
             fits = [side for side in shape if side != 1] == [side for side in value.shape if side != 1]
             differences[target] = ("diff", (value.reshape(shape) if fits else value,))
     return comfy.lora.load_lora(lora, targets, log_missing=False), differences, left_out

@@ -11,6 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..experts import Expert, ExpertsError, PhasedExperts
+from ..experts.format.files import RELEASED
 from ..experts.lora.changes import Change, LowRank, sum_of
 from ..families import FAMILIES, family
 from .differences import Differences, weight_shapes
@@ -78,19 +79,19 @@ def _load_known(
     kind = type(network).__name__
     file = experts.lora_changes(expert.name).fitted(weight_shapes(network), kind)
     if text := file.warning(kind):
+        if RELEASED not in experts.manifest.training:
+            raise ExpertsError(f"{text}; these experts were distilled from another base")
         logger.warning(text)
     state: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
     others: dict[str, list[Change]] = {}
     for name, changes in file.weights.items():
         products = [change for change in changes if isinstance(change, LowRank)]
         if len(products) < len(changes):
             others[name] = [change for change in changes if not isinstance(change, LowRank)]
         if products:
-            product, module = sum_of(products), name.removesuffix(".weight")
-            down, up = product.factors()
-            state |= {f"{COMPONENT}.{module}.lora_A.weight": down, f"{COMPONENT}.{module}.lora_B.weight": up}
-            scales[module] = product.scale
+            module = f"{COMPONENT}.{name.removesuffix('.weight')}"
+            down, up = sum_of(products).scaled_factors()
+            state |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
     if not state:
         return others
     try:
@@ -100,10 +101,9 @@ def _load_known(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
         pipe.load_lora_weights(state, adapter_name=adapter, **into)
-    for name, layer in _tuner_layers(network).items():
-        scale = scales.get(name.replace("_orig_mod.", ""))
-        if scale is not None:  # as alpha, from which diffusers computes it again in set_adapters
-            layer.lora_alpha[adapter], layer.scaling[adapter] = scale * layer.r[adapter], scale
+    for layer in _tuner_layers(network).values():
+        if adapter in layer._all_available_adapter_names():  # whatever the loader makes of ranks that differ
+            layer.lora_alpha[adapter], layer.scaling[adapter] = layer.r[adapter], 1.0
     return others
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -47,10 +48,21 @@ class LowRank:
         Returns:
             down and up, without the scale.
         """
-        dtype = torch.promote_types(
-            *(torch.bfloat16 if t.dtype.itemsize == 1 else t.dtype for t in (self.down, self.up))
-        )
+        dtypes = [torch.bfloat16 if half.dtype.itemsize == 1 else half.dtype for half in (self.down, self.up)]
+        dtype = torch.promote_types(*dtypes)
         return self.down.to(dtype), self.up.to(dtype)
+
+    def scaled_factors(self) -> tuple[Tensor, Tensor]:
+        """Multiply the scale into the factors, bit for bit as diffusers' loaders do.
+
+        Returns:
+            down and up, whose product is what is added.
+        """
+        down, up = self.factors()
+        of_down, of_up = abs(self.scale), 1.0
+        while 0 < of_down * 2 < of_up:
+            of_down, of_up = of_down * 2, of_up / 2
+        return down * math.copysign(of_down, self.scale), up * of_up
 
     def rows(self, part: int, parts: int) -> LowRank:
         """Take one of several equal parts of the rows.
