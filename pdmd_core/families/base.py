@@ -66,8 +66,6 @@ class ModelFamily(ABC):
     """Those of ``modules`` that LoRA experts adapt unless a configuration says otherwise: all but the modulation."""
     lora_keys: LoraKeys = LoraKeys()
     """How LoRA files name their tensors."""
-    lora_names: ModuleNames = ModuleNames()
-    """All that LoRA files of other projects change, beyond ``modules``, under every name that they give it."""
     default_base: str | None = None
     """Hub id of the base that most LoRA files of other projects belong to; None where there is none to assume."""
 
@@ -265,6 +263,11 @@ class ModelFamily(ABC):
         raise ValueError(f"a stock pipeline of {self.name} holds one network, these experts take {len(components)}")
 
     # --- LoRA files ----------------------------------------------------------
+
+    @property
+    def lora_names(self) -> ModuleNames:
+        """All that LoRA files of other projects change, with every name that they give it; ``modules`` by default."""
+        return ModuleNames(self.blocks, self.modules)
 
     def lora_arguments(self, component: str) -> dict[str, Any]:
         """Say in the words of ``load_lora_weights`` into which network a file goes.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..flow import Sigma
 from .base import Conditioning, ModelFamily
 from .lora_keys import LoraKeys
+from .module_names import ModuleNames
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, LTXVideoTransformer3DModel
@@ -31,6 +32,22 @@ _WEIGHT = re.compile(
     r"|scale_shift_table"
 )
 _NATIVE = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+
+_NAMES = ModuleNames(
+    blocks=("transformer_blocks",),
+    in_block=_MODULES | {f"attn{n}.norm_{part}": f"attn{n}.{part}_norm" for n in (1, 2) for part in "qk"},
+    outside={
+        "proj_in": "patchify_proj",
+        "proj_out": "proj_out",
+        "time_embed.linear": "adaln_single.linear",
+        "time_embed.emb.timestep_embedder.linear_1": "adaln_single.emb.timestep_embedder.linear_1",
+        "time_embed.emb.timestep_embedder.linear_2": "adaln_single.emb.timestep_embedder.linear_2",
+        "caption_projection.linear_1": "caption_projection.linear_1",
+        "caption_projection.linear_2": "caption_projection.linear_2",
+    },
+    block_parameters={"scale_shift_table": "scale_shift_table"},
+    parameters={"scale_shift_table": "scale_shift_table"},
+)
 
 _PIXELS, _FRAMES = 32, 8
 """Of a sample in each direction for one of its latent: a fact of the network too, whose positions are in pixels."""
@@ -52,6 +69,7 @@ class LtxVideoFamily(ModelFamily):
     blocks = ("transformer_blocks",)
     modules = _MODULES
     lora_targets = _TARGETS
+    lora_names = _NAMES
     lora_keys = LoraKeys(down=".lora_A.weight", up=".lora_B.weight", alpha=None)
     makes_clips = True
     context_parallel = False  # its attention has a mask for all heads, a process has a part of them

@@ -49,19 +49,23 @@ def load_unknown(
         raise ExpertsError(f"{expert.file} is for {expert.component}: a network of no known family is {COMPONENT}")
     kind = type(network).__name__
     pairs, others, left_out = _sorted(experts.tensors(expert.name), experts.alphas(expert.name), network, expert)
+    modules = {name.replace("_orig_mod.", "").replace(".base_layer", "") for name, _ in network.named_modules()}
+    homeless = {module for module, layers in _places(pipe, pairs).items() if not layers & modules}
+    pairs_left_out = [
+        key for module, keys in by_module(pairs)[0].items() if module in homeless for key in keys.values()
+    ]
+    left_out += pairs_left_out
+    if not others and len(pairs_left_out) == len(pairs):
+        raise ExpertsError(f"{expert.file}: none of its keys belongs to a {kind}: the file is of another model")
     if pairs:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
             pipe.load_lora_weights(dict(pairs), adapter_name=adapter)
-    adapted = {name for name, _ in network.named_modules() if name.endswith(f".lora_B.{adapter}")}
-    layers = {name.removesuffix(f".lora_B.{adapter}").replace("_orig_mod.", "") for name in adapted}
-    left_out += _not_loaded(pipe, pairs, layers)
-    if not adapted and not others:
-        raise ExpertsError(f"{expert.file}: none of its keys belongs to a {kind}: the file is of another model")
-    for name in adapted:
-        layer = network.get_submodule(name.removesuffix(f".lora_B.{adapter}"))
-        layer.lora_alpha[adapter] *= expert.strength
-        layer.scaling[adapter] *= expert.strength
+    for name, _ in list(network.named_modules()):
+        if name.endswith(f".lora_B.{adapter}"):
+            layer = network.get_submodule(name.removesuffix(f".lora_B.{adapter}"))
+            layer.lora_alpha[adapter] *= expert.strength
+            layer.scaling[adapter] *= expert.strength
     if left_out:
         logger.warning(
             f"{expert.file}: {len(left_out)} of its keys have no place in this {kind} and change nothing: "
@@ -110,22 +114,24 @@ def _pair(module: str, parts: dict[str, Tensor], keys: Mapping[str, str], alphas
     return {keys[part]: value for part, value in parts.items()}
 
 
-def _not_loaded(pipe: DiffusionPipeline, pairs: Mapping[str, Tensor], layers: set[str]) -> list[str]:
-    """The keys whose products are on none of these layers.
+def _places(pipe: DiffusionPipeline, pairs: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """The layers on which each module of the file ends up.
 
-    The pipeline's own converter is asked once more, with numbers in the place of values that say where they end up.
+    The pipeline's own converter is asked, with numbers in the place of values that say which module they are of.
     """
     modules, _ = by_module(pairs)
-    names = list(modules)
+    found: dict[str, set[str]] = {name: set() for name in modules}
     marked: dict[str, Tensor] = {}
-    for number, name in enumerate(names, start=1):
-        for meaning, key in modules[name].items():
-            value = float(number) if meaning == "up" else float(pairs[modules[name]["down"]].shape[0])
-            marked[key] = torch.full(pairs[key].shape, value if meaning in ("up", "alpha") else 0.0)
-    converted: Any = pipe.lora_state_dict(marked)
-    converted = converted[0] if isinstance(converted, tuple) else converted
-    seen: set[int] = set()
-    for key, value in converted.items():
-        if key.endswith(".lora_B.weight") and key.removesuffix(".lora_B.weight").partition(".")[2] in layers:
-            seen |= {int(number) for number in value.unique().tolist()}
-    return [key for number, name in enumerate(names, start=1) if number not in seen for key in modules[name].values()]
+    for number, (_, keys) in enumerate(modules.items(), start=1):
+        for meaning, key in keys.items():
+            value = {"up": float(number), "alpha": float(pairs[keys["down"]].shape[0])}.get(meaning, 0.0)
+            marked[key] = torch.full(pairs[key].shape, value)
+    converted: Any = pipe.lora_state_dict(marked) if marked else {}
+    names = list(modules)
+    for key, value in (converted[0] if isinstance(converted, tuple) else converted).items():
+        if key.endswith(".lora_B.weight"):
+            layer = key.removesuffix(".lora_B.weight").removeprefix(f"{COMPONENT}.")
+            for number in value.unique().tolist():
+                if 1 <= number <= len(names):
+                    found[names[int(number) - 1]].add(layer)
+    return found

@@ -44,7 +44,8 @@ def test_every_layout_means_the_same(name: str, layout: str) -> None:
     assert not file.left_out
     same(file, deltas_of(pairs, 1 / RANK))
     told = family_of_lora([key.rpartition(".lora")[0] for key in tensors])
-    assert told is not None and told.name == name
+    # the names of LTX-Video are those of other models too
+    assert told is None if name == "ltx_video" else told is not None and told.name == name
 
 
 def test_every_kind_of_key_of_wan_is_read() -> None:
