@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .noise_level import shift_sigma, unshift_sigma
+from .presets import find_preset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,6 +166,29 @@ class PhasePlan:
         if len(names) != len(groups):
             raise PhasePlanError(f"expected one name for each of the {len(groups)} phases, found {len(names)}")
         return cls(tuple(Phase(name, group) for name, group in zip(names, groups, strict=True)))
+
+    @classmethod
+    def preset(cls, name: str) -> PhasePlan:
+        """Make the plan of a well-known few-step file or model that others released.
+
+        Args:
+            name: Its name in ``presets.PRESETS``, which ``phased-dmd plan --list`` lists.
+
+        Returns:
+            The plan; the preset itself also has guidance, files and where that is said.
+
+        Raises:
+            PhasePlanError: If there is no such preset.
+
+        Examples:
+            >>> PhasePlan.preset("wan2.2-lightx2v-4step").boundaries
+            (0.8333333333333334,)
+        """
+        try:
+            found = find_preset(name)
+        except ValueError as error:
+            raise PhasePlanError(str(error)) from None
+        return cls.from_steps(found.steps, found.shift) if found.shift else cls.from_sigmas(found.sigmas)
 
     def __len__(self) -> int:
         """Count the phases.

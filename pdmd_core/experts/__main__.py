@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import __version__, arguments
-from ..phases import PhasePlanError
+from ..phases import PhasePlan, PhasePlanError
+from ..presets import find_preset, list_presets
 from .errors import ExpertsError
 
 _EXAMPLES = """examples:
@@ -20,6 +21,8 @@ _EXAMPLES = """examples:
   phased-dmd convert full_experts --to lora --rank 32 --output lora_experts
   phased-dmd convert experts --to diffusers --output pipeline
   phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
+  phased-dmd convert some_lora.safetensors --layout diffusers --output for_diffusers.safetensors
+  phased-dmd plan --list                          steps, shift and guidance of released few-step files
 
 exit status: 0 when all is well, 1 for a failed check, 2 for wrong arguments or files (one line on standard error)
 """
@@ -39,12 +42,24 @@ _CONVERT = """what --to writes:
   diffusers   a stock pipeline folder: the base with the experts as transformer and transformer_2
   comfyui     one file for each expert under the original names of all weights, for ComfyUI's Load Diffusion Model
 
+what --layout writes, of a folder of LoRA experts or of anyone's LoRA file; what has no place there is listed:
+  native      original names, lora_down, lora_up and alpha: ComfyUI and diffusers read it
+  kohya       original names with underscores for dots: ComfyUI, and diffusers for some models
+  diffusers   diffusers' names for its load_lora_weights; alpha is in the weights
+  peft        a folder for PEFT's PeftModel: diffusers' names, alpha in adapter_config.json
+
 LoRA files of an experts folder load in ComfyUI and diffusers as they are. Weights are handled one at a time.
 
 examples:
   phased-dmd convert experts --to full --output full_experts
   phased-dmd convert full_experts --to lora --rank 32 --output lora_experts
   phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
+"""
+
+
+_PLAN = """examples:
+  phased-dmd plan --list
+  phased-dmd plan wan2.2-lightx2v-4step
 """
 
 
@@ -83,13 +98,18 @@ def make_parser() -> arguments.CommandParser:
     verify.set_defaults(run=_verify)
 
     convert = _add_command(commands, "convert", "write the experts for other tools, or between LoRA and full", _CONVERT)
-    convert.add_argument("folder", type=arguments.path, help="experts folder")
-    convert.add_argument("--to", required=True, choices=["comfyui", "diffusers", "full", "lora"], help="see below")
+    convert.add_argument("source", type=arguments.path, help="experts folder; for --layout also any LoRA file")
+    target = convert.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", choices=["comfyui", "diffusers", "full", "lora"], help="see below")
+    target.add_argument("--layout", choices=["diffusers", "kohya", "native", "peft"], help="see below")
     convert.add_argument(
         "--output",
         type=arguments.output_folder,
         required=True,
-        help="folder to write; it appears complete or not at all",
+        help="folder to write, for a LoRA file the file; it appears complete or not at all",
+    )
+    convert.add_argument(
+        "--family", type=arguments.text, help="model family of a LoRA file whose keys do not tell it; for --layout"
     )
     _add_base(convert)
     convert.add_argument("--rank", type=arguments.whole_number(1), help="rank of the LoRA experts; for --to lora")
@@ -98,6 +118,11 @@ def make_parser() -> arguments.CommandParser:
     )
     convert.add_argument("--overwrite", action="store_true", help="replace --output, once the new one is complete")
     convert.set_defaults(run=_convert)
+
+    plan = _add_command(commands, "plan", "show the plan of well-known few-step files and models", _PLAN)
+    plan.add_argument("name", nargs="?", help="name of a preset")
+    plan.add_argument("--list", action="store_true", help="list all presets")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -187,6 +212,13 @@ def _verify(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
 
 
 def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    if options.layout is not None:
+        for name in ("base", "rank", "dtype"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is not for --layout")
+        return _convert_layout(options)
+    if options.family is not None:
+        parser.error("--family is for --layout")
     if (options.rank is None) == (options.to == "lora"):
         parser.error("--to lora needs --rank" if options.to == "lora" else "--rank is for --to lora")
     import torch
@@ -196,7 +228,7 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     conversion = Conversion(
-        PhasedExperts.open(options.folder), options.output, options.base, dtype, options.overwrite, _warn
+        PhasedExperts.open(options.source), options.output, options.base, dtype, options.overwrite, _warn
     )
     if options.to == "lora":
         summary = conversion.to_lora(options.rank).training["conversions"][-1]
@@ -212,6 +244,34 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
         for name, dtypes in written[options.to]().training["conversions"][-1]["stored_as"].items():
             print(f"{name}: stored as {', '.join(dtypes)}")
     print(options.output)
+    return 0
+
+
+def _convert_layout(options: argparse.Namespace) -> int:
+    from .convert.layouts import convert_layout
+    from .lora.keys import summary
+
+    written = convert_layout(options.source, options.output, options.layout, options.family, options.overwrite)
+    for name, left_out in written.items():
+        if left_out:
+            _warn(f"{name}: {len(left_out)} keys have no place in the layout {options.layout}: {summary(left_out)}")
+    print(options.output)
+    return 0
+
+
+def _plan(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    if options.list == (options.name is not None):
+        parser.error("give the name of a preset, or --list")
+    if options.list:
+        print(list_presets())
+        return 0
+    plan = PhasePlan.preset(options.name)
+    preset = find_preset(options.name)
+    print(f"{preset.title}\nbase        {preset.base}")
+    for phase, file in zip(plan.phases, preset.files, strict=False):
+        print(f"{phase.name.ljust(12)}{file}")
+    print(f"guidance    {preset.guidance:g}{' (none)' if preset.guidance == 1 else ''}\nsource      {preset.source}\n")
+    print(plan.describe())
     return 0
 
 

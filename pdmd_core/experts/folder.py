@@ -20,7 +20,7 @@ from .format.lora_keys import check_lora, lora_from_file
 from .format.manifest import MANIFEST_NAME, Manifest, read_manifest
 from .format.untrusted import check_inside, read_json, shown
 from .hub.download import download_experts
-from .hub.ids import hub_address
+from .hub.ids import hub_address, is_hub_id
 from .hub.lora_files import local_lora_file
 from .lora.alpha import Alphas, alphas_in
 from .lora.file import LoraFile, read_lora
@@ -122,8 +122,8 @@ class PhasedExperts:
         """Open an experts folder, or download one from the Hub.
 
         Args:
-            experts: A folder, a Hub id ``user/name``, a folder of a repository ``user/name/folder``, or the pasted
-                address of one of its pages. A folder of that name here goes before the Hub.
+            experts: A folder, a Hub id ``user/name``, or the pasted address of a repository or of a folder in it. A
+                folder of that name here goes before the Hub.
             revision: A branch, tag or commit hash on the Hub.
             cache_dir: Where downloads are kept; None is the Hub client's own cache.
             token: The token for private repositories; None takes the one of ``hf auth login`` or HF_TOKEN.
@@ -141,9 +141,10 @@ class PhasedExperts:
                 raise ExpertsError(f"{experts} is a folder here, which has no revision {revision!r}: leave it out")
             return cls.open(Path(experts, subfolder))
         address = None if isinstance(experts, Path) else hub_address(experts)
-        if address is None:
+        if address is None or not (is_hub_id(str(experts)) or "://" in str(experts)):
             raise ExpertsError(
-                f"{shown(str(experts))} is neither a folder nor a Hub id user/name; give one that holds {MANIFEST_NAME}"
+                f"{shown(str(experts))} is neither a folder nor a Hub id user/name; give one that holds "
+                f"{MANIFEST_NAME}, and a folder inside a repository as subfolder="
             )
         if revision is not None and address.revision not in (None, revision):
             raise ExpertsError(f"{shown(experts)} says revision {address.revision}, revision= {revision}: give one")

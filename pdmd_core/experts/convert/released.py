@@ -26,7 +26,8 @@ GIVEN = "given_family"
 """The key of ``Manifest.training`` for a family that the user gave, which no pipeline may contradict."""
 BESIDE = "adapter_config"
 """The key of ``Manifest.training`` for what lay beside files of PEFT: phase name to settings of alpha."""
-_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""The files that PEFT writes into a folder."""
 _PEFT_SETTINGS = ("lora_alpha", "alpha_pattern", "use_rslora")
 
 
@@ -164,9 +165,9 @@ def open_source(path: Path) -> LoraSource:
         ExpertsError: If it is no LoRA file of somebody else.
     """
     if path.is_dir():
-        if not (path / _PEFT_WEIGHTS).is_file():
+        if not (path / PEFT_WEIGHTS).is_file():
             raise ExpertsError(f"{path}: a LoRA file is expected here, found a folder; open it with from_pretrained")
-        path = path / _PEFT_WEIGHTS
+        path = path / PEFT_WEIGHTS
     weights, metadata = open_lora(path), read_header(path).metadata
     if METADATA_KEY in metadata:
         raise ExpertsError(f"{path}: an expert of this project; open its folder with from_pretrained")
@@ -177,9 +178,9 @@ def open_source(path: Path) -> LoraSource:
         halves = [keys[half] for half in ("down", "up") if half in keys]
         if len(halves) == 1 or any(not weights.specs[key].shape or not weights.specs[key].numel for key in halves):
             raise ExpertsError(f"{path}: not a LoRA file: every module needs a down and an up projection, {module} not")
-    config = path.with_name(_PEFT_CONFIG)
+    config = path.with_name(PEFT_CONFIG)
     beside: dict[str, Any] = {}
-    if path.name == _PEFT_WEIGHTS and config.is_file():
+    if path.name == PEFT_WEIGHTS and config.is_file():
         found = read_json(config)
         if not isinstance(found, dict):
             raise ExpertsError(f"{config}: an object is expected here")

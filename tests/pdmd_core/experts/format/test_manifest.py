@@ -54,8 +54,19 @@ def test_optional_fields_have_defaults() -> None:
     assert Manifest.from_dict(changed("base.fingerprints", None)).base.fingerprints is None
     assert dataclasses.asdict(manifest.experts[1]) == {
         **{"name": "low_noise", "file": "low_noise.safetensors", "kind": "full", "sha256": "f" * 64},
-        **{"component": "transformer", "rank": None, "alpha": None, "targets": None},
+        **{"component": "transformer", "rank": None, "alpha": None, "targets": None, "strength": 1.0},
     }
+
+
+def test_a_strength_is_of_a_lora_expert_and_is_left_out_where_it_is_1() -> None:
+    assert "strength" not in Manifest.from_dict(VALID).to_dict()["experts"][0]
+    data = changed("experts.0.strength", -0.5)
+    manifest = Manifest.from_dict(data)
+    assert manifest.experts[0].strength == -0.5
+    assert manifest.to_dict()["experts"][0]["strength"] == -0.5
+    for place, value in (("experts.0.strength", 11), ("experts.0.strength", True), ("experts.1.strength", 0.5)):
+        with pytest.raises(ExpertsError, match="strength is a number from -10 to 10, and 1 for a full expert"):
+            Manifest.from_dict(changed(place, value))
 
 
 def test_whole_numbers_are_read_where_a_number_is_expected() -> None:
