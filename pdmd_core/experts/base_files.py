@@ -18,6 +18,7 @@ from .format.lora_keys import matching
 from .format.manifest import BaseModel
 from .format.untrusted import read_json, shown
 from .format.weights import Weights, open_weights
+from .hub.retries import explain, hub_error
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name to shape of each weight of a network."""
@@ -289,7 +290,8 @@ def _download(model: str, revision: str | None, allowed: list[str] | None, refus
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=allowed, ignore_patterns=refused))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
+        answer = hub_error(error)
+        text = " ".join(str(error).split())[:200] if answer is None else explain(answer, revision)
         raise ExpertsError(
             f"base {model!r} is neither a folder nor a Hub model that can be read ({text}): give --base"
         ) from None

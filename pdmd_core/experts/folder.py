@@ -273,7 +273,7 @@ class PhasedExperts:
         return tensors
 
     def lora_state(self, name: str) -> dict[str, Tensor]:
-        """Read the weights of a LoRA expert under diffusers' module names.
+        """Read the weights of a LoRA expert, at its strength, under diffusers' module names.
 
         Args:
             name: The expert's name.
@@ -287,7 +287,10 @@ class PhasedExperts:
         expert = self.manifest.expert(name)
         if expert.kind != "lora":
             raise ExpertsError(f"expert {name!r} is a {expert.kind} expert, it has no LoRA weights")
-        return lora_from_file(self.tensors(name), expert, self._family())
+        state = lora_from_file(self.tensors(name), expert, self._family())
+        if expert.strength != 1.0:
+            state |= {key: expert.strength * value for key, value in state.items() if key.endswith(".lora_B")}
+        return state
 
     def alphas(self, name: str) -> Alphas:
         """Read what the metadata of a LoRA expert's file, or what lay beside it, say of alpha.

@@ -16,7 +16,7 @@ from ..hashing import sha256_of
 from .base_files import BaseFiles
 from .errors import ExpertsError
 from .folder import PhasedExperts
-from .format.files import read_expert_metadata
+from .format.files import RELEASED, read_expert_metadata
 from .format.fingerprint import base_warning, compare
 from .format.header import read_header
 from .format.lora_keys import lora_from_file
@@ -92,9 +92,12 @@ def verify(folder: Path, base: str | None = None, request: SampleRequest | None 
     for expert in manifest.experts:
         path = folder / expert.file
         yield run(f"{expert.name}: sha256", lambda e=expert: _hash(experts, e))  # type: ignore[misc]
-        yield run(f"{expert.name}: metadata", lambda e=expert, p=path: _metadata(manifest, e, p))  # type: ignore[misc]
-        if files:
-            yield run(f"{expert.name}: fits base", lambda e=expert, p=path: _fits(e, p, files[0]))  # type: ignore[misc]
+        if RELEASED not in manifest.training:
+            yield run(f"{expert.name}: metadata", lambda e=expert, p=path: _metadata(manifest, e, p))  # type: ignore[misc]
+            if files:
+                yield run(f"{expert.name}: fits base", lambda e=expert, p=path: _fits(e, p, files[0]))  # type: ignore[misc]
+        elif files:
+            yield _released_fits(experts, expert, files[0])
         yield run(f"{expert.name}: values", lambda p=path: _finite(open_weights(p), p))  # type: ignore[misc]
     if request is not None:
         if failed:
@@ -162,6 +165,17 @@ def _fits(expert: Expert, path: Path, base: BaseFiles) -> str:
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     base.check_lora(expert.file, expert.component, shapes, expert.targets or ())
     return f"{len(state) // 2} modules of {expert.component}, rank {expert.rank}, alpha {expert.alpha:g}"
+
+
+def _released_fits(experts: PhasedExperts, expert: Expert, base: BaseFiles) -> Check:
+    """Whether a file of another project fits; what of it has no place is a warning."""
+    name = f"{expert.name}: fits base"
+    try:
+        file = experts.lora_changes(expert.name).fitted(base.shapes(expert.component), base.family.architecture)
+    except ExpertsError as error:
+        return Check(name, False, str(error))
+    text = file.warning(base.family.architecture)
+    return Check(name, True, text or f"changes {len(file.weights)} weights of {expert.component}", warning=bool(text))
 
 
 def _finite(weights: Weights, path: Path) -> str:
@@ -245,7 +259,7 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
             setattr(pipeline, expert.component, full[expert.name])
         else:
             setattr(pipeline, expert.component, own[expert.component])
-            own[expert.component].set_adapters(expert.name)
+            own[expert.component].set_adapters(expert.name, expert.strength)
 
     def use_expert_of_next_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         use(manifest.experts[pipe.scheduler.phase])

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..experts import ExpertsError, PhasedExperts
 from ..experts.format.untrusted import shown
+from ..experts.hub.retries import explain, hub_error
 
 COMPONENT = "transformer"
 """The component of a pipeline that denoises. Full experts are this one, ``transformer_2``, ``transformer_3`` and so
@@ -120,7 +121,8 @@ def no_base(source: str, error: Exception) -> ExpertsError:
     Returns:
         The error, to be raised.
     """
-    reason = " ".join(str(error).split())[:300]
+    answer = hub_error(error)
+    reason = " ".join(str(error).split())[:300] if answer is None else explain(answer, None)
     return ExpertsError(f"cannot load the base {source!r} of these experts: {reason}; pass another as base=")
 
 

@@ -31,9 +31,8 @@ DATE = "2000-01-01T00:00:00.000Z"
 class Fault:
     """What happens instead of, or to, the answer of the next ``times`` requests that match.
 
-    kind: "status" answers with this status; "stall" answers nothing for ``value`` seconds; "drop" closes the
-    connection in the middle of the request; "lose" does what is asked and closes before it answers; "cut" closes after
-    ``value`` bytes of the body; "flip" changes one byte of the body.
+    kind: "status" answers with this status; "stall" answers nothing for ``value`` seconds; "drop" closes within the
+    request; "lose" does what is asked and closes before it answers; "cut" closes after ``value`` bytes; "flip" changes 1.
     """
 
     pattern: str
@@ -41,6 +40,7 @@ class Fault:
     value: float = 0
     times: int = 1
     body: bytes = b'{"error": "injected"}'
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -176,7 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "stall":
             self.hub.closing.wait(fault.value)
             return self.hang_up()
-        answer = Answer(int(fault.value), fault.body) if fault and fault.kind == "status" else self.answer()
+        refused = fault and fault.kind == "status" and Answer(int(fault.value), fault.body, fault.headers)
+        answer = refused or self.answer()
         if fault and fault.kind == "lose":
             return self.hang_up()
         body = answer.body

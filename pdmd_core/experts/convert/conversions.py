@@ -15,7 +15,7 @@ import torch
 from ..base_files import WEIGHTS_NAME, BaseFiles, family_of_base
 from ..errors import ExpertsError
 from ..folder import PhasedExperts, write_experts
-from ..format.files import expert_metadata
+from ..format.files import RELEASED, expert_metadata
 from ..format.fingerprint import base_warning, take_fingerprint
 from ..format.lora_keys import lora_to_file
 from ..format.manifest import MANIFEST_NAME, BaseModel, Expert, Manifest
@@ -23,6 +23,7 @@ from ..format.weights import Weights, dtype_name, open_weights, write_weights
 from ..hub.card import card_text
 from .low_rank import extract, merged
 from .output import check_output, new_folder
+from .released import BESIDE, GIVEN
 
 MAX_SHARD_BYTES = 10 * 10**9
 """Networks of a pipeline that are larger are written in shards, as diffusers does."""
@@ -88,7 +89,9 @@ class Conversion:
             found = extract(own, weights[expert.name], targets, rank, dtype, f"SVD of {expert.name}")
             tensors[expert.name] = lora_to_file(found.lora, float(rank), base.family)
             errors[expert.name] = found.summary()
-            kind = replace(expert, kind="lora", rank=rank, alpha=float(rank), targets=tuple(targets), sha256="")
+            kind = replace(
+                expert, kind="lora", rank=rank, alpha=float(rank), targets=tuple(targets), strength=1.0, sha256=""
+            )
             entries.append(replace(kind, file=f"{expert.name}.safetensors"))
         note = {"to": "lora", "rank": rank, "dtype": dtype_name(dtype), "experts": errors}
         origin = self._origin(base, {entry.component for entry in entries})
@@ -182,12 +185,16 @@ class Conversion:
             full = open_weights(self.experts.verify(expert.name))
             base.check_full(expert.file, expert.component, full.shapes)
         else:
-            lora = self.experts.lora_state(expert.name)
-            shapes = {name: tuple(value.shape) for name, value in lora.items()}
-            base.check_lora(expert.file, expert.component, shapes, expert.targets or ())
-            own = base.weights(expert.component)
+            own, kind = base.weights(expert.component), base.family.architecture
+            if RELEASED not in self.experts.manifest.training:
+                lora = self.experts.lora_state(expert.name)
+                shapes = {name: tuple(value.shape) for name, value in lora.items()}
+                base.check_lora(expert.file, expert.component, shapes, expert.targets or ())
             base.check_full(WEIGHTS_NAME, expert.component, own.shapes)
-            full = merged(own, lora, (expert.alpha or 0.0) / (expert.rank or 1))
+            file = self.experts.lora_changes(expert.name).fitted(own.shapes, kind)
+            if text := file.warning(kind):
+                self.warn(text)
+            full = merged(own, file.weights)
         return full if self.dtype is None else full.stored_as(self.dtype, base.float32_modules)
 
     def _origin(self, base: BaseFiles, components: Set[str]) -> BaseModel:
@@ -208,7 +215,7 @@ class Conversion:
         for expert in self.experts.manifest.experts:
             dtypes = {spec.dtype for spec in weights[expert.name].specs.values()}
             stored[expert.name] = sorted(map(dtype_name, dtypes))
-            entry = replace(expert, kind="full", rank=None, alpha=None, targets=None, sha256="0" * 64)
+            entry = replace(expert, kind="full", rank=None, alpha=None, targets=None, strength=1.0, sha256="0" * 64)
             experts.append(replace(entry, file=f"{expert.name}.safetensors"))
         note = {"to": "full", "arithmetic": "float32", "stored_as": stored}
         read = {expert.component for expert in self.experts.manifest.experts if expert.kind == "lora"}
@@ -218,8 +225,10 @@ class Conversion:
     def _noted(self, manifest: Manifest, note: Mapping[str, Any]) -> Manifest:
         """The manifest whose training summary says how these files were made from those of the distillation."""
         earlier = manifest.training.get("conversions")
-        notes = [*(earlier if isinstance(earlier, list) else []), dict(note)]
-        return replace(manifest, training={**manifest.training, "conversions": notes})
+        files = {"of": manifest.training[RELEASED]} if RELEASED in manifest.training else {}
+        notes = [*(earlier if isinstance(earlier, list) else []), {**note, **files}]
+        kept = {key: value for key, value in manifest.training.items() if key not in (RELEASED, GIVEN, BESIDE)}
+        return replace(manifest, training={**kept, "conversions": notes})
 
     def _finish_experts(self, folder: Path, manifest: Manifest) -> None:
         _save_scheduler(folder, manifest)

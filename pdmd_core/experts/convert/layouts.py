@@ -46,7 +46,7 @@ def convert_layout(
     tensors = {name: weights.read(name) for name in weights.specs}
     written = _written(read_lora(tensors, lora.alphas, kind.lora_names, source.name), kind, layout)
     if layout == "peft":
-        check_output(output, overwrite, [source.parent if source.is_file() else source])
+        check_output(output, overwrite, [source])
         with new_folder(output) as folder:
             _write(folder / PEFT_WEIGHTS, written)
         return {output.name: written.left_out}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from ..errors import ExpertsError
 from ..format.weights import Weights, progress
+from ..lora.changes import Change
 
 EXACT_SIZE = 1024
 """Matrices with a side of at most this get a full SVD, larger ones the randomised one, which takes minutes instead of
 hours."""
 
 
-def merged(base: Weights, lora: Mapping[str, Tensor], scale: float) -> Weights:
-    """Add a LoRA to the weights of its base: ``base + scale * lora_B @ lora_A`` in float32, stored as the base is.
+def merged(base: Weights, changes: Mapping[str, Sequence[Change]]) -> Weights:
+    """Add changes to the weights of a base, in float32; they are stored as the base is.
 
     Args:
         base: The base's weights.
-        lora: ``<module>.lora_A``, of shape (rank, in), and ``<module>.lora_B``, of shape (out, rank).
-        scale: The factor of the product, alpha / rank.
+        changes: Weight to what is added to it, such as ``alpha / rank * lora_B @ lora_A``.
 
     Returns:
         The merged weights, which are computed when they are read.
@@ -30,10 +30,11 @@ def merged(base: Weights, lora: Mapping[str, Tensor], scale: float) -> Weights:
 
     def read(name: str) -> Tensor:
         weight = base.read(name)
-        module = name.removesuffix(".weight")
-        if name == module or f"{module}.lora_A" not in lora:
+        if name not in changes:
             return weight
-        return weight.float() + scale * (lora[f"{module}.lora_B"].float() @ lora[f"{module}.lora_A"].float())
+        for change in changes[name]:
+            weight = weight.float() + change.dense()
+        return weight
 
     return Weights(base.specs, read)
 

@@ -137,6 +137,27 @@ def one_line(doing: str, revision: str | None) -> Iterator[None]:
         raise ExpertsError(f"{doing}: {explain(error, revision)}") from None
 
 
+def hub_error(error: BaseException) -> BaseException | None:
+    """Find the Hub's own answer behind an error of another library, which may tell something else.
+
+    Args:
+        error: What the library raised.
+
+    Returns:
+        The error of the Hub's client that led to it; None where there is none.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, HfHubHTTPError):
+            return cause
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def explain(error: BaseException, revision: str | None) -> str:
     """Say what an error of the Hub's client means and what to do.
 

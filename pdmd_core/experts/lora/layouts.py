@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ def in_layout(file: LoraFile, names: ModuleNames, layout: str) -> Written:
         placed = spell(name, layout)
         if products and placed is not None:
             product = sum_of(products)
+            if product.scale < 0 and layout != "diffusers":  # alpha is positive
+                product = LowRank(product.down, -product.up, -product.scale)
             _write_product(written.tensors, placed, product, layout)
             ranks[module] = product.down.shape[0]
             alphas[module] = product.scale * product.down.shape[0]
@@ -96,9 +98,8 @@ def _own_name(weight: str, layout: str) -> str | None:
 def _write_product(tensors: dict[str, Tensor], module: str, product: LowRank, layout: str) -> None:
     down, up = product.factors()
     if layout in ("native", "kohya"):
-        sign = -1.0 if product.scale < 0 else 1.0
-        tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": sign * up}
-        tensors[f"{module}.alpha"] = torch.tensor(abs(product.scale) * down.shape[0])
+        tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+        tensors[f"{module}.alpha"] = torch.tensor(product.scale * down.shape[0])
         return
     if layout == "diffusers" and product.scale != 1.0:
         scaled = (product.scale * up.float()).to(up.dtype)
@@ -119,7 +120,7 @@ def _difference_key(module: str, weight: str, layout: str) -> str | None:
     return None
 
 
-def _total(changes: list[Change]) -> Tensor:
+def _total(changes: Sequence[Change]) -> Tensor:
     if len(changes) == 1 and not isinstance(changes[0], LowRank) and changes[0].scale == 1.0:
         return changes[0].value
     return torch.stack([change.dense() for change in changes]).sum(0)

@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
+from pdmd_core.experts.convert.conversions import Conversion
 from pdmd_core.experts.convert.released import open_lora
 from pdmd_core.experts.lora.changes import Change
+from pdmd_core.experts.verify import verify
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
+from tests.helpers.lora_layouts import save, wan_of_2026
 from tests.helpers.tiny import CALL, LATENT_SHAPE, randn, transformer, wan_pipeline
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
@@ -214,7 +217,11 @@ def test_what_cannot_be_experts_is_said_in_one_line(tmp_path: Path) -> None:
         "not a LoRA file": {"high": high, "low": tmp_path / "weights.safetensors"},
         "every module needs a down and an up": {"high": high, "low": tmp_path / "half.safetensors"},
         "found high.safetensors: wan, qwen.sft: qwen_image": {"high": high, "low": tmp_path / "qwen.sft"},
-        "family is one of qwen_image, wan, z_image, found 'flux'": {"high": high, "low": low, "family": "flux"},
+        "family is one of ltx_video, qwen_image, wan, z_image, found 'flux'": {
+            "high": high,
+            "low": low,
+            "family": "flux",
+        },
         "strength is given for 'middle', the plan has": {"high": high, "low": low, "strength": {"middle": 1.0}},
         "strength of low_noise is a number from -10 to 10": {"high": high, "low": low, "strength": {"low_noise": 11}},
         "expected here, such as https://huggingface.co/user/": {
@@ -231,3 +238,30 @@ def test_what_cannot_be_experts_is_said_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ExpertsError, match="two networks, this WanPipeline has one"):
         attach_experts(wan_pipeline(), PhasedExperts.from_lora_files(PLAN, high, low))
+
+
+def test_released_files_are_verified_and_merged_with_all_that_they_change(tmp_path: Path) -> None:
+    """A folder with them, as a saved pipeline is: full experts of it sample the same."""
+    two_network_pipeline().save_pretrained(tmp_path / "base")
+    files = {}
+    for seed, end in enumerate(("high", "low"), start=1):
+        tensors, _ = wan_of_2026(transformer(), WAN, seed)
+        tensors["diffusion_model.blocks.0.cross_attn.norm_k_img.diff"] = torch.ones(24)
+        files[end] = save(tmp_path / f"{end}.safetensors", tensors)
+    strength = {"low_noise": 0.5}
+    experts = PhasedExperts.from_lora_files(PLAN, **files, base=str(tmp_path / "base"), strength=strength)
+    pipeline = attach_experts(two_network_pipeline(), experts)
+    pipeline.save_pretrained(tmp_path / "saved")
+    checks = {check.name: check for check in verify(tmp_path / "saved", str(tmp_path / "base"))}
+    assert all(check.passed for check in checks.values() if check.name != "scheduler"), checks
+    assert "norm_k_img.diff" in checks["low_noise: fits base"].detail and checks["low_noise: fits base"].warning
+    warnings: list[str] = []
+    saved = PhasedExperts.open(tmp_path / "saved")
+    assert [expert.strength for expert in saved.manifest.experts] == [1.0, 0.5]
+    manifest = Conversion(saved, tmp_path / "full", str(tmp_path / "base"), warn=warnings.append).to_full()
+    assert [expert.strength for expert in manifest.experts] == [1.0, 1.0]
+    assert "files" not in manifest.training and manifest.training["conversions"][0]["of"]
+    assert len(warnings) == 2 and all("norm_k_img.diff" in line for line in warnings)
+    full = load_phased_pipeline(tmp_path / "full")
+    full.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(run(full), run(pipeline), rtol=1e-4, atol=1e-4)
