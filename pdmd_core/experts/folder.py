@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..families import FAMILIES, ModelFamily, family
 from ..phases import PhasePlan
+from ..presets import find_preset
 from .convert.released import BESIDE, manifest_of_lora_files, on_network, open_source
 from .errors import ExpertsError
 from .format.files import RELEASED, SCHEDULER_CONFIG, check_folder, check_hash, expert_metadata
@@ -192,6 +193,34 @@ class PhasedExperts:
         manifest = manifest_of_lora_files(paths, plan, base, components, family, strength)
         paths = {name: open_source(path).path for name, path in paths.items()}
         return cls(paths[plan.phases[0].name].parent, manifest, paths)
+
+    @classmethod
+    def from_preset(cls, name: str, strength: float | Mapping[str, float] = 1.0) -> PhasedExperts:
+        """Take well-known few-step LoRA files that others released, from the Hub, with all that is known of them.
+
+        Args:
+            name: A preset that has files, as ``phased-dmd plan --list`` lists them.
+            strength: The factor of what the files change, for all or by phase name.
+
+        Returns:
+            The experts on their own base.
+
+        Raises:
+            ExpertsError: If there is no such preset, it has no files, or they cannot be downloaded.
+        """
+        try:
+            known = find_preset(name)
+        except ValueError as error:
+            raise ExpertsError(str(error)) from None
+        plan = PhasePlan.preset(name)
+        if not known.files:
+            raise ExpertsError(
+                f"no LoRA files of {name} are known here: give yours to from_lora_files with this preset's plan, "
+                f"PhasePlan.preset({name!r}), or a model that is distilled as a whole that plan's scheduler"
+            )
+        files = {phase.name: file for phase, file in zip(plan.phases, known.files, strict=True)}
+        experts = cls.from_lora_files(plan, base=known.base, strength=strength, **files)  # type: ignore[arg-type]
+        return replace(experts, manifest=replace(experts.manifest, guidance_scale=known.guidance))
 
     def on_network(self, architecture: str) -> PhasedExperts:
         """Take released LoRA files as those of the network that a pipeline has; other experts are as they are.

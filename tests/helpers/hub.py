@@ -31,8 +31,8 @@ DATE = "2000-01-01T00:00:00.000Z"
 class Fault:
     """What happens instead of, or to, the answer of the next ``times`` requests that match.
 
-    kind: "status" answers with this status; "stall" answers nothing for ``value`` seconds; "drop" closes within the
-    request; "lose" does what is asked and closes before it answers; "cut" closes after ``value`` bytes; "flip" changes 1.
+    kind: "status" answers with it; "stall" with nothing for ``value`` seconds; "drop" closes within the request;
+    "lose" does what is asked, then closes; "cut" closes after ``value`` bytes; "flip" changes a byte of the body.
     """
 
     pattern: str
@@ -180,9 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = refused or self.answer()
         if fault and fault.kind == "lose":
             return self.hang_up()
-        body = answer.body
-        if fault and fault.kind == "flip":
-            body = body[:-1] + bytes([body[-1] ^ 1])
+        flipped = bool(fault and fault.kind == "flip")
+        body = answer.body[:-1] + bytes([answer.body[-1] ^ 1]) if flipped else answer.body
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(len(body)), **answer.headers}.items():
             self.send_header(name, value)
