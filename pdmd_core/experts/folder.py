@@ -219,7 +219,7 @@ class PhasedExperts:
                 f"PhasePlan.preset({name!r}), or a model that is distilled as a whole that plan's scheduler"
             )
         files = {phase.name: file for phase, file in zip(plan.phases, known.files, strict=True)}
-        experts = cls.from_lora_files(plan, base=known.base, strength=strength, **files)  # type: ignore[arg-type]
+        experts = cls.from_lora_files(plan, base=known.base, strength=strength, **files)
         return replace(experts, manifest=replace(experts.manifest, guidance_scale=known.guidance))
 
     def on_network(self, architecture: str) -> PhasedExperts:

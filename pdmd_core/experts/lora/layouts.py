@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +30,7 @@ class Written:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """The tensors by the keys of the layout."""
-    config: dict[str, Any] | None = None
+    config: dict[str, object] | None = None
     """What lies beside it as ``adapter_config.json``, for PEFT."""
     left_out: list[str] = field(default_factory=list)
     """Keys of the file that was read whose changes have no place in this layout."""
@@ -126,7 +126,7 @@ def _total(changes: Sequence[Change]) -> Tensor:
     return torch.stack([change.dense() for change in changes]).sum(0)
 
 
-def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, object]:
     """Settings by which PEFT makes the adapter: rank and alpha of most modules, and those of the others."""
     rank = max(set(ranks.values()), key=list(ranks.values()).count) if ranks else 1
     alpha = max(set(alphas.values()), key=list(alphas.values()).count) if alphas else rank
