@@ -75,6 +75,8 @@ def test_help_teaches_every_command(tmp_path: Path) -> None:
         (["inspect"], ("--json",)),
         (["verify"], ("--base", "--sample", "--size")),
         (["convert"], ("--output", "--overwrite", "--rank", "--dtype", "comfyui", "diffusers", "full", "lora", "SVD")),
+        (["convert"], ("--layout", "native", "kohya", "peft", "--family")),
+        (["plan"], ("--list", "wan2.2-lightx2v-4step")),
     ):
         command = [sys.executable, "-m", "pdmd_core.experts", *arguments, "--help"]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
@@ -126,7 +128,7 @@ def blocks(language: str) -> list[str]:
 
 def test_every_command_of_the_page_runs_as_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "phased-dmd" and run(*arguments) == 0, command
@@ -312,3 +314,38 @@ def test_experts_of_a_conversion_open_like_any_other(folder: Path) -> None:
     assert run("convert", "experts", "--to", "lora", "--rank", "3", "--output", "out") == 0
     assert PhasedExperts.open("out").lora_state("high_noise")
     assert run("verify", "out", "--sample") == 0
+
+
+# --- plan -------------------------------------------------------------------
+
+
+def test_plans_of_released_files_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "steps", "shift", "guidance", "base"] and len(lines) > 20
+    assert run("plan", "wan2.2-lightx2v-4step") == 0
+    text = capsys.readouterr().out
+    for part in ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "v1.1_high_noise.safetensors", "1 (none)", "0.83333", "LightX2V"):
+        assert part in text
+    assert "did you mean" in failure(capsys, "plan", "wan2.2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "give the name of a preset, or --list"),
+        (["plan", "--list", "z-image-turbo"], "give the name of a preset, or --list"),
+        (["convert", "x", "--output", "y"], "one of the arguments --to --layout is required"),
+        (["convert", "x", "--to", "full", "--layout", "peft", "--output", "y"], "not allowed with"),
+        (["convert", "x", "--layout", "peft", "--rank", "3", "--output", "y"], "--rank is not for --layout"),
+        (["convert", "x", "--to", "full", "--family", "wan", "--output", "y"], "--family is for --layout"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
