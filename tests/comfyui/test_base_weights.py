@@ -17,7 +17,7 @@ from pdmd_core.families import family
 from pdmd_core.roles import Roles, RoleSpec
 from tests.comfyui.test_quantised import fp8_file, packed
 from tests.comfyui.test_z_image import NAMES, adapters, diffusers_names, lora_manifest
-from tests.helpers.comfyui.phased_models import LOAD, TWO, sample, sigmas_of
+from tests.helpers.comfyui.phased_models import LOAD, TWO, sample, sigmas_of, with_lora
 from tests.helpers.comfyui.tiny_models import lora, qwen_state, z_image_state
 from tests.helpers.tiny import randomise, transformer
 
@@ -112,8 +112,7 @@ def test_loras_of_ones_own_on_the_base_are_no_other_base(pack, models, warned, w
     import comfy.model_management
 
     network, other = models.wan(0), models.wan(1)
-    loading = pack.module("comfy_nodes.loading")
-    style = loading.apply_lora(network, lora("wan", 3), 2.0, "style")
+    style = with_lora(pack, network, lora("wan", 3), 2.0)
     assert warned(wan_experts, style, other) == []
     composite = pack.module("comfy_nodes.composite")
     plan = pack.module("pdmd_core.phases").PhasePlan.from_json(TWO.to_json())

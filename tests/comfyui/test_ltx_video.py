@@ -13,6 +13,7 @@ from torch import Tensor
 from pdmd_core.experts import lora_to_file
 from pdmd_core.families import family
 from pdmd_core.roles import TEACHER, Roles, RoleSpec
+from tests.helpers.comfyui.phased_models import with_lora
 from tests.helpers.tiny import randn, randomise
 
 LTX = family("ltx_video")
@@ -69,7 +70,7 @@ def test_it_has_the_velocity_that_diffusers_has(model: Any, roles: Roles, sigma:
 
 def test_lora_experts_count_as_in_training(pack, model: Any, roles: Roles) -> None:
     file = lora_to_file(roles.state_dict("high"), 6.0, LTX)
-    patched = pack.module("comfy_nodes.loading").apply_lora(model, file, 1.0, "high.safetensors")
+    patched = with_lora(pack, model, file)
     x = randn(1, 8, 2, 2, 3)
     with torch.no_grad():
         expected, plain = (roles.velocity(role, x, 0.7, CONDITIONING) for role in ("high", TEACHER))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.comfyui.phased_models import TWO, sample, sigmas_of
+from tests.helpers.comfyui.phased_models import TWO, sample, sigmas_of, with_lora
 from tests.helpers.comfyui.tiny_models import lora
 
 
@@ -89,10 +89,10 @@ def network(request: pytest.FixtureRequest, models) -> Any:
 def test_lora_experts_of_a_quantised_base_equal_core_lora_loaders(pack, models, network) -> None:
     import comfy.sd
 
-    composite, loading = pack.module("comfy_nodes.composite"), pack.module("comfy_nodes.loading")
+    composite = pack.module("comfy_nodes.composite")
     plan = pack.module("pdmd_core.phases").PhasePlan.from_json(TWO.to_json())
     files = [lora("wan", seed) for seed in (1, 2)]
-    ours = [loading.apply_lora(network, file, 0.8, "file") for file in files]
+    ours = [with_lora(pack, network, file, 0.8) for file in files]
     core = [comfy.sd.load_lora_for_models(network, None, file, 0.8, 0.0)[0] for file in files]
     outputs = []
     for experts in (ours, core, [network, network]):
@@ -109,6 +109,6 @@ def test_lora_experts_of_a_quantised_base_equal_core_lora_loaders(pack, models, 
 
 
 def test_loras_that_do_not_fit_a_quantised_base_are_refused(pack, models, network) -> None:
-    loading, errors = pack.module("comfy_nodes.loading"), pack.module("comfy_nodes.errors")
+    errors = pack.module("comfy_nodes.errors")
     with pytest.raises(errors.NodeError, match="no key of this LoRA belongs to a WAN21"):
-        loading.apply_lora(network, lora("qwen", 1), 1.0, "file")
+        with_lora(pack, network, lora("qwen", 1))

@@ -91,7 +91,10 @@ def read_file(path: Path) -> None:
     for name in weights.specs:
         weights.read(name)
     one = PhasePlan.from_steps([1])
-    PhasedExperts.from_lora_files(one, path).tensors("all_noise")
+    experts = PhasedExperts.from_lora_files(one, path)
+    experts.tensors("all_noise")
+    if experts.manifest.base.family in FAMILIES:
+        experts.lora_changes("all_noise")
 
 
 def read_or_refused(read: Callable[[Path], None], path: Path, folder: Path) -> bool:

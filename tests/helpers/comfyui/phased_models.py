@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,3 +61,12 @@ def state(model: Any) -> tuple[Any, ...]:
     """All of a ModelPatcher that patching changes."""
     parts = (model.model_options, model.wrappers, model.callbacks, model.patches, model.object_patches)
     return model.patches_uuid, sorted(model.attachments), repr(parts), model.hook_mode
+
+
+def with_lora(pack: Any, model: Any, tensors: Mapping[str, Tensor], strength: float = 1.0, what: str = "file") -> Any:
+    """A MODEL with a LoRA, all of whose keys have a place in it."""
+    loras, alpha = pack.module("comfy_nodes.loras"), pack.module("pdmd_core.experts.lora.alpha")
+    warnings: list[str] = []
+    patched = loras.apply_lora(model, loras.Lora(tensors, alpha.Alphas(), what), strength, warnings.append)
+    assert not warnings
+    return patched
