@@ -215,7 +215,7 @@ class ExpertsFromLoRAs(io.ComfyNode):
 
 
 def _with_lora(model: Any, file: str, strength: float, warn: Callable[[str], None]) -> Any:
-    source = open_source(Path(folder_paths.get_full_path_or_raise("loras", file)))
+    source = open_source(Path(folder_paths.get_full_path_or_raise("loras", file)), own=True)
     weights = open_lora(source.path)
     tensors = {name: weights.read(name) for name in weights.specs}
     return apply_lora(model, Lora(tensors, source.alphas, file), strength, warn)

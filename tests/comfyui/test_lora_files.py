@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pdmd_core.families import family
+from pdmd_core.phases import PhasePlan
 from tests.comfyui.test_z_image import diffusers_names
 from tests.helpers.comfyui.phased_models import TWO, plan_of, sample, sigmas_of
 from tests.helpers.comfyui.tiny_models import qwen_state, wan_file, z_image_state
@@ -26,7 +27,7 @@ from tests.helpers.lora_layouts import (
     wan_of_2026,
     with_alpha,
 )
-from tests.helpers.tiny import randn, transformer
+from tests.helpers.tiny import lora_roles, randn, transformer, write_lora_experts
 
 WAN = family("wan")
 BASES: dict[str, dict[str, Any]] = {
@@ -184,3 +185,22 @@ def _config(path: Path) -> str:
 
     with safe_open(path, "pt") as file:
         return file.metadata()["config"]
+
+
+def test_an_expert_of_this_project_is_a_lora_too(pack, models, base: Path, tmp_path: Path) -> None:
+    """In the folder of LoRAs, without its manifest."""
+    plan = PhasePlan.from_steps([4], shift=5.0)
+    roles = lora_roles(plan)
+    write_lora_experts(tmp_path, plan, roles)
+    (base / "models/loras/own_expert.safetensors").write_bytes((tmp_path / "all_noise.safetensors").read_bytes())
+    chosen = {f"lora_{k}": "none" for k in (2, 3, 4)} | {f"strength_{k}": 1.0 for k in range(1, 5)}
+    common = {"plan": plan_of(pack, "4"), "cfg": "", "set_shift": True}
+    (model,) = pack.call(
+        "PhasedDMDExpertsLoRA", model=models.wan(), lora_1="own_expert.safetensors", **chosen, **common
+    )
+    (core,) = pack.call(
+        "LoraLoaderModelOnly", model=models.wan(), lora_name="own_expert.safetensors", strength_model=1.0
+    )
+    (expected,) = pack.call("PhasedDMDExperts", model_1=core, **common)
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (model, expected)]
+    assert torch.equal(*outputs)

@@ -38,7 +38,7 @@ def convert_layout(
     """
     if (source / MANIFEST_NAME).is_file():
         return _convert_experts(PhasedExperts.open(source), output, layout, family_name, overwrite)
-    lora = open_source(source)
+    lora = open_source(source, own=True)
     kind = family(_known(family_name)) if family_name else lora.family
     if kind is None:
         raise ExpertsError(f"{source}: its keys do not tell its family: give --family {' or '.join(sorted(FAMILIES))}")

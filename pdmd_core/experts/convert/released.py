@@ -152,24 +152,25 @@ def open_lora(path: Path) -> Weights:
     return weights
 
 
-def open_source(path: Path) -> LoraSource:
+def open_source(path: Path, own: bool = False) -> LoraSource:
     """Look at anyone's LoRA file; of its tensors only alpha is read.
 
     Args:
         path: The file, or a folder of PEFT.
+        own: Whether a single expert of this project counts as one.
 
     Returns:
         What it holds.
 
     Raises:
-        ExpertsError: If it is no LoRA file of somebody else.
+        ExpertsError: If it is no such file.
     """
     if path.is_dir():
         if not (path / PEFT_WEIGHTS).is_file():
             raise ExpertsError(f"{path}: a LoRA file is expected here, found a folder; open it with from_pretrained")
         path = path / PEFT_WEIGHTS
     weights, metadata = open_lora(path), read_header(path).metadata
-    if METADATA_KEY in metadata:
+    if METADATA_KEY in metadata and not own:
         raise ExpertsError(f"{path}: an expert of this project; open its folder with from_pretrained")
     modules, _ = by_module(weights.specs)
     if not any(set(meanings) - {"alpha"} for meanings in modules.values()):

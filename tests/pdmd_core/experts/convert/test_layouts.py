@@ -70,6 +70,9 @@ def test_experts_are_written_at_their_strength(lora: Path, tmp_path: Path) -> No
         expected = experts.lora_changes(name).weights
         for weight, changes in meaning(tmp_path / "out" / f"{name}.safetensors").items():
             torch.testing.assert_close(changes[0].dense(), expected[weight][0].dense(), rtol=1e-5, atol=1e-6)
+    convert_layout(lora / f"{LOW}.safetensors", tmp_path / "one.safetensors", "diffusers")
+    one, two = (load_file(path) for path in (tmp_path / "one.safetensors", tmp_path / "out" / f"{LOW}.safetensors"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     convert_layout(lora, tmp_path / "peft", "peft")
     assert set(content(tmp_path / "peft")) == {
         f"{name}/{file}" for name in (HIGH, LOW) for file in ("adapter_model.safetensors", "adapter_config.json")
