@@ -13,9 +13,9 @@ from .errors import ExpertsError
 from .folder import PhasedExperts
 from .format.files import METADATA_KEY, read_expert_metadata
 from .format.header import read_header
-from .format.lora_report import lora_report
 from .format.manifest import Manifest
 from .format.weights import Weights, dtype_name, open_weights
+from .lora.report import lora_report
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def report_text(report: dict[str, Any]) -> str:
         alphas = ", ".join(f"{alpha:g}" for alpha in report["alphas"])
         if not alphas and report["alpha_in_metadata"]:
             inside = ", ".join(f"{alpha:g}" for alpha in report["alpha_in_metadata"])
-            alphas = f"{inside} in the metadata only: diffusers reads it, ComfyUI does not"
+            alphas = f"{inside} in the metadata only, which most programs pass over"
         blocks = f" in {report['blocks']} blocks" if report["blocks"] else ""
         rows += [
             ("keys", f"{report['prefix']}<module>{'|'.join(report['parts'])}"),
@@ -124,6 +124,8 @@ def report_text(report: dict[str, Any]) -> str:
         ]
         if report["unpaired_modules"]:
             rows.append(("unpaired", f"{report['unpaired_modules']} module(s) lack one half of the product"))
+        if report["differences"]:
+            rows.append(("differences", f"{report['differences']} of whole weights and biases"))
         if report["other_keys"]:
             rows.append(("other keys", f"{report['other_keys']} that are no LoRA's"))
     rows += [

@@ -150,18 +150,19 @@ def test_what_stands_beside_a_lora_is_counted(tmp_path: Path) -> None:
     tensors.pop("transformer.blocks.1.ffn.0.lora_B.weight")
     tensors |= {"diffusion_model.blocks.0.norm3.diff": torch.ones(2), "diffusion_model.head.head.weight": torch.ones(2)}
     report = inspect(save(tmp_path / "x.safetensors", tensors))
-    assert report["ranks"] == [2, 8] and report["modules"] == 4
+    assert report["ranks"] == [2, 8] and report["modules"] == 5 and report["differences"] == 1
     assert (report["unpaired_modules"], report["other_keys"]) == (1, 1)
     text = report_text(report)
     assert "1 module(s) lack one half" in text and "and others" in text and "1 that are no LoRA's" in text
+    assert "1 of whole weights and biases" in text
 
 
-def test_an_alpha_that_only_diffusers_reads_is_said(tmp_path: Path) -> None:
+def test_an_alpha_in_the_metadata_is_said(tmp_path: Path) -> None:
     tensors = lora("transformer.", ".lora_A.weight", ".lora_B.weight")
     inside = json.dumps({"transformer.r": 8, "transformer.lora_alpha": 16})
     report = inspect(save(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": inside}))
     assert report["alphas"] == [] and report["alpha_in_metadata"] == [16.0]
-    assert "16 in the metadata only: diffusers reads it, ComfyUI does not" in report_text(report)
+    assert "16 in the metadata only, which most programs pass over" in report_text(report)
     for odd in ("[]", "{", '{"lora_alpha": []}', '{"lora_alpha": "x"}'):
         report = inspect(save(tmp_path / "y.safetensors", tensors, {"lora_adapter_metadata": odd}))
         assert report["alpha_in_metadata"] is None

@@ -48,6 +48,23 @@ def test_every_layout_means_the_same(name: str, layout: str) -> None:
     assert told is None if name == "ltx_video" else told is not None and told.name == name
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lora_unet_double_blocks_0_img_mlp_0",
+        "lora_unet_single_blocks_3_linear1",
+        "transformer.transformer_blocks.0.attn.to_q",
+        "diffusion_model.double_blocks.0.img_mod.lin",
+        "diffusion_model.blocks.0.self_attn.q_proj",
+        "diffusion_model.layers.0.attention.qkv",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    ],
+)
+def test_names_that_other_models_have_tell_no_family(module: str) -> None:
+    """FLUX, HunyuanVideo, Stable Diffusion 3, Cosmos, Lumina, text encoders."""
+    assert family_of_lora([module]) is None
+
+
 def test_every_kind_of_key_of_wan_is_read() -> None:
     tensors, deltas = wan_of_2026(network("wan_image_to_video"), WAN, 1)
     file = read(tensors)
