@@ -176,7 +176,7 @@ def open_prompt_cache(
     folder = cache_dir / _of_first_process(lambda: identity(examples, negative_prompt, encoder, buckets, dtype))
     if check is not None:
         check(folder.name)
-    found = _of_first_process(lambda: _examined(folder))
+    found = _of_first_process(lambda: examined(folder))
     for name, problem in found.items():
         if problem and _process()[0] == 0:
             print(f"warning: {folder / name} is damaged ({problem}): it is encoded again", file=sys.stderr)
@@ -187,7 +187,7 @@ def open_prompt_cache(
     return PromptCache(folder)
 
 
-def _examined(folder: Path) -> dict[str, str | None]:
+def examined(folder: Path) -> dict[str, str | None]:
     """What is wrong with each file of a bank, None where it is what was written; of files that its index misses too."""
     found = {path.name: _problem(path) for path in sorted(folder.glob("*.safetensors"))}
     if (folder / INDEX).exists() and (problem := _problem(folder / INDEX)):
