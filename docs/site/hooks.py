@@ -10,7 +10,7 @@ from notebook import page_of
 from reference import ROOT, page, public_modules
 
 NODE_HELP = ROOT / "web" / "docs"
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "docs" / "examples"
 
 
 def section(nav: list[Any], title: str) -> list[Any]:

@@ -30,9 +30,7 @@ def test_the_archive_has_all_that_nodes_need_and_no_training(archive: set[str]) 
     needed |= {"__init__.py", "pyproject.toml", "LICENSE", "pdmd_core/phases.py"}
     assert needed <= archive
     assert not [
-        path
-        for path in archive
-        if path.startswith(("training/", "tests/", "benchmarks/", "docs/", "examples/", ".github/"))
+        path for path in archive if path.startswith(("training/", "tests/", "benchmarks/", "docs/", ".github/"))
     ]
 
 
@@ -63,3 +61,9 @@ def test_the_root_can_be_imported_anywhere() -> None:
     names = {node.name for node in tree.body if isinstance(node, ast.AsyncFunctionDef)}
     assert names == {"comfy_entrypoint"}
     assert "NODE_CLASS_MAPPINGS" not in (ROOT / "__init__.py").read_text()
+
+
+def test_templates_lie_in_the_only_folder_that_comfyui_serves_as_such() -> None:
+    """ComfyUI answers a request for a template from the first of these folders that it finds, and looks no further."""
+    served = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert [name for name in served if (ROOT / name).exists()] == ["workflows"]

@@ -104,7 +104,7 @@ def test_each_third_package_that_is_imported_is_a_dependency() -> None:
     distributions = packages_distributions()
     known = {name for packages in declared().values() for name in packages}
     unknown = set()
-    for part in ("pdmd_core", "training", "benchmarks", "comfy_nodes", "docs", "examples"):
+    for part in ("pdmd_core", "training", "benchmarks", "comfy_nodes", "docs"):
         for path in (ROOT / part).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

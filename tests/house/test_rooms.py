@@ -15,7 +15,7 @@ CONCERNS = {"config", "data", "distributed", "embedded", "evaluation", "loop", "
 DATA = {"architectures", "configs", "prompts"}
 LONGEST, MEDIAN = 400, 113
 """Lines of a Python file."""
-OWN_ROOMS = {"comfyui", "docs", "end_to_end", "examples", "faults", "helpers", "house"}
+OWN_ROOMS = {"comfyui", "docs", "end_to_end", "faults", "helpers", "house"}
 """Folders of tests that are about more than one file: in ComfyUI, in documents, of the whole, of faults."""
 
 
@@ -25,7 +25,7 @@ def folders(path: Path) -> set[str]:
 
 def lengths() -> dict[str, int]:
     """Lines of each Python file of the repository."""
-    found = [path for part in (*PACKAGES, "tests", "examples", ".ci", "docs") for path in (ROOT / part).rglob("*.py")]
+    found = [path for part in (*PACKAGES, "tests", ".ci", "docs") for path in (ROOT / part).rglob("*.py")]
     return {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in found}
 
 

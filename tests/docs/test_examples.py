@@ -15,7 +15,7 @@ from pdmd_core import PhasedExperts, PhasePlan
 from pdmd_core.experts.verify import verify
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples" / "mixture.ipynb"
+NOTEBOOK = ROOT / "docs" / "examples" / "mixture.ipynb"
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def python(*arguments: str, cwd: Path) -> str:
 
 
 def test_the_three_lines_paint_a_picture(clone: Path) -> None:
-    python(str(ROOT / "examples" / "diffusers_three_lines.py"), cwd=clone)
+    python(str(ROOT / "docs" / "examples" / "diffusers_three_lines.py"), cwd=clone)
     assert (clone / "panda.png").stat().st_size > 500
 
 
 def test_the_tiny_teacher_is_distilled_into_experts_that_fit_it(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = str(ROOT / "examples" / "distil_tiny_teacher.py")
+    script = str(ROOT / "docs" / "examples" / "distil_tiny_teacher.py")
     said = python(script, "--updates", "2", "--output", "runs/experts", cwd=clone)
     assert "high_noise" in said and "low_noise" in said
     monkeypatch.chdir(clone)

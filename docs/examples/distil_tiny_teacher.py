@@ -1,7 +1,7 @@
 """Distil the embedded teacher into two phase experts from Python, with the library alone.
 
     pip install -e ".[diffusers]"
-    python examples/distil_tiny_teacher.py --updates 60 --output runs/tiny_experts
+    python docs/examples/distil_tiny_teacher.py --updates 60 --output runs/tiny_experts
 
 This is the method without what a long run needs. ``training/distill.py`` trains with the same losses and adds
 checkpoints, averages of weights, learning rates that decay, several GPUs, validations and reports.

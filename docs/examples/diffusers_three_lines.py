@@ -1,4 +1,4 @@
-"""Sample with phase experts in diffusers: ``python examples/diffusers_three_lines.py`` in a clone.
+"""Sample with phase experts in diffusers: ``python docs/examples/diffusers_three_lines.py`` in a clone.
 
 It takes ``pip install -e ".[diffusers]"``. The experts may also be an id on the Hugging Face Hub.
 """
