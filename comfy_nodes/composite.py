@@ -9,9 +9,10 @@ Nobody's MODEL is changed; the guider is as it was when the run ends, also by an
 from __future__ import annotations
 
 import inspect
+import logging
 import math
-import uuid
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +21,23 @@ import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 
 from ..pdmd_core.phases import PhasePlan
+from .additions import BOUND_TO_RUN, PatchSnapshot, with_additions
 from .errors import NodeError
-from .model_options import copied, with_added_options
+from .model_options import with_added_options
 from .notices import warn_of_sigmas
+from .one_network import refuse_what_needs_one_network
+
+logger = logging.getLogger(__name__)
 
 KEY = "phased_dmd"
 """The key of attachment, wrappers and run state."""
-_BOUND_TO_RUN = frozenset({"to_load_options", "registered_hooks"})
-_BOUND_TO_MODULES = frozenset({"torch.compile"})  # compiled blocks of one network must not run in another's place
+_RUN: ContextVar[Run | None] = ContextVar(KEY, default=None)
+"""The run in progress."""
+_CACHE = "easycache"
+"""Where ComfyUI's EasyCache and LazyCache keep what they remember of a run, among the options of the transformer."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +48,6 @@ class Expert:
     """The MODEL, as it is without the other experts."""
     cfg: float | None = None
     """What takes the place of the sampler's cfg in this phase; None leaves the sampler's."""
-
-
-@dataclass(frozen=True)
-class PatchSnapshot:
-    """The first expert's patches when the composite was made; what is there beyond them is meant for all experts."""
-
-    options: dict[str, Any]
-    """Its model options."""
-    wrappers: dict[str, Any]
-    """Its wrappers."""
-    callbacks: dict[str, Any]
-    """Its callbacks."""
-    patches: dict[Any, list[Any]]
-    """Its weight patches."""
-
-    @classmethod
-    def of(cls, model: Any) -> PatchSnapshot:
-        """Take a copy of a MODEL's patches."""
-        return cls(*(copied(part) for part in (model.model_options, model.wrappers, model.callbacks, model.patches)))
 
 
 class Composite:
@@ -85,19 +73,7 @@ class Composite:
         """Make expert k as a MODEL uses it: what was patched onto the MODEL after it was made goes to every expert."""
         if k == 0:
             return carrier
-        expert = self.experts[k].model.clone()
-        expert.add_object_patch("model_sampling", carrier.get_model_object("model_sampling"))
-        skip = _BOUND_TO_RUN if expert.model is carrier.model else _BOUND_TO_RUN | _BOUND_TO_MODULES
-        snapshot = self.snapshot
-        expert.model_options = with_added_options(expert.model_options, carrier.model_options, snapshot.options, skip)
-        expert.wrappers = with_added_options(expert.wrappers, carrier.wrappers, snapshot.wrappers, skip)
-        expert.callbacks = with_added_options(expert.callbacks, carrier.callbacks, snapshot.callbacks, skip)
-        patches = with_added_options(expert.patches, carrier.patches, snapshot.patches)
-        if any(len(entries) != len(expert.patches.get(key, ())) for key, entries in patches.items()):
-            expert.patches = patches
-            # equal patches, equal name: ComfyUI then knows in the next run that the weights are the same
-            expert.patches_uuid = uuid.uuid5(expert.patches_uuid, str(carrier.patches_uuid))
-        return expert
+        return with_additions(self.experts[k].model, carrier, self.snapshot, self.plan.phases[k].name)
 
 
 class Run:
@@ -106,23 +82,34 @@ class Run:
     Args:
         guider: ComfyUI's guider of the run.
         composite: What its MODEL carries.
+        sigmas: The sigmas of the run.
+
+    Raises:
+        NodeError: If something that was put onto the MODEL does not fit all of its experts.
     """
 
-    def __init__(self, guider: Any, composite: Composite) -> None:
-        self.guider, self.composite, self.carrier = guider, composite, guider.model_patcher
+    def __init__(self, guider: Any, composite: Composite, sigmas: Sequence[float]) -> None:
+        self.guider, self.composite, self.carrier, self.sigmas = guider, composite, guider.model_patcher, sigmas
         self.options_at_start = guider.model_options
-        self.active = 0
-        self._patchers: dict[int, Any] = {0: self.carrier}
+        self.active = self.index(sigmas[0])
+        self._patchers = [composite.patcher(self.carrier, k) for k in range(len(composite.plan))]
+        for patcher in self._patchers:
+            patcher.hook_mode = self.carrier.hook_mode
         self._options: dict[int, dict[str, Any]] = {}
+        self._cache: Any = None
+        self._switched = False
 
     def index(self, sigma: float) -> int:
-        """Look up the expert of a sigma by the plan; samplers may step to exactly 0, where the last expert ends."""
-        return self.composite.plan.phase_index(sigma) if sigma > 0 else len(self.composite.plan) - 1
+        """Look up the expert of a sigma by the plan.
 
-    def start(self, sigma: float) -> None:
+        Samplers may step to exactly 0, where the last expert ends, and a little above 1 (added noise, SetFirstSigma),
+        where the first one begins.
+        """
+        return self.composite.plan.phase_index(min(sigma, 1.0)) if sigma > 0 else len(self.composite.plan) - 1
+
+    def start(self) -> None:
         """Put the expert of the first sigma in place before ComfyUI loads anything, so that it alone is loaded."""
-        self.active = self.index(sigma)
-        self.guider.model_patcher = self._patcher(self.active)
+        self.guider.model_patcher = self._patchers[self.active]
 
     def use(self, sigma: float, shape: Sequence[int]) -> None:
         """Load the expert of this sigma unless it is the active one."""
@@ -131,19 +118,43 @@ class Run:
             return
         guider = self.guider
         guider.model_patcher.cleanup()
-        guider.model_patcher = self._patcher(k)
+        guider.model_patcher = self._patchers[k]
         options = self._own_options(k)
         guider.inner_model, _, guider.loaded_models = comfy.sampler_helpers.prepare_sampling(
             guider.model_patcher, shape, guider.conds, options
         )
         guider.model_patcher.pre_run()
-        self.active = k
+        self.active, self._switched, self._cache = k, True, None
+        logger.info(f"Phased experts: {self._step(sigma)}{self._name()}, sigma {sigma:.4g}{self._guidance()}")
 
     def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """Return the options of the active expert: its own, and what the sampler has set for this run."""
-        if self.active == 0:
+        if self.active == 0 and not self._switched:
             return model_options
-        return with_added_options(self._own_options(self.active), model_options, self.options_at_start, _BOUND_TO_RUN)
+        own = model_options
+        if self.active:
+            own = with_added_options(self._own_options(self.active), own, self.options_at_start, BOUND_TO_RUN)
+        return self._with_own_cache(own)
+
+    def _with_own_cache(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Let EasyCache begin anew: what it remembers of one expert's steps says nothing of another's."""
+        words = options.get("transformer_options", {})
+        if _CACHE not in words:
+            return options
+        if self._cache is None:
+            sampling = self.carrier.get_model_object("model_sampling")
+            self._cache = words[_CACHE].clone().prepare_timesteps(sampling)
+        return {**options, "transformer_options": {**words, _CACHE: self._cache}}
+
+    def _step(self, sigma: float) -> str:
+        """Where in the run this sigma is; nothing for one between steps."""
+        near = [k for k, each in enumerate(self.sigmas[:-1]) if math.isclose(each, sigma, rel_tol=1e-4)]
+        return f"step {near[0] + 1} of {len(self.sigmas) - 1}: " if near else ""
+
+    def _guidance(self) -> str:
+        cfg = self.composite.experts[self.active].cfg
+        cfg = getattr(self.guider, "cfg", None) if cfg is None else cfg
+        return "" if cfg is None else f", cfg {cfg:g}"
 
     def cfg(self) -> float | None:
         """Return the cfg of the active expert; None is the sampler's."""
@@ -175,15 +186,9 @@ class Run:
     def _name(self) -> str:
         return self.composite.plan.phases[self.active].name
 
-    def _patcher(self, k: int) -> Any:
-        if k not in self._patchers:
-            patcher = self._patchers[k] = self.composite.patcher(self.carrier, k)
-            patcher.hook_mode = self.carrier.hook_mode
-        return self._patchers[k]
-
     def _own_options(self, k: int) -> dict[str, Any]:
         if k not in self._options:
-            patcher = self._patcher(k)
+            patcher = self._patchers[k]
             options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
             comfy.sampler_helpers.prepare_model_patcher(patcher, self.guider.conds, options)
             comfy.samplers.cast_to_load_options(options, device=patcher.load_device, dtype=patcher.model_dtype())
@@ -214,7 +219,10 @@ def compose(plan: PhasePlan, experts: Sequence[Expert], set_shift: bool = True, 
     model.wrappers.pop(WrappersMP.PREDICT_NOISE, None)  # the first expert's own: its run calls them, not all runs
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _only_in_a_run)
+    model.set_attachments(KEY, None)
     model.set_attachments(KEY, Composite(plan, experts, PatchSnapshot.of(model), warnings))
+    refuse_what_needs_one_network(model, KEY, ", ".join(phase.name for phase in plan.phases))
     return model
 
 
@@ -304,15 +312,33 @@ def _outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kw)
     if guider.model_patcher.get_additional_models_with_key("multigpu"):
         raise NodeError("phased experts run on one GPU: take the multi-GPU node out of this MODEL")
-    warn_of_sigmas(composite.plan, sigmas.flatten().tolist())
-    run = Run(guider, composite)
+    if getattr(guider, "uncond_model_patcher", None) is not None:
+        raise NodeError(_ONE_MODEL)
+    values = sigmas.flatten().tolist()
+    warn_of_sigmas(composite.plan, values)
+    run = Run(guider, composite, values)
     setattr(guider, KEY, run)
+    token = _RUN.set(run)
     try:
-        run.start(float(sigmas[0]))
+        run.start()
         return executor(noise, latent_image, sampler, sigmas, *args, **kw)
     finally:
+        _RUN.reset(token)
         delattr(guider, KEY)
         run.end()
+
+
+_ONE_MODEL = (
+    "this guider runs a second MODEL beside its own (DualModelGuider), and experts are switched in one MODEL only: use "
+    "CFGGuider with the MODEL of phased experts, and the experts' own cfg"
+)
+
+
+def _only_in_a_run(patcher: Any) -> None:
+    """Refuse to be run by what does not switch experts, such as a guider's second MODEL: the first would run alone."""
+    run = _RUN.get()
+    if composite_of(patcher) is not None and (run is None or run.carrier is not patcher):
+        raise NodeError(_ONE_MODEL)
 
 
 def _predict_noise(

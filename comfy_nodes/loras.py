@@ -57,13 +57,14 @@ def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], No
     """
     targets, network = comfy.lora.model_lora_keys_unet(model.model, {}), type(model.model).__name__
     known, rest = _sorted(lora, targets)
-    patches = comfy.lora.load_lora(known, targets, log_missing=False)
-    left_out = [key for module, keys in by_module(known)[0].items() for key in _unused(module, keys, targets, patches)]
+    patches, left_out = _loaded(known, targets, lora.what)
     parts, tables = [patches], {}
     found = family_of_lora(list(by_module(lora.tensors)[0])) if rest else None
     if found is None:
         left_out += rest
     else:
+        rest, absent = _with_place(rest, found.lora_names, targets, model)
+        left_out += absent
         file = read_lora(rest, lora.alphas, found.lora_names, lora.what, lora.component)
         products, differences, without_place = _patches(file, found.lora_names, targets, model)
         tables = {key: differences.pop(key) for key in list(differences) if _is_table(model, key)}
@@ -82,11 +83,7 @@ def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], No
         applied += len(kept)
         left_out += [f"{target} of the LoRA" for target in part if target not in kept]
     if not applied:
-        example = next(iter(lora.tensors), None)
-        looks = f"its keys look like {example!r}" if example else "it has none"
-        raise NodeError(
-            f"{lora.what}: no key of this LoRA belongs to a {network}, {looks}: wrong base, or a LoRA not for ComfyUI"
-        )
+        raise NodeError(f"{lora.what}: no key of this LoRA belongs to a {network}{_why(lora, model)}")
     if left_out:
         warn(
             f"{lora.what}: {len(left_out)} of its keys have no place in this {network} and change nothing: "
@@ -115,12 +112,65 @@ def _sorted(lora: Lora, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     return known, rest
 
 
-def _unused(module: str, keys: Mapping[str, str], targets: Mapping[str, Any], patches: Patches) -> list[str]:
-    """The keys of a module that ComfyUI's loader made nothing of."""
-    target = targets[module]
-    weight = target if isinstance(target, str) else target[0]
-    used = target in patches or f"{weight.removesuffix('.weight')}.bias" in patches
-    return [] if used else list(keys.values())
+class _Read(dict[str, Any]):
+    """A file for ComfyUI's loader, which remembers the keys that were taken."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self.taken = set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.taken.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.__getitem__(key) if key in self else default
+
+
+def _loaded(known: Mapping[str, Any], targets: Mapping[str, Any], what: str) -> tuple[Patches, list[str]]:
+    """What ComfyUI's loader makes of a file, and the keys that it made nothing of."""
+    file = _Read(known)
+    try:
+        patches = comfy.lora.load_lora(file, targets, log_missing=False)
+    except KeyError as error:
+        raise NodeError(f"{what}: {error} is missing beside its other half: an incomplete file, get it again") from None
+    used = {*patches, *(key[0] for key in patches if not isinstance(key, str))}
+    left_out = []
+    for module, keys in by_module(known)[0].items():
+        target = targets[module]
+        weight = target if isinstance(target, str) else target[0]
+        any_used = weight in used or f"{weight.removesuffix('.weight')}.bias" in used
+        alone = {f"{module}.b_norm"} if f"{module}.w_norm" not in file else set()  # is taken, and nothing made of it
+        left_out += [key for key in keys.values() if not any_used or key not in file.taken - alone]
+    return patches, left_out
+
+
+def _why(lora: Lora, model: Any) -> str:
+    """Why nothing of a file fits: another base only where the names of both say so."""
+    example = next(iter(lora.tensors), None)
+    if example is None:
+        return ": the file has none"
+    found = family_of_lora(list(by_module(lora.tensors)[0]))
+    own = family_of_lora([name.rpartition(".")[0] for name in model.model.diffusion_model.state_dict()])
+    if found is not None and own is not None and found is not own:
+        return f": the LoRA is for {found.title}, this MODEL is a {own.title}"
+    text = " (a text encoder's, which this node does not patch)" if example.startswith(("lora_te", "text_enc")) else ""
+    return f", they look like {example!r}{text}: a LoRA for another part or model, or in a layout that is not known"
+
+
+def _with_place(
+    rest: Mapping[str, Any], names: ModuleNames, targets: Mapping[str, Any], model: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """Part a file into what the network has modules for, whatever is done to them, and the keys of others."""
+    weights, absent = model.model.state_dict(), []
+    for module, keys in by_module(rest)[0].items():
+        place = names.place(module)
+        if place is None or place.is_parameter:
+            continue
+        native = [f"diffusion_model.{names.native_weight(f'{name}.weight')}" for name in place.names]
+        if not any(name in weights or name.removesuffix(".weight") in targets for name in native):
+            absent += keys.values()
+    return {key: value for key, value in rest.items() if key not in absent}, absent
 
 
 def _patches(

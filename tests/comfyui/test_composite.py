@@ -240,8 +240,9 @@ def test_a_step_at_zero_belongs_to_the_last_expert(composite, build) -> None:
     from types import SimpleNamespace
 
     model, _ = build("wan", TWO)
-    run = composite.Run(SimpleNamespace(model_patcher=model, model_options={}), composite.composite_of(model))
-    assert [run.index(sigma) for sigma in (0.0, 1e-4, 5 / 6, 0.84, 1.0)] == [1, 1, 1, 0, 0]
+    guider = SimpleNamespace(model_patcher=model, model_options={})
+    run = composite.Run(guider, composite.composite_of(model), [1.0, 0.0])
+    assert [run.index(sigma) for sigma in (0.0, 1e-4, 5 / 6, 0.84, 1.0, 1.4)] == [1, 1, 1, 0, 0, 0]
 
 
 def test_a_model_without_its_attachment_is_the_first_expert(pack, models, build) -> None:

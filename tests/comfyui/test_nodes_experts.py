@@ -27,6 +27,10 @@ def lora_files(base: Path) -> list[str]:
     save_lora(base / "models/loras/qwen.safetensors", lora("qwen", 1))
     larger = {key: torch.cat([value, value], -1) if "down" in key else value for key, value in lora("wan", 1).items()}
     save_lora(base / "models/loras/larger.safetensors", larger)
+    half = {f"diffusion_model.blocks.1.cross_attn.v.hada_{part}": torch.ones(2, 2) for part in ("w1_a", "w1_b", "w2_a")}
+    save_lora(base / "models/loras/half.safetensors", half)
+    pictures = {f"transformer_blocks.0.img_mlp.net.2.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_lora(base / "models/loras/pictures.safetensors", pictures)
     text = {f"lora_te_x.lora_{half}.weight": torch.ones(2, 2) for half in ("up", "down")}
     save_lora(base / "models/loras/text.safetensors", text)
     return names
@@ -78,11 +82,13 @@ def test_an_undistilled_first_step_with_cfg(pack, models, lora_files) -> None:
     ("file", "message"),
     [
         (
-            "qwen.safetensors",
-            "no key of this LoRA belongs to a WAN21, its keys look like 'diffusion_model.tr",
+            "qwen.safetensors",  # whose modules other models have, too
+            "no key of this LoRA belongs to a WAN21, they look like 'diffusion_model.tr",
         ),
         ("larger.safetensors", "is 24x24 in this MODEL and 24x48 in the LoRA"),
-        ("text.safetensors", "no key of this LoRA belongs to a WAN21, its keys look like 'lora_te_x.lora_"),
+        ("text.safetensors", "belongs to a WAN21, they look like 'lora_te_x.lora_down.weight' (a text encoder's"),
+        ("pictures.safetensors", "belongs to a WAN21: the LoRA is for Qwen-Image, this MODEL is a Wan"),
+        ("half.safetensors", "'diffusion_model.blocks.1.cross_attn.v.hada_w2_b' is missing beside its other half"),
     ],
 )
 def test_loras_that_do_not_fit_are_refused_in_words(pack, models, lora_files, fails, file: str, message: str) -> None:
