@@ -64,6 +64,19 @@ class Renoising:
         return Renoising(self.t[part], self.noise[part])
 
 
+def as_rows(indices: Tensor) -> Rows:
+    """Take neighbours as a slice, which needs no indices on the device.
+
+    Args:
+        indices: Places in a batch, ascending, of shape (samples,), on the CPU.
+
+    Returns:
+        The slice that has them, or the indices themselves where there are others between.
+    """
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
 def rows_of(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:
     """Take the conditioning of some of the samples.
 

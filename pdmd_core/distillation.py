@@ -169,14 +169,41 @@ class PhasedDistiller:
         Returns:
             Sigmas of shape (batch,) on the CPU, uniform in raw time under the objective's ``score_shift``.
         """
-        shift = self.objective.score_shift
-        low, high = (unshift_sigma(sigma, shift) for sigma in self.score_interval)
+        return self.score_sigma_at(torch.rand(batch, generator=generator, dtype=torch.float64))
+
+    def score_sigma_at(self, share: Tensor) -> Tensor:
+        """Find the noise level below which a share of all drawn ones lies, the inverse of ``score_share_below``.
+
+        Args:
+            share: Of shape (batch,) in [0, 1], on the CPU. Uniform shares make the sigmas of ``draw_score_sigma``.
+
+        Returns:
+            Sigmas of shape (batch,) on the CPU.
+        """
+        start, end = self._raw_scores
+        raw = start + (end - start) * share
+        shifted = torch.tensor([shift_sigma(float(u), self.objective.score_shift) for u in raw], dtype=torch.float32)
+        return self._checked(shifted)
+
+    def score_share_below(self, sigma: float) -> float:
+        """Tell which share of the drawn noise levels lies below one.
+
+        Args:
+            sigma: The noise level in [0, 1].
+
+        Returns:
+            The share in [0, 1].
+        """
+        start, end = self._raw_scores
+        return min(max((unshift_sigma(sigma, self.objective.score_shift) - start) / (end - start), 0.0), 1.0)
+
+    @property
+    def _raw_scores(self) -> tuple[float, float]:
+        """The raw times between which noise levels are drawn, inside the open range."""
+        low, high = (unshift_sigma(sigma, self.objective.score_shift) for sigma in self.score_interval)
         edge = 1e-4 * (high - low)
         margin = self.objective.margin * (high - low) if self.objective.fake_weighting == "margin" else 0.0
-        start = low + max(margin, edge)
-        raw = start + (high - edge - start) * torch.rand(batch, generator=generator, dtype=torch.float64)
-        shifted = torch.tensor([shift_sigma(float(u), shift) for u in raw], dtype=torch.float32)
-        return self._checked(shifted)
+        return low + max(margin, edge), high - edge
 
     def _checked(self, t: Tensor) -> Tensor:
         low, high = self.score_interval
@@ -256,7 +283,7 @@ class PhasedDistiller:
         return guided_velocity(self.networks, *at, batch.conditioning, batch.negative, scale, self.guidance_batched)
 
     def _renoised(self, x_s: Tensor, renoising: Renoising) -> RenoisedSamples:
-        return RenoisedSamples(x_s, renoising.noise, self.sigma_end, self._checked(renoising.t).to(x_s.device))
+        return RenoisedSamples(x_s, renoising.noise, self.sigma_end, self._checked(renoising.t))
 
 
 def score_interval(plan: PhasePlan, phase: int, score_range: ScoreRange) -> tuple[float, float]:

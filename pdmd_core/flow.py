@@ -34,10 +34,28 @@ def like(sigma: Sigma, x: Tensor) -> Tensor:
         x: Samples of shape (batch, ...).
 
     Returns:
-        Sigma as a tensor of shape () or (batch, 1, ...), on the device of x, in float32 or float64.
+        Sigma as a tensor in float32 or float64: of shape (batch, 1, ...) on the device of x, or of shape () on the CPU,
+        which goes with tensors of any device.
     """
-    sigma = torch.as_tensor(sigma, device=x.device, dtype=at_least_float32(x).dtype)
-    return sigma.reshape(-1, *([1] * (x.ndim - 1))) if sigma.ndim else sigma
+    dtype = at_least_float32(x).dtype
+    if not isinstance(sigma, Tensor) or not sigma.ndim:
+        return torch.as_tensor(sigma, dtype=dtype)
+    return sigma.to(x.device, dtype, non_blocking=True).reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def of_each_sample(sigma: Sigma, x: Tensor) -> Tensor:
+    """Give each sample its noise level, without waiting for the device.
+
+    Args:
+        sigma: A number or a tensor of shape (batch,), in [0, 1], on any device.
+        x: Samples of shape (batch, ...).
+
+    Returns:
+        Sigmas of shape (batch,) in float32 on the device of x.
+    """
+    if isinstance(sigma, Tensor):
+        return sigma.to(x.device, torch.float32, non_blocking=True).expand(len(x))
+    return torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
 
 
 def transition(s: Sigma, t: Sigma) -> tuple[Tensor, Tensor]:

@@ -108,9 +108,6 @@ class Roles:
         self._own: dict[str, dict[str, nn.Parameter]] = {}
         self._trainable: frozenset[str] = frozenset()
         self._active: dict[str, str] = {}
-        self.asked_anywhere: Callable[[list[bool]], list[bool]] = lambda networks: networks
-        """This tells which networks some process asks, given those that this process asks. Where networks must run in
-        step, all processes run what one of them asks."""
         self.before_use: Callable[[str], None] = lambda component: None
         """This is called with the teacher's network that is about to run, forwards or backwards."""
         self.before_role: Callable[[str], None] = lambda role: None
@@ -168,6 +165,8 @@ class Roles:
     def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         """Evaluate a role. A role on two networks evaluates each on its part of the batch only.
 
+        Where the weights of two networks are in shards, all processes must ask at sigmas of the same networks.
+
         Args:
             role: The name of a role.
             x: Samples of shape (batch, ...).
@@ -180,24 +179,22 @@ class Roles:
         components = self.components(role)
         if len(components) == 1:
             return self.family.velocity(self.network(role), x, sigma, conditioning)
-        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        sigma = torch.as_tensor(sigma).expand(len(x))
         high = self.routing.first_runs(sigma)
         rows = [side.nonzero().flatten() for side in (high, ~high)]
-        asked = self.asked_anywhere([len(own) > 0 for own in rows])
-        parts = []
-        for component, own, runs in zip(components, rows, asked, strict=True):
-            if not runs:
-                continue
-            shown = own if len(own) else own.new_zeros(1)  # nothing to ask, but other processes wait for this network
-            whole = len(own) == len(x)
-            velocity = self.family.velocity(
+        for component, own in zip(components, rows, strict=True):
+            if len(own) == len(x):
+                return self.family.velocity(self.network(role, component), x, sigma, conditioning)
+        parts = [
+            self.family.velocity(
                 self.network(role, component),
-                x if whole else x[shown],
-                sigma if whole else sigma[shown],
-                conditioning if whole else {key: value[shown] for key, value in conditioning.items()},
+                x[own],
+                sigma[own],
+                {key: value[own] for key, value in conditioning.items()},
             )
-            parts.append(velocity[: len(own)])
-        return torch.cat(parts)[torch.cat(rows).argsort()] if len(parts) > 1 else parts[0]
+            for component, own in zip(components, rows, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def networks(self) -> list[nn.Module]:
         """List every network.

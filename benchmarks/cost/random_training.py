@@ -218,7 +218,8 @@ class RandomTraining:
         order = ExampleOrder([torch.arange(2)], [1.0], config.seed)
         rng = RunRNG(config.seed, config.batch_size, order, accelerator.process_index, accelerator.num_processes)
         prompts = RandomPrompts(teacher.conditioning, accelerator.device)
-        self.batches = DataBatches(rng, prompts, [teacher.shape], accelerator.device)
+        boundary = teacher.routing.boundary
+        self.batches = DataBatches(rng, prompts, [teacher.shape], accelerator.device, boundary, config.score_groups)
 
     def update(self) -> Update:
         """One update. Raises RuntimeError when something in it was not finite."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..flow import Sigma
+from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
@@ -97,7 +97,7 @@ class LtxVideoFamily(ModelFamily):
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         # What `network.dtype` is, which looks through all modules.
         dtype = cast("LTXVideoTransformer3DModel", network).proj_in.weight.dtype
-        timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
+        timestep = of_each_sample(sigma, x) * 1000
         frames, height, width = x.shape[2:]
         tokens: Tensor = network(
             hidden_states=x.flatten(2).transpose(1, 2).to(dtype),

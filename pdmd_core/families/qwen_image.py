@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from ..flow import Sigma
+from ..flow import Sigma, of_each_sample
 from . import wan_autoencoder
 from .base import Conditioning, ModelFamily, classifier_free_guidance
 from .module_names import ModuleNames
@@ -88,7 +88,7 @@ class QwenImageFamily(ModelFamily):
         # What `network.dtype` is, which looks through all modules.
         dtype = cast("QwenImageTransformer2DModel", network).img_in.weight.dtype
         # The pipeline rounds timesteps to the dtype of its latents before it divides.
-        timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
+        timestep = of_each_sample(sigma, x) * 1000
         mask = conditioning["prompt_mask"].bool()
         tokens, shapes = _pack(x), [_grid(x)]
         own = tokens.shape[1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..flow import Sigma, like
+from ..flow import Sigma, like, of_each_sample
 from ..phases import PhasePlan
 from . import wan_autoencoder
 from .base import Conditioning, ModelFamily
@@ -105,7 +105,7 @@ class WanFamily(ModelFamily):
         return channels, 1 + (frames - 1) // temporal, height // spatial, width // spatial
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
-        timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
+        timestep = of_each_sample(sigma, x) * 1000
         wan = cast("WanTransformer3DModel", network)
         # What `wan.dtype` is, which looks through all modules; diffusers keeps some of Wan's weights in float32.
         dtype = wan.patch_embedding.weight.dtype

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..flow import Sigma
+from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
 from .module_names import ModuleNames
 from .pictures import picture_latent_size
@@ -73,7 +73,7 @@ class ZImageFamily(ModelFamily):
     def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         # What `network.dtype` is, which looks through all modules.
         dtype = cast("ZImageTransformer2DModel", network).x_pad_token.dtype
-        timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
+        timestep = of_each_sample(sigma, x) * 1000
         # Positions in the picture start after those of the prompt, so padding must not count.
         masks = conditioning["prompt_mask"].bool()
         prompts = [embeds[mask] for embeds, mask in zip(conditioning["prompt_embeds"].to(dtype), masks, strict=True)]

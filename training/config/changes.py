@@ -35,6 +35,7 @@ ON_REQUEST = (
     "batch_size",
     "fake_updates",
     "draws_per_rollout",
+    "score_groups",
     "lr_decay_share",
     "ema_decay",
     "ema_warm_up",

@@ -69,6 +69,8 @@ class DistillConfig(Section):
     """Fake updates before each generator update."""
     draws_per_rollout: Count = 1
     """Fake gradient steps (fresh noise and sigma) taken on the samples of one rollout."""
+    score_groups: Count = 1
+    """With a teacher of two networks, groups of a batch that are each compared on one of them."""
     lr_decay_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rates fall linearly to zero over this last share of each phase."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

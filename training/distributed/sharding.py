@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,11 @@ def check_processes(config: DistillConfig, processes: int) -> None:
     if config.batch_size % groups:
         whom = f"{processes} processes" if together == 1 else f"{groups} groups of {together} processes"
         raise ConfigError(f"batch_size: {config.batch_size} samples cannot be divided among {whom}")
+    if config.batch_size // groups % config.score_groups:
+        raise ConfigError(
+            f"score_groups: {config.batch_size // groups} samples of a process cannot be divided into "
+            f"{config.score_groups} groups"
+        )
     size = group_size(config, processes)
     if config.parallel.sharding == "hsdp" and processes > 1 and processes % size:
         raise ConfigError(f"parallel.shard_size: {processes} processes cannot be divided into groups of {size}")
@@ -80,20 +84,12 @@ def shard_roles(roles: Roles, mesh: DeviceMesh, device: torch.device, compute: t
     for role in roles.specs:
         if roles.owns_copies(role):
             roles.reset(role)
-    roles.asked_anywhere = partial(_any_process, device)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a diffusers network, which are gathered one at a time."""
     kinds = set(getattr(network, "_no_split_modules", None) or ())
     return [module for module in network.modules() if type(module).__name__ in kinds]
-
-
-def _any_process(device: torch.device, flags: list[bool]) -> list[bool]:
-    """Which flags are set on some process."""
-    counts = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(counts)
-    return [count > 0 for count in counts.tolist()]
 
 
 def whole(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

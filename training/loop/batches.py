@@ -44,12 +44,21 @@ class DataBatches:
         prompts: Conditioning of the examples.
         shapes: Shape of a latent in each bucket, without the batch.
         device: Where batches are used.
+        boundary: Sigma from which the first of a teacher's two networks runs; None for one network.
+        score_groups: Groups of a batch that are each compared on one of two networks.
     """
 
     def __init__(
-        self, rng: RunRNG, prompts: Conditionings, shapes: Sequence[tuple[int, ...]], device: torch.device
+        self,
+        rng: RunRNG,
+        prompts: Conditionings,
+        shapes: Sequence[tuple[int, ...]],
+        device: torch.device,
+        boundary: float | None = None,
+        score_groups: int = 1,
     ) -> None:
         self.rng, self.prompts, self.shapes, self.device = rng, prompts, shapes, device
+        self.boundary, self.score_groups = boundary, score_groups
 
     def draw(self, negative: bool = False) -> Batch:
         """Draw the next examples and their noise."""
@@ -65,5 +74,5 @@ class DataBatches:
 
     def renoising(self, distiller: PhasedDistiller, like: Tensor) -> Renoising:
         """Draw a sigma and noise for each of this process's samples."""
-        t = self.rng.score_sigmas(distiller)
+        t = self.rng.score_sigmas(distiller, self.boundary, self.score_groups)
         return Renoising(t, self.rng.noise(like.shape[1:]).to(self.device))

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from pdmd_core.batch import Batch, Renoising, Rows, rows_of
+from pdmd_core.batch import Batch, Renoising, Rows, as_rows, rows_of
 from pdmd_core.distillation import PhasedDistiller, VelocityOfRole
 from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.phases import PhasePlan
@@ -189,22 +189,20 @@ class PhaseTraining:
     def _parts(self, t: Tensor | None = None) -> list[Rows]:
         """Divide this process's samples into parts that are evaluated at once.
 
-        t: their sigmas, where the parts may go by them: with one network on the device at a time, the samples of a part
-            are
-        compared on one network.
+        t: their sigmas, where the samples of a part are compared. With two networks a part is compared on one of them.
         """
         size = self.config.memory.micro_batch_size or self.batch
-        if t is None or not self.config.memory.offload_idle_network:
+        if t is None or self.roles.routing.boundary is None:
             return [slice(i, min(i + size, self.batch)) for i in range(0, self.batch, size)]
         high = self.roles.routing.first_runs(t)
         sides = [side.nonzero().flatten() for side in (high, ~high)]
-        return [rows for side in sides if len(side) for rows in side.split(size)]
+        return [as_rows(indices) for side in sides if len(side) for indices in side.split(size)]
 
     def _backward(self, role: str, loss: Tensor, t: Tensor) -> Tensor:
         """Add the gradient of a part's mean loss to the role's; returns the part's share of the whole loss."""
         loss = loss * (len(t) / self.batch)
         # What gradient checkpointing recomputes must be this role, on a network that is there.
-        of_two = self.config.memory.offload_idle_network and role == FAKE
+        of_two = len(self.roles.components(role)) > 1
         self.roles.activate(role, self.roles.routing.component_at(float(t[0])) if of_two else None)
         (loss * self.config.parallel.context_parallel).backward()  # a group adds up, and all processes are averaged
         return loss.detach()
@@ -212,13 +210,11 @@ class PhaseTraining:
     def _step(self, role: str, total: Tensor) -> StepResult:
         """Take an optimizer step with the gradients that are there; a NaN or Inf skips it.
 
+        Of a role on two networks, one that was not asked has none, on any process, and stays as it is.
+
         Averages over processes are equal on all of them, and so all take or skip the step together.
         """
         parameters, optimizer = self.roles.parameters(role), self.optimizers[role]
-        if len(self.roles.components(role)) > 1:  # a network that had no sample here may have had one elsewhere
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
         average_gradients(parameters, self.accelerator.num_processes)
         norm = float(gathered(torch.nn.utils.clip_grad_norm_(parameters, self.sections[role].max_grad_norm)))
         value = float(self.accelerator.reduce(total, "mean"))

@@ -34,9 +34,29 @@ class RunRNG:
         """Normal noise (batch, *shape)."""
         return torch.randn(self.total, *shape, generator=self.samples)[self.own]
 
-    def score_sigmas(self, distiller: PhasedDistiller) -> Tensor:
-        """Where fake and teacher are compared, shape (batch,)."""
-        return distiller.draw_score_sigma(self.total, self.samples)[self.own]
+    def score_sigmas(self, distiller: PhasedDistiller, boundary: float | None = None, groups: int = 1) -> Tensor:
+        """Where fake and teacher are compared, shape (batch,).
+
+        Networks in shards run on all processes at once, and a network that one sample needs is computed for nothing on
+        all other processes. So the samples of a group, which every process has as many of, are on one side of the
+        boundary: the side of a group is drawn first, each with its share, and then sigmas on it. Each sigma has the
+        distribution that it has without groups.
+
+        Args:
+            distiller: The phase in training.
+            boundary: Sigma from which the first of a teacher's two networks runs; None for one network.
+            groups: Samples i, i + groups, ... are a group.
+        """
+        shares = torch.rand(self.total, generator=self.samples, dtype=torch.float64)[self.own]
+        below = distiller.score_share_below(boundary) if boundary is not None else 0.0
+        if boundary is None or not 0 < below < 1:
+            return distiller.score_sigma_at(shares)
+        first = float(torch.rand((), generator=self.shared, dtype=torch.float64))
+        low = (first + torch.arange(groups, dtype=torch.float64) / groups) % 1 < below  # evenly over the groups
+        low = low.repeat(len(shares) // groups)
+        sigmas = distiller.score_sigma_at(torch.where(low, below * shares, below + (1 - below) * shares))
+        at = torch.tensor(boundary)  # rounding must not bring a sigma over
+        return torch.where(low, sigmas.minimum(at.nextafter(at - 1)), sigmas.maximum(at.nextafter(at + 1)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The states of both generators and of the order of examples."""

@@ -49,7 +49,8 @@ class Trainer:
     def __init__(self, run: BuiltRun) -> None:
         self.built, self.config, self.plan, self.roles = run, run.config, run.plan, run.roles
         self.accelerator, self.output_dir = run.accelerator, run.config.output_dir
-        self.batches = DataBatches(run.rng, run.data.prompts, run.data.shapes, run.accelerator.device)
+        boundary, groups = run.roles.routing.boundary, run.config.score_groups
+        self.batches = DataBatches(run.rng, run.data.prompts, run.data.shapes, run.accelerator.device, boundary, groups)
         self.progress = Progress(phase=run.config.first_phase)
         self.monitors = monitors_of(run.config, run.accelerator)
 

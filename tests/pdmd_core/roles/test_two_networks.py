@@ -106,19 +106,6 @@ def test_an_expert_stands_on_one_network_at_all_sigmas(roles: Roles, role: str, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("sigma", "component"), [(0.95, SECOND), (0.3, FIRST)])
-def test_a_network_that_other_processes_wait_for_is_asked_for_one_sample_that_counts_for_nothing(
-    roles: Roles, sigma: float, component: str
-) -> None:
-    expected = roles.velocity(TEACHER, X, sigma, CONDITIONING)
-    roles.asked_anywhere = lambda networks: [True for _ in networks]
-    with rows_seen(roles, TEACHER) as seen:
-        found = roles.velocity(TEACHER, X, sigma, CONDITIONING)
-    assert seen[component] == [1]
-    assert torch.equal(found, expected)
-
-
-@torch.no_grad()
 def test_who_asked_is_told_which_role_computes_and_which_of_the_teacher_s_networks_runs(roles: Roles) -> None:
     told, used = list[str](), list[str]()
     roles.before_role, roles.before_use = told.append, used.append

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,3 +45,38 @@ def test_a_state_continues_where_it_was_taken() -> None:
 def test_seeds_differ() -> None:
     first, second = drawn(draws_of(0, 4)), drawn(draws_of(1, 4))
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_group_is_compared_on_one_network_and_every_process_has_as_many_of_it() -> None:
+    boundary, rng = 0.9, draws_of(seed=1, batch=12)
+    draws = [rng.score_sigmas(DISTILLER, boundary, groups=3) for _ in range(400)]
+    sides = torch.stack([(t >= boundary).reshape(4, 3) for t in draws])
+    assert bool((sides == sides[:, :1]).all()), "samples i, i + 3, ... are on one side"
+    assert 0 < sides.float().mean() < 1
+    for rank in range(4):
+        part = draws_of(seed=1, batch=12, rank=rank, processes=4)
+        for whole in draws:
+            assert torch.equal(part.score_sigmas(DISTILLER, boundary, groups=3), whole[3 * rank : 3 * rank + 3])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_groups_leave_each_sigma_the_distribution_that_it_has_without(groups: int) -> None:
+    rng, boundary = draws_of(seed=5, batch=4), 0.9
+    grouped = torch.stack([rng.score_sigmas(DISTILLER, boundary, groups) for _ in range(4000)]).double()
+    alone = torch.cat([rng.score_sigmas(DISTILLER) for _ in range(4000)]).double()
+    at = torch.linspace(0, 1, 21, dtype=torch.float64).mul(0.98).add(0.01)
+    for sample in range(4):
+        error = (grouped[:, sample].quantile(at) - alone.quantile(at)).abs().max()
+        assert error < 0.02, (sample, error)
+
+
+def test_what_rounds_to_the_boundary_stays_on_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    boundary = 0.9  # no number of float32
+    for side, share in ((0.0, 1.0), (0.999, 0.0)):  # the end of the lower side, the start of the upper one
+        values = iter([torch.full((2,), share, dtype=torch.float64), torch.tensor(side, dtype=torch.float64)])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "rand", lambda *_, **__: next(values))  # noqa: B023
+            sigmas = draws_of(seed=0, batch=2).score_sigmas(DISTILLER, boundary)
+        above = side > 0.5
+        assert [bool(sigma >= boundary) for sigma in sigmas] == [above, above]
+        assert [float(sigma) >= boundary for sigma in sigmas] == [above, above]

@@ -1,0 +1,82 @@
+"""Counts what networks really evaluate in an update, on 1, 2 and 4 processes: ``python counted_evaluations.py``.
+
+Libraries are imported once, the processes are forks of this one. Prints a line of JSON for each case: passes forwards
+and backwards over samples in all processes, and the numbers of the update.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
+from training.distributed.sharding import mesh_of, shard_roles
+
+CASES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]
+"""Processes, and groups of samples."""
+BATCH, UPDATES = 8, 4
+
+
+def count(processes: int, groups: int) -> dict[str, object]:
+    config = small_config(
+        plan={"steps": [1, 1], "shift": 5.0},
+        batch_size=BATCH,
+        fake_updates=2,
+        score_groups=groups,
+        memory={"micro_batch_size": 1},
+        parallel={"sharding": "fsdp"},
+        objective={"guidance_scale": 3.0},
+    )
+    torch.manual_seed(0)
+    training = RandomTraining(config, small_teacher("wan_two_networks", "tiny", 8), Accelerator(cpu=True), phase=1)
+    if mesh := mesh_of(config, torch.device("cpu"), processes):
+        shard_roles(training.roles, mesh, torch.device("cpu"))
+    passes = torch.zeros(2)
+
+    def forwards(
+        network: nn.Module, args: object, kwargs: dict[str, torch.Tensor], output: tuple[torch.Tensor]
+    ) -> None:
+        passes[0] += len(kwargs["hidden_states"])
+        if torch.is_grad_enabled():
+            passes[1] += len(kwargs["hidden_states"])
+
+    for network in training.roles.networks():
+        network.register_forward_hook(forwards, with_kwargs=True)
+    values = [training.update().values for _ in range(UPDATES)]
+    if processes > 1:
+        dist.all_reduce(passes)
+    return {"processes": processes, "groups": groups, "passes": passes.tolist(), "values": values}
+
+
+def fork(processes: int, groups: int, rendezvous: str) -> None:
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            if processes > 1:
+                dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
+            found = count(processes, groups)
+            if rank == 0:
+                print(json.dumps(found), flush=True)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"a process of {processes} failed")
+
+
+with tempfile.TemporaryDirectory() as folder:
+    for processes, groups in CASES:
+        fork(processes, groups, f"{folder}/{processes}-{groups}")
