@@ -64,6 +64,30 @@ class Renoising:
         return Renoising(self.t[part], self.noise[part])
 
 
+PROMPT_MASK = "prompt_mask"
+"""Which tokens of a prompt are there, of shape (batch, tokens); it may stay on the CPU, where what depends on it is
+decided without waiting for a device."""
+
+
+def without_padding(*conditionings: Conditioning) -> list[dict[str, Tensor]]:
+    """Cut prompts after the last token that one of them has, where a mask says which are there.
+
+    Args:
+        *conditionings: Name to tensor of shape (batch, ...); those with a ``prompt_mask`` become equally long.
+
+    Returns:
+        The same names; the values are views.
+    """
+    masks = [conditioning[PROMPT_MASK] for conditioning in conditionings if PROMPT_MASK in conditioning]
+    if not masks:
+        return [dict(conditioning) for conditioning in conditionings]
+    width = max(int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 1 for mask in masks)
+    return [
+        {name: value[:, :width] if name.startswith("prompt_") else value for name, value in conditioning.items()}
+        for conditioning in conditionings
+    ]
+
+
 def as_rows(indices: Tensor) -> Rows:
     """Take neighbours as a slice, which needs no indices on the device.
 

@@ -205,14 +205,12 @@ def dry_run(config: DistillConfig, memory_per_gpu: float | None = None, gpus: in
 
 def encode_prompts(config: DistillConfig) -> int:
     """Write what a run is conditioned on, without loading a network; any number of processes share the work."""
-    import torch
-    from accelerate import Accelerator
-
     from training.data.teacher import TeacherSource, family_of_pipeline
     from training.data.training_data import training_data
     from training.loop.dry_run import pipeline_on_meta
+    from training.loop.precision import make_accelerator
 
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = make_accelerator("no")
     source = TeacherSource(config.model.path, config.model.revision, config.model.pipeline)
     sizes = pipeline_on_meta(source)
     data = training_data(config, source, family_of_pipeline(sizes), sizes, accelerator.device)

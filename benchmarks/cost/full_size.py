@@ -26,13 +26,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from accelerate import Accelerator
 
 from benchmarks.cost.random_training import RandomTraining, released_teacher
 from benchmarks.cost.random_wan import finished, machine
 from benchmarks.cost.training_memory import Peak, held_bytes
 from training.config.schema import DistillConfig, load_config
 from training.loop.dry_run import describe
+from training.loop.precision import make_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("qwen_image", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "wan2_1_t2v_14b", "wan2_1_t2v_1_3b")
@@ -42,7 +42,7 @@ OUT_OF_MEMORY = "out of memory"
 
 def measure(config: DistillConfig, layers: int | None, phase: int, updates: int, device: str) -> dict[str, Any]:
     """Seconds of each update and bytes, of one phase; with ``failed`` where the device has too little memory."""
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+    accelerator = make_accelerator(config.precision, device)
     row: dict[str, Any] = {"phase": config.plan.build().phases[phase].name}
     peak = Peak(device)
     try:

@@ -11,6 +11,7 @@ import diffusers
 import torch
 from accelerate import Accelerator, init_empty_weights
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pdmd_core.families import ModelFamily, TeacherRouting, family
 from pdmd_core.roles import Roles
@@ -18,11 +19,11 @@ from training.config.schema import DistillConfig, parse_config
 from training.data.order import ExampleOrder
 from training.data.teacher import TeacherSource, family_of_pipeline
 from training.loop.batches import DataBatches
-from training.loop.build import enable_gradient_checkpointing
+from training.loop.build import build_roles
 from training.loop.dry_run import pipeline_on_meta
 from training.loop.phase import PhaseTraining, Update
 from training.loop.rng import RunRNG
-from training.memory.offload import keep_idle_experts_away, keep_one_network
+from training.memory.offload import keep_idle_experts_away
 
 
 @dataclass(frozen=True)
@@ -198,19 +199,12 @@ class RandomTraining:
         accelerator: Accelerator,
         phase: int = 0,
         kind: type[Roles] = Roles,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.accelerator = accelerator
-        one_at_a_time = config.memory.offload_idle_network and len(teacher.networks) > 1
-        if one_at_a_time:
-            for network in teacher.networks.values():
-                network.cpu()
-        self.roles = kind(teacher.networks, teacher.family, config.role_specs(teacher.routing), teacher.routing)
-        if one_at_a_time:
-            keep_one_network(self.roles, accelerator.device)
-        if config.memory.gradient_checkpointing:
-            for role in self.roles.specs:
-                for component in self.roles.components(role):
-                    enable_gradient_checkpointing(self.roles.network(role, component))
+        self.roles = build_roles(
+            config, teacher.family, teacher.networks, teacher.routing, accelerator.device, mesh, kind=kind
+        )
         plan = config.plan.build()
         if config.memory.offload_idle_experts:
             keep_idle_experts_away(self.roles, plan.phases[phase].name, accelerator.device)

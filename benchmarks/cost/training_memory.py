@@ -35,6 +35,7 @@ from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig, load_config
 from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
 from training.loop.dry_run import pipeline_on_meta
+from training.loop.precision import make_accelerator
 from training.memory.offload import OneOnDevice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +160,7 @@ def main() -> None:
     for model in arguments.models:
         recipe = f"{model}_phased_single_gpu"
         config = load_config(ROOT / f"training/configs/{recipe}.yaml", [*SMALL, *overrides])
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+        accelerator = make_accelerator(config.precision, device)
         blocks, parameters = blocks_of(config)
         whole_base = parameters * getattr(torch, config.model.dtype).itemsize
         teacher = released_teacher(config, arguments.layers, device)

@@ -159,7 +159,8 @@ class ModelFamily(ABC):
 
         Returns:
             Conditioning with a row for each prompt. It may have fewer tokens than ``max_sequence_length`` if zeros
-            after them change nothing, which a tensor ``prompt_mask`` of shape (batch, tokens) says.
+            after them change nothing, which a tensor ``prompt_mask`` of shape (batch, tokens) says. Only names that
+            start with ``prompt_`` are of shape (batch, tokens, ...).
         """
 
     @abstractmethod

@@ -103,7 +103,7 @@ class LtxVideoFamily(ModelFamily):
             hidden_states=x.flatten(2).transpose(1, 2).to(dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
             timestep=timestep,
-            encoder_attention_mask=conditioning["prompt_mask"],
+            encoder_attention_mask=conditioning["prompt_mask"].to(x.device, non_blocking=True),
             num_frames=frames,
             height=height,
             width=width,

@@ -99,7 +99,7 @@ class QwenImageFamily(ModelFamily):
             hidden_states=tokens.to(dtype),
             timestep=timestep.to(dtype) / 1000,
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(x.device, non_blocking=True),
             img_shapes=[shapes] * len(x),
             return_dict=False,
         )

@@ -75,8 +75,9 @@ class ZImageFamily(ModelFamily):
         dtype = cast("ZImageTransformer2DModel", network).x_pad_token.dtype
         timestep = of_each_sample(sigma, x) * 1000
         # Positions in the picture start after those of the prompt, so padding must not count.
-        masks = conditioning["prompt_mask"].bool()
-        prompts = [embeds[mask] for embeds, mask in zip(conditioning["prompt_embeds"].to(dtype), masks, strict=True)]
+        lengths = conditioning["prompt_mask"].bool().sum(1).tolist()
+        embeds = conditioning["prompt_embeds"].to(dtype)
+        prompts = [tokens[:length] for tokens, length in zip(embeds, lengths, strict=True)]
         pictures = list(x.to(dtype).unsqueeze(2).unbind())
         output = network(pictures, (1000 - timestep) / 1000, prompts, return_dict=False)[0]
         return -torch.stack(list(output)).squeeze(2)

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
-from training.distributed.sharding import mesh_of, shard_roles
+from training.distributed.sharding import mesh_of
 
 CASES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]
 """Processes, and groups of samples."""
@@ -38,9 +38,9 @@ def count(processes: int, groups: int) -> dict[str, object]:
         objective={"guidance_scale": 3.0},
     )
     torch.manual_seed(0)
-    training = RandomTraining(config, small_teacher("wan_two_networks", "tiny", 8), Accelerator(cpu=True), phase=1)
-    if mesh := mesh_of(config, torch.device("cpu"), processes):
-        shard_roles(training.roles, mesh, torch.device("cpu"))
+    mesh = mesh_of(config, torch.device("cpu"), processes)
+    teacher, accelerator = small_teacher("wan_two_networks", "tiny", 8), Accelerator(cpu=True)
+    training = RandomTraining(config, teacher, accelerator, phase=1, mesh=mesh)
     passes = torch.zeros(2)
 
     def forwards(

@@ -17,7 +17,10 @@ class Batches(Protocol):
     """Where the updates of a phase get everything that is random."""
 
     def draw(self, negative: bool = False) -> Batch:
-        """Draw noise and conditioning for this process's samples, with the negative conditioning when asked."""
+        """Draw noise and conditioning for this process's samples, with the negative conditioning when asked.
+
+        Conditioning may be on the CPU: it goes to the device part by part.
+        """
 
     def step(self, distiller: PhasedDistiller) -> int:
         """Draw the step inside the phase that trains, the same on all processes."""
@@ -65,8 +68,8 @@ class DataBatches:
         bucket, indices = self.rng.examples()
         noise = self.rng.noise(self.shapes[bucket]).to(self.device)
         if negative:
-            return Batch(noise, *self.prompts.conditioning_pair(indices, self.device))
-        return Batch(noise, self.prompts.conditioning(indices, self.device), {})
+            return Batch(noise, *self.prompts.conditioning_pair(indices, torch.device("cpu")))
+        return Batch(noise, self.prompts.conditioning(indices, torch.device("cpu")), {})
 
     def step(self, distiller: PhasedDistiller) -> int:
         """Draw the step that trains from the generator that all processes share."""

@@ -25,6 +25,7 @@ from training.distributed.context_parallel import check_context_parallel, divide
 from training.distributed.sharding import check_processes, mesh_of, shard_roles
 from training.loop.compiling import compile_blocks
 from training.loop.optimizers import check_libraries
+from training.loop.precision import leave_casts_to_autocast, make_accelerator
 from training.loop.resumption import Resume, Resumption, find_resumption
 from training.loop.rng import RunRNG
 from training.loop.start import load_start, specs_of_run, start_of
@@ -93,12 +94,8 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
         UserError: If the run cannot be: a library, the teacher, the prompts, the number of processes, or a checkpoint
             that is of another run (one line).
     """
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs do not find each other
-        mixed_precision=config.precision,
-        log_with=config.monitoring.tracker,
-        project_dir=str(config.output_dir / "logs"),
-    )
+    tracker, logs = config.monitoring.tracker, str(config.output_dir / "logs")
+    accelerator = make_accelerator(config.precision, log_with=tracker, project_dir=logs)
     rank, processes = accelerator.process_index, accelerator.num_processes
     check_processes(config, processes)
     check_libraries(config)
@@ -142,6 +139,7 @@ def build_roles(
     device: torch.device,
     mesh: DeviceMesh | None = None,
     start: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    kind: type[Roles] = Roles,
 ) -> Roles:
     """Make the roles of a run on a teacher's networks, and put them where they compute.
 
@@ -157,6 +155,7 @@ def build_roles(
         device: Where networks compute.
         mesh: The processes that share the weights; None when every one holds all of them.
         start: Notes of ``start.Start``: experts that are given have their own kind and rank.
+        kind: The class of what is made.
 
     Returns:
         The roles; everything is frozen.
@@ -168,7 +167,9 @@ def build_roles(
     one_at_a_time = config.memory.offload_idle_network and len(networks) > 1
     if mesh is None and not one_at_a_time:
         networks = {name: network.to(device) for name, network in networks.items()}
-    roles = Roles(networks, family, specs_of_run(config, routing, start), routing, empty_copies=mesh is not None)
+    roles = kind(networks, family, specs_of_run(config, routing, start), routing, empty_copies=mesh is not None)
+    if config.precision == "bf16":
+        leave_casts_to_autocast(roles.networks())
     if config.compile == "regional":
         compile_blocks(roles.networks())
     if mesh is not None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from pdmd_core.batch import Batch, Renoising, Rows, as_rows, rows_of
+from pdmd_core.batch import PROMPT_MASK, Batch, Renoising, Rows, as_rows, rows_of, without_padding
 from pdmd_core.distillation import PhasedDistiller, VelocityOfRole
 from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.phases import PhasePlan
@@ -160,17 +160,18 @@ class PhaseTraining:
         """Make samples at the end of the phase, without gradient, as many at once as are evaluated at once."""
         samples = []
         for part in self._parts():
+            rows = self._on_device(batch.rows(part))
             with self.accelerator.autocast():
-                samples.append(self.distiller.rollout(batch.rows(part), step, gradient=False).x_s)
+                samples.append(self.distiller.rollout(rows, step, gradient=False).x_s)
         return torch.cat(samples)
 
     def fake_step(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising) -> StepResult:
         """Take one optimizer step of the fake on samples of the generator."""
         total = torch.zeros((), device=self.device)
         for part in self._parts(renoising.t):
-            own = renoising.rows(part)
+            own, rows = renoising.rows(part), self._on_device(Batch(x_s[part], rows_of(conditioning, part)))
             with self.accelerator.autocast():
-                loss = self.distiller.fake_loss(x_s[part], rows_of(conditioning, part), own)
+                loss = self.distiller.fake_loss(rows.noise, rows.conditioning, own)
             total += self._backward(FAKE, loss, own.t)
         return self._step(FAKE, total)
 
@@ -178,13 +179,26 @@ class PhaseTraining:
         """Take one optimizer step of the expert; returns also the distance of teacher and fake over all processes."""
         total, distance = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for part in self._parts(renoising.t):
-            rows, own = batch.rows(part), renoising.rows(part)
+            rows, own = self._on_device(batch.rows(part)), renoising.rows(part)
             with self.accelerator.autocast():
                 rollout = self.distiller.rollout(rows, step, gradient=True)
                 found = self.distiller.generator_loss(rollout, rows, own)
             total += self._backward(self.expert, found.loss, own.t)
             distance += found.score_distance * (len(rows) / self.batch)
         return self._step(self.expert, total), float(self.accelerator.reduce(distance, "mean"))
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """Bring the conditioning of samples to the device, prompts as long as the longest of them."""
+        sides = [batch.conditioning, batch.negative]
+        if not self.config.memory.guidance_batched:  # each side is evaluated alone
+            found = [side for one in sides for side in without_padding(one)]
+        else:
+            found = without_padding(*sides)
+        brought = (
+            {name: v if name == PROMPT_MASK else v.to(self.device, non_blocking=True) for name, v in side.items()}
+            for side in found
+        )
+        return Batch(batch.noise, *brought)
 
     def _parts(self, t: Tensor | None = None) -> list[Rows]:
         """Divide this process's samples into parts that are evaluated at once.

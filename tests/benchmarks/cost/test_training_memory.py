@@ -55,7 +55,8 @@ def lora_numbers(teacher: RandomTeacher, phases: int) -> tuple[int, int]:
 def test_held_is_base_adapters_moments_and_one_role_s_gradients(name: str) -> None:
     experts, fake = lora_numbers(small_teacher(name, "tiny", 4), 2)
     trained = experts // 2  # one of the two experts; the fake of two networks is twice as large
-    found = measure(small_config(fake_updates=1), small_teacher(name, "tiny", 4), Accelerator(cpu=True), "cpu")
+    config = small_config(fake_updates=1, batch_size=4, score_groups=4)  # on both networks in every step
+    found = measure(config, small_teacher(name, "tiny", 4), Accelerator(cpu=True), "cpu")
     weights_and_moments = 4 * (experts + fake + 2 * (trained + fake))
     extra = (
         found["held"] - found["base"] - weights_and_moments - 4 * fake
@@ -63,7 +64,7 @@ def test_held_is_base_adapters_moments_and_one_role_s_gradients(name: str) -> No
     assert found["base"] == sum(
         4 * p.numel() for n in small_teacher(name, "tiny", 4).networks.values() for p in n.parameters()
     )
-    assert 0 <= extra < 0.15 * weights_and_moments, "besides: optimizers' step counters, samples"
+    assert 0 <= extra < 0.3 * weights_and_moments, "besides: optimizers' step counters, samples"
 
 
 def test_a_released_teacher_has_the_real_widths_and_the_asked_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ def config(settings_of_run: dict[str, Any], tmp_path: Path) -> DistillConfig:
     changes = {
         "plan": {"steps": [1, 1], "shift": 5.0},
         "batch_size": 6,
+        "score_groups": 3,
         "updates": 2,
         "memory.gradient_checkpointing": True,
     }
