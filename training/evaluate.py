@@ -163,6 +163,18 @@ def make_parser() -> arguments.CommandParser:
     machine.add_argument(
         "--shown_prompts", type=count, metavar="N", default=8, help="prompts in the pictures (default: 8)"
     )
+    machine.add_argument(
+        "--vbench",
+        type=arguments.output_folder,
+        metavar="FOLDER",
+        help="write all clips there as VBench reads them, a folder a method: PROMPT-INDEX.mp4",
+    )
+    machine.add_argument(
+        "--frame_rate",
+        type=arguments.number(0, above=True),
+        metavar="N",
+        help="frames a second of these clips (default: the model's)",
+    )
     return parser
 
 
@@ -179,9 +191,13 @@ def run(options: object) -> int:
     from training.evaluation.request import Request
     from training.evaluation.run import write_report
 
-    report = write_report(Request(**vars(options)))
+    request = Request(**vars(options))
+    report = write_report(request)
     print(report.read_text(encoding="utf-8"))
     print(f"report: {report} (picture: {report.with_suffix('.png')})")
+    if request.vbench is not None:
+        print(f"clips for VBench: {request.vbench}, a folder a method. For example:")
+        print("  vbench evaluate --mode custom_input --dimension motion_smoothness --videos_path FOLDER/METHOD")
     return 0
 
 

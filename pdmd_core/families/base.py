@@ -75,6 +75,8 @@ class ModelFamily(ABC):
     """Its value for no guidance: 0 in pipelines that count what is added."""
     makes_clips: bool = False
     """Whether the pipeline's call takes ``num_frames`` and returns ``frames``; it returns ``images`` otherwise."""
+    frame_rate: float = 16.0
+    """Frames a second of its clips, where the pipeline's call does not say otherwise."""
     context_parallel: bool = True
     """Whether diffusers divides the tokens of a sample rightly among processes, where it has a plan for it."""
     comfyui_sampling: str = "ModelSamplingSD3"

@@ -71,7 +71,7 @@ class LtxVideoFamily(ModelFamily):
     lora_targets = _TARGETS
     lora_names = _NAMES
     lora_keys = LoraKeys(down=".lora_A.weight", up=".lora_B.weight", alpha=None)
-    makes_clips = True
+    makes_clips, frame_rate = True, 25.0
     context_parallel = False  # its attention has a mask for all heads, a process has a part of them
     comfyui_sampling = "ModelSamplingAuraFlow"
 

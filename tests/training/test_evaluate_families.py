@@ -71,7 +71,7 @@ def test_a_report_of_any_family(name: str, tmp_path: Path, capsys: pytest.Captur
     arguments = ["--experts", str(experts), "--output_dir", str(output), "--prompts", str(prompts), "--device", "cpu"]
     arguments += ["--seeds", str(kind.seeds), "--teacher_steps", "2", "--few_steps"]
     if kind.size[2] > 1:
-        arguments += ["--data", str(clips(tmp_path / "data"))]
+        arguments += ["--data", str(clips(tmp_path / "data")), "--vbench", str(tmp_path / "vbench")]
     assert evaluate.main(arguments) == 0
 
     data = json.loads((output / "report.json").read_text(encoding="utf-8"))
@@ -94,6 +94,10 @@ def test_a_report_of_any_family(name: str, tmp_path: Path, capsys: pytest.Captur
             first = np.asarray(image.convert("RGB")).astype(int)
             image.seek(4)
             assert np.abs(np.asarray(image.convert("RGB")).astype(int) - first).max() > 20, "it moves"
+        methods = [path for path in (tmp_path / "vbench").iterdir() if path.is_dir()]
+        assert {path.name for path in methods} == {"teacher_2_steps_with_guidance", "phase_experts_2_steps"}
+        names = {f"{prompt}-{i}.mp4" for prompt in ("a panda", "a fox on red ice") for i in range(2)}
+        assert all({path.name for path in folder.iterdir()} == names for folder in methods)
 
     (tmp_path / "prompts.txt").write_text("a panda\n", encoding="utf-8")
     if kind.images:

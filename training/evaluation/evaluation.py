@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,6 +242,28 @@ class Evaluation:
         for part in _parts(missing, decoded_at_once(self.size), "measure the data"):
             _add(caches, measures, part, torch.stack([read_sample(files[name], self.size) for name in part]))
         return {name: cache.rows(list(files)) for name, cache in caches.items()}
+
+    def source(self, method: Method) -> str:
+        """What decides a method's samples, as one name."""
+        return digest_of(self._folder(method).name, self.ids(method))
+
+    def decoded(self, method: Method, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Decode samples of a method, which must be there.
+
+        Args:
+            method: What sampled.
+            indices: Which of ``ids``.
+
+        Yields:
+            The index and its pixels in [0, 1] on the CPU, of shape (frames, 3, height, width).
+        """
+        ids = self.ids(method)
+        named = {ids[i]: i for i in indices}
+        for part in _parts(list(named), decoded_at_once(self.size), f"decode {method.name}"):
+            for name, pixels in zip(
+                part, self._decode(self._latents(method).rows(part, ["latents"])["latents"]), strict=True
+            ):
+                yield named[name], pixels
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self._decoder is None:

@@ -54,6 +54,8 @@ class Request:
     cache_dir: Path | None
     no_sampling: bool
     shown_prompts: int
+    vbench: Path | None = None
+    frame_rate: float | None = None
 
     @property
     def steps_of_reference(self) -> int:
@@ -118,6 +120,7 @@ class Request:
             ("--shift", self.shift, bool(steps), "a teacher that samples"),
             ("--guidance_scale", self.guidance_scale, bool(steps), "a teacher that samples"),
             ("--negative_prompt", self.negative_prompt, bool(steps) and teacher.guided, "a teacher with guidance"),
+            ("--frame_rate", self.frame_rate, self.vbench is not None, "the clips of --vbench"),
             ("--batch_size", self.batch_size, not self.no_sampling, "sampling, which --no_sampling rules out"),
         ):
             if value is not None and not heard:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pdmd_core.experts import PhasedExperts
+from training.config.command_line import UserError
 from training.evaluation.comparison import compare
 from training.evaluation.evaluation import Evaluation
 from training.evaluation.methods import REFERENCE_SEED, Method, methods_of, named_experts
 from training.evaluation.report import Report, Row, write_pictures
 from training.evaluation.request import Request
+from training.evaluation.sampler import family_of_source
 from training.evaluation.selection import Selection, select
+from training.evaluation.vbench import write_clips
 
 
 def write_report(request: Request) -> Path:
@@ -39,6 +43,8 @@ def write_report(request: Request) -> Path:
     sampled = [*methods, reference] if selection.compares else methods
     request.refuse_unheard(evaluation.teacher, selection, {own.steps for own in sampled if own.experts is None})
 
+    if request.vbench is not None:
+        refuse_vbench(evaluation.size.frames)
     setting = selection.setting
     if (
         request.data is not None and "data_frechet" in selection.metrics
@@ -59,7 +65,25 @@ def write_report(request: Request) -> Path:
         for own in methods
     ]
     _report(request, evaluation, selection, rows, experts).write(request.output_dir, pictures)
+    if request.vbench is not None:
+        rate = request.frame_rate or family_of_source(evaluation.teacher.source).frame_rate
+        write_clips(request.vbench, evaluation, methods, rate)
     return request.output_dir / "report.md"
+
+
+def refuse_vbench(frames: int) -> None:
+    """Refuse clips for VBench where there are none, or where nothing writes them.
+
+    Args:
+        frames: Frames of a sample.
+
+    Raises:
+        UserError: What is missing.
+    """
+    if frames == 1:
+        raise UserError("--vbench is for clips, these samples have 1 frame: leave it out")
+    if importlib.util.find_spec("cv2") is None:
+        raise UserError('--vbench needs OpenCV to write clips: pip install "phased-dmd[metrics]"')
 
 
 def _report(

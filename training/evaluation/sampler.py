@@ -243,16 +243,25 @@ class Decoder:
     """
 
     def __init__(self, source: TeacherSource, size: SampleSize, device: str | None = None) -> None:
-        try:
-            self.family = family_of(str((source.index().get("transformer") or [None, None])[1]))
-        except ValueError as error:
-            raise TeacherError(f"the teacher {source.path!r}: {error}") from None
+        self.family = family_of_source(source)
         self.pipeline = move(source.load(torch.float32, lambda name: name == "vae"), default_device(device))
         self.batch = decoded_at_once(size)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Decode latents (count, ...) to pixels in [0, 1] on the CPU, of shape (count, frames, 3, height, width)."""
         return _decode(self.family, self.pipeline, latents, self.batch, None)
+
+
+def family_of_source(source: TeacherSource) -> ModelFamily:
+    """Tell the family of a teacher, of which no weights are read.
+
+    Raises:
+        TeacherError: When there is no such teacher, or none of a known family.
+    """
+    try:
+        return family_of(str((source.index().get("transformer") or [None, None])[1]))
+    except ValueError as error:
+        raise TeacherError(f"the teacher {source.path!r}: {error}") from None
 
 
 def decoded_at_once(size: SampleSize) -> int:
