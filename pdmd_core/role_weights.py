@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_adapter(
-    network: nn.Module, role: str, rank: int, alpha: float, targets: Sequence[str]
+    network: nn.Module, role: str, rank: int, alpha: float, targets: Sequence[str], blocks: Sequence[str]
 ) -> dict[str, BaseTunerLayer]:
     """Put the adapter of a role into a network.
 
@@ -25,6 +26,7 @@ def add_adapter(
         rank: The LoRA rank.
         alpha: The LoRA alpha; the adapter is scaled by alpha / rank.
         targets: Suffixes of the modules to adapt.
+        blocks: Names of the network's lists of blocks; modules outside of them have the same suffixes in some networks.
 
     Returns:
         Path of each adapted module, of this and of earlier adapters, to its layer.
@@ -32,7 +34,8 @@ def add_adapter(
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+    inner, outer = ("|".join(map(re.escape, names)) for names in (targets, blocks))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"(?:.+\.)?(?:{outer})\.\d+\.(?:.+\.)?(?:{inner})")
     with warnings.catch_warnings():  # several adapters are the point
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, network, adapter_name=role)

@@ -121,7 +121,7 @@ class Roles:
     def _add_adapter(self, role: str, spec: RoleSpec) -> None:
         targets = spec.targets or self.family.lora_targets
         for name in self.components(role):
-            self._layers[name] = add_adapter(self.bases[name], role, spec.rank, spec.alpha, targets)
+            self._layers[name] = add_adapter(self.bases[name], role, spec.rank, spec.alpha, targets, self.family.blocks)
         for parameter in self.parameters(role):  # Adam-sized updates vanish in half precision, whatever the base's
             parameter.data = at_least_float32(parameter.data)
 

@@ -236,7 +236,12 @@ class BaseFiles:
                 raise ExpertsError(f"{file} adapts {module}, which {component} of {self.folder} does not have")
             wanted = (shape[0], weight[1]) if part == "lora_A" else (weight[0], shape[1])
             self._check_shape(file, component, name, shape, wanted)
-        adaptable = {name.removesuffix(".weight") for name, shape in expected.items() if len(shape) == 2}
+        blocks = tuple(f"{name}." for name in self.family.blocks)
+        adaptable = {
+            name.removesuffix(".weight")
+            for name, shape in expected.items()
+            if len(shape) == 2 and name.startswith(blocks)
+        }
         left_out = sorted(m for m in adaptable if matching(m, targets) and f"{m}.lora_A" not in found)
         if left_out:
             raise ExpertsError(

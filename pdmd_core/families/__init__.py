@@ -11,8 +11,10 @@ from .module_names import ModuleNames
 from .routing import TeacherRouting
 
 FAMILIES = {
+    "flux": "FluxFamily",
     "ltx_video": "LtxVideoFamily",
     "qwen_image": "QwenImageFamily",
+    "stable_diffusion_3": "StableDiffusion3Family",
     "wan": "WanFamily",
     "z_image": "ZImageFamily",
 }

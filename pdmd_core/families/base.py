@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..flow import Sigma, at_least_float32
+from ..flow import Sigma
 from ..phases import PhasePlan
+from .guidance import classifier_free_guidance
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
 from .routing import TeacherRouting
@@ -26,21 +27,6 @@ if TYPE_CHECKING:
 
 Conditioning = Mapping[str, Tensor]
 """Named conditioning tensors, each of shape (batch, ...): ``{"prompt_embeds": (batch, tokens, features)}``."""
-
-
-def classifier_free_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Guide a velocity: ``negative + scale * (positive - negative)``.
-
-    Args:
-        positive: The velocity with the prompt, of any shape.
-        negative: The velocity with the negative prompt, of the same shape.
-        scale: The scale of guidance; 1 is none.
-
-    Returns:
-        The guided velocity, in float32 or better.
-    """
-    positive, negative = at_least_float32(positive), at_least_float32(negative)
-    return negative + scale * (positive - negative)
 
 
 class ModelFamily(ABC):
@@ -73,6 +59,9 @@ class ModelFamily(ABC):
     """The argument of the pipeline's call that sets classifier-free guidance."""
     unguided: float = 1.0
     """Its value for no guidance: 0 in pipelines that count what is added."""
+    embedded_guidance: float = 1.0
+    """What the pipeline's call gives by default to networks that take guidance as an input (``guidance_embeds`` in
+    their configuration). It is no classifier-free guidance, and the same for teacher, fake and experts."""
     makes_clips: bool = False
     """Whether the pipeline's call takes ``num_frames`` and returns ``frames``; it returns ``images`` otherwise."""
     frame_rate: float = 16.0

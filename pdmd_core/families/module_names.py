@@ -36,6 +36,8 @@ class Place:
     """Modules, or parameters; several where one module of the native layout is several in diffusers."""
     is_parameter: bool = False
     """Whether they are parameters of no module of their own, such as a table that is added."""
+    shares: tuple[int, ...] = (1,)
+    """The sizes of several modules in relation to each other."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ModuleNames:
     """Names of everything in a network that LoRA files change."""
 
     blocks: tuple[str, ...] = ()
-    """Names of the network's lists of blocks, which are the same in all layouts."""
+    """Names of the network's lists of blocks in diffusers."""
     in_block: Mapping[str, str] = field(default_factory=dict)
     """Modules of a block: names in diffusers to native names."""
     outside: Mapping[str, str] = field(default_factory=dict)
@@ -53,8 +55,18 @@ class ModuleNames:
     parameters: Mapping[str, str] = field(default_factory=dict)
     """Such parameters outside the blocks."""
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Modules of a block that other tools have as one: their name there to the modules in diffusers whose outputs it
-    lists one after the other."""
+    """Modules of a block that other tools have under another name, or as one: their name there to the modules in
+    diffusers whose outputs it lists one after the other."""
+    shares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Those of ``joined`` whose parts are not equally large, to the parts' sizes in relation to each other."""
+    other_blocks: Mapping[str, str] = field(default_factory=dict)
+    """Names that other tools have for the lists of blocks, to those in diffusers."""
+    other_outside: Mapping[str, str] = field(default_factory=dict)
+    """Names that other tools have for modules outside the blocks, to those in diffusers."""
+    prefix: str = "diffusion_model."
+    """What files in the native layout put before a name, so that ComfyUI reads them."""
+    flat_prefix: str = "lora_unet_"
+    """What files of kohya put before it, so that ComfyUI reads them."""
 
     def place(self, name: str) -> Place | None:
         """Find what a name of a LoRA file means.
@@ -103,7 +115,8 @@ class ModuleNames:
     @cached_property
     def _modules(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
         """All spellings of modules, of a block and outside: to names in diffusers."""
-        return _spellings(self.in_block, self.joined), _spellings(self.outside, {})
+        others = {other: (own,) for other, own in self.other_outside.items()}
+        return _spellings(self.in_block, self.joined), _spellings(self.outside, others)
 
     @cached_property
     def _parameters(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
@@ -111,19 +124,24 @@ class ModuleNames:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(rf"({'|'.join(map(re.escape, self.blocks))})[._](\d+)[._](.+)")
+        spellings = (*self.blocks, *self.other_blocks)
+        return re.compile(rf"({'|'.join(map(re.escape, spellings))})[._](\d+)[._](.+)")
 
     def _split(self, name: str) -> tuple[str, str]:
-        """The block with its number and a dot, and the rest; no block where the name is outside of them."""
+        """The block in diffusers with its number and a dot, and the rest; no block where the name is outside."""
         match = self._pattern.fullmatch(name) if self.blocks else None
-        return (f"{match[1]}.{match[2]}.", match[3]) if match else ("", name)
+        if not match:
+            return "", name
+        return f"{self.other_blocks.get(match[1], match[1])}.{match[2]}.", match[3]
 
     def _place(self, name: str) -> Place | None:
         block, inner = self._split(name)
         for is_parameter, spellings in ((False, self._modules), (True, self._parameters)):
             names = spellings[0 if block else 1].get(inner)
             if names is not None:
-                return Place(tuple(block + each for each in names), is_parameter)
+                joined = next((key for key, parts in self.joined.items() if parts == names), "")
+                shares = self.shares.get(joined, (1,) * len(names))
+                return Place(tuple(block + each for each in names), is_parameter, shares)
         return None
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ..flow import Sigma, of_each_sample
 from . import wan_autoencoder
-from .base import Conditioning, ModelFamily, classifier_free_guidance
+from .base import Conditioning, ModelFamily
+from .guidance import classifier_free_guidance
 from .module_names import ModuleNames
-from .pictures import picture_latent_size
+from .pictures import from_tokens, picture_latent_size, to_tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
@@ -171,13 +171,12 @@ class QwenImageFamily(ModelFamily):
 
 def _pack(x: Tensor) -> Tensor:
     """(batch, channels, 1, height, width) to (batch, tokens, 4 * channels): one token for each 2x2 pixels."""
-    return functional.pixel_unshuffle(x[:, :, 0], 2).flatten(2).transpose(1, 2)
+    return to_tokens(x[:, :, 0])
 
 
 def _unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of ``_pack``, to latents of this shape."""
-    grid = tokens.transpose(1, 2).unflatten(2, (shape[3] // 2, shape[4] // 2))
-    return functional.pixel_shuffle(grid, 2).unsqueeze(2)
+    return from_tokens(tokens, shape).unsqueeze(2)
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:

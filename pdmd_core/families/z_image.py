@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
 from .module_names import ModuleNames
-from .pictures import picture_latent_size
+from .pictures import decode_pictures, picture_latent_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ZImageTransformer2DModel
@@ -103,10 +103,7 @@ class ZImageFamily(ModelFamily):
 
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        vae = pipeline.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-        return (pixels.float().unsqueeze(1) / 2 + 0.5).clamp(0, 1)
+        return decode_pictures(pipeline.vae, latents)
 
     def owns_lora(self, modules: Sequence[str]) -> bool:
         # the layout of the original code, with attention.qkv, is Lumina 2's too

@@ -61,9 +61,9 @@ def _keys(pairs: Pairs, spell: Callable[[str], str], down: str, up: str) -> dict
 _AB = ("lora_A.weight", "lora_B.weight")
 _DOWN_UP = ("lora_down.weight", "lora_up.weight")
 LAYOUTS: dict[str, Callable[[ModelFamily, Pairs], dict[str, Tensor]]] = {
-    "native": lambda f, p: _keys(p, lambda n: f"diffusion_model.{_native(f, n)}", *_DOWN_UP),
+    "native": lambda f, p: _keys(p, lambda n: f.lora_names.prefix + _native(f, n), *_DOWN_UP),
     "native_ab": lambda f, p: _keys(p, lambda n: f"diffusion_model.{_native(f, n)}", *_AB),
-    "kohya": lambda f, p: _keys(p, lambda n: "lora_unet_" + _native(f, n).replace(".", "_"), *_DOWN_UP),
+    "kohya": lambda f, p: _keys(p, lambda n: f.lora_names.flat_prefix + _native(f, n).replace(".", "_"), *_DOWN_UP),
     "kohya_double": lambda f, p: _keys(p, lambda n: "lora_unet__" + _native(f, n).replace(".", "_"), *_DOWN_UP),
     "diffusers": lambda f, p: _keys(p, lambda n: f"transformer.{n}", *_AB),
     "peft": lambda f, p: _keys(p, lambda n: f"base_model.model.{n}", *_AB),

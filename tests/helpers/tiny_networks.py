@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pdmd_core.batch import Batch, Renoising
 from pdmd_core.distillation import Objective, PhasedDistiller
-from pdmd_core.families.base import classifier_free_guidance
+from pdmd_core.families.guidance import classifier_free_guidance
 from pdmd_core.phases import PhasePlan
 
 PLAN = PhasePlan.from_steps([2, 3, 1], shift=5.0, names=["first", "second", "third"])

@@ -17,7 +17,7 @@ from benchmarks.claims.mixture.mixture import GaussianMixture, VelocityNetwork
 from pdmd_core.batch import Batch
 from pdmd_core.distillation import Objective
 from pdmd_core.families import Conditioning, TeacherRouting
-from pdmd_core.families.base import classifier_free_guidance
+from pdmd_core.families.guidance import classifier_free_guidance
 from pdmd_core.flow import Sigma
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, TEACHER

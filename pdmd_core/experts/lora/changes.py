@@ -64,17 +64,17 @@ class LowRank:
             of_down, of_up = of_down * 2, of_up / 2
         return down * math.copysign(of_down, self.scale), up * of_up
 
-    def rows(self, part: int, parts: int) -> LowRank:
-        """Take one of several equal parts of the rows.
+    def rows(self, part: int, shares: Sequence[int]) -> LowRank:
+        """Take one of several parts of the rows.
 
         Args:
             part: Its index.
-            parts: The number of parts.
+            shares: The sizes of all parts in relation to each other.
 
         Returns:
             The change of these rows.
         """
-        return replace(self, up=self.up.chunk(parts)[part])
+        return replace(self, up=_rows(self.up, part, shares))
 
     def dense(self) -> Tensor:
         """Multiply out.
@@ -110,17 +110,17 @@ class Dense:
         """
         return replace(self, scale=self.scale * strength)
 
-    def rows(self, part: int, parts: int) -> Dense:
-        """Take one of several equal parts of the rows.
+    def rows(self, part: int, shares: Sequence[int]) -> Dense:
+        """Take one of several parts of the rows.
 
         Args:
             part: Its index.
-            parts: The number of parts.
+            shares: The sizes of all parts in relation to each other.
 
         Returns:
             The change of these rows.
         """
-        return replace(self, value=self.value.chunk(parts)[part])
+        return replace(self, value=_rows(self.value, part, shares))
 
     def dense(self) -> Tensor:
         """Multiply by the factor.
@@ -129,6 +129,11 @@ class Dense:
             What is added, in float32.
         """
         return self.scale * self.value.float()
+
+
+def _rows(value: Tensor, part: int, shares: Sequence[int]) -> Tensor:
+    first, last = (len(value) * sum(shares[:end]) // sum(shares) for end in (part, part + 1))
+    return value[first:last]
 
 
 Change = LowRank | Dense

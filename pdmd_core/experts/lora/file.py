@@ -149,7 +149,7 @@ def read_lora(
         for kind, changes in changes_of_module(parts, scale, f"{what}: {module}").items():
             for index, target in enumerate(place.names):
                 name = f"{target}.{kind}"
-                weights.setdefault(name, []).extend(change.rows(index, len(place.names)) for change in changes)
+                weights.setdefault(name, []).extend(change.rows(index, place.shares) for change in changes)
                 own_keys = [key for meaning, key in meanings.items() if ("bias" in meaning) == (kind == "bias")]
                 sources.setdefault(name, []).extend(own_keys)
     return LoraFile(what, weights, sources, left_out)

@@ -84,8 +84,8 @@ def _native_name(names: ModuleNames) -> Callable[[str, str], str | None]:
             return None
         module = native.removesuffix(".weight").removesuffix(".bias")
         if layout == "native":
-            return f"diffusion_model.{module}"
-        return f"lora_unet_{module.replace('.', '_')}"
+            return names.prefix + module
+        return names.flat_prefix + module.replace(".", "_")
 
     return spell
 

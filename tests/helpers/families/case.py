@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from pdmd_core.families import ModelFamily, known_family
@@ -28,6 +30,12 @@ def plain(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, time
 def thousandth(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
     """Of a network whose timestep is sigma."""
     return plain(network, args, kwargs, x, timestep / 1000)
+
+
+def beside_tokens(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
+    """Of a network that is given tokens of a picture after those of the sample."""
+    states = torch.cat([x, kwargs["hidden_states"][:, x.shape[1] :]], dim=1)
+    return thousandth(network, args, kwargs, states, timestep)[:, : x.shape[1]]
 
 
 def _as_they_are(pipeline: Any, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
@@ -58,6 +66,8 @@ class Case:
     """As max_sequence_length; enough for the prompts of the tests."""
     unpacked: Callable[[Any, Tensor, tuple[int, int, int]], Tensor] = _as_they_are
     """Pipeline, latents as its call returns them, size, to latents as the family has them."""
+    picture_size: tuple[int, int] = (24, 40)
+    """Width and height of the picture that the call is given, where it takes one."""
     no_guidance: Mapping[str, float] = field(default_factory=dict)
     """Arguments of the call for no guidance, of a pipeline that is of no family."""
     name: str = ""
@@ -75,13 +85,18 @@ class Case:
         takes = _told(self.build)[1]
         values = {
             "prompt": PROMPT,
-            "image": picture(),
+            "image": self.picture,
             "height": height,
             "width": width,
             "num_frames": frames,
             "max_sequence_length": self.tokens,
         }
         return {name: value for name, value in values.items() if name in takes}
+
+    @property
+    def picture(self) -> Image.Image:
+        """What the call is given, where it takes a picture."""
+        return picture(size=self.picture_size)
 
     @property
     def unguided(self) -> Mapping[str, float]:

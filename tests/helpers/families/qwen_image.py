@@ -15,7 +15,6 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from torch import Tensor, nn
 from transformers import (
     ProcessorMixin,  # noqa: F401 - diffusers looks for it here to load the processor of this module
     Qwen2_5_VLConfig,
@@ -25,8 +24,8 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from tests.helpers.families.case import Case, thousandth
-from tests.helpers.families.parts import quiet, qwen_tokenizer
+from tests.helpers.families.case import Case, beside_tokens, thousandth
+from tests.helpers.families.parts import quiet, qwen_tokenizer, unpacked
 
 TOKENS = 500
 """Enough for the template around a prompt, one token for each byte."""
@@ -140,22 +139,13 @@ def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
     return quiet(QwenImageEditPlusPipeline(**parts, processor=_picture_processor()))
 
 
-def _beside_tokens(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
-    states = torch.cat([x, kwargs["hidden_states"][:, x.shape[1] :]], dim=1)
-    return thousandth(network, args, kwargs, states, timestep)[:, : x.shape[1]]
-
-
-def _unpacked(pipeline: Any, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
-    return pipeline._unpack_latents(latents, *size[:2], pipeline.vae_scale_factor)
-
-
 _EDIT_SIZE, _EDIT_LATENTS = (64, 128, 1), (1, 2, 16)
 CASES = {
-    "qwen_image": Case(qwen_image, (32, 48, 1), (1, 24, 16), thousandth, tokens=TOKENS, unpacked=_unpacked),
+    "qwen_image": Case(qwen_image, (32, 48, 1), (1, 24, 16), thousandth, tokens=TOKENS, unpacked=unpacked),
     "qwen_image_edit": Case(
-        qwen_image_edit, _EDIT_SIZE, _EDIT_LATENTS, _beside_tokens, tokens=TOKENS, unpacked=_unpacked
+        qwen_image_edit, _EDIT_SIZE, _EDIT_LATENTS, beside_tokens, tokens=TOKENS, unpacked=unpacked
     ),
     "qwen_image_edit_plus": Case(
-        qwen_image_edit_plus, _EDIT_SIZE, _EDIT_LATENTS, _beside_tokens, tokens=TOKENS, unpacked=_unpacked
+        qwen_image_edit_plus, _EDIT_SIZE, _EDIT_LATENTS, beside_tokens, tokens=TOKENS, unpacked=unpacked
     ),
 }

@@ -19,7 +19,7 @@ from pdmd_core.rollout import sample
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.case import PROMPT, Case
 from tests.helpers.families.cases import OF_FAMILIES as CASES
-from tests.helpers.families.parts import picture, spread, use_all_colours
+from tests.helpers.families.parts import spread, use_all_colours
 from tests.helpers.tiny import randn
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
@@ -70,7 +70,7 @@ def taught(name: str) -> Taught:
     for part, strength in (("transformer", 0.2), ("transformer_2", 0.2), ("text_encoder", 0.5), ("image_encoder", 0.5)):
         spread(getattr(pipeline, part, None), strength)
     found = family_of(type(pipeline.transformer).__name__)
-    images = [picture()] if found.takes_image(pipeline) else None
+    images = [case.picture] if found.takes_image(pipeline) else None
     seen = images if found.prompts_see_images(pipeline) else None
     conditioning, negative = (
         _padded(found.encode_prompts(pipeline, [text], case.tokens, seen)) for text in (PROMPT, NEGATIVE)

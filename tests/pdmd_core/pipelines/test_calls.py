@@ -19,7 +19,7 @@ from pdmd_core.pipelines import attach_experts
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.case import Case
 from tests.helpers.families.cases import CASES
-from tests.helpers.families.others import flux
+from tests.helpers.families.flux import flux
 from tests.helpers.tiny_pipelines import GIVEN, KINDS, PLAN, THREE, first_call, full_experts, lora_experts, networks_of
 
 
@@ -120,7 +120,7 @@ def test_the_guidance_input_of_a_guidance_distilled_base_is_left_alone(tmp_path:
 def test_a_scale_that_is_an_input_of_the_network_alone_is_no_guidance(tmp_path: Path) -> None:
     """FluxControlPipeline has no classifier-free guidance, and no other scale to take for it."""
     flux_pipe = flux(guidance_embeds=True)
-    config = {**flux_pipe.transformer.config, "in_channels": 8, "out_channels": 4}
+    config = {**flux_pipe.transformer.config, "in_channels": 32, "out_channels": 16}
     del config["_use_default_values"]
     parts = {**flux_pipe.components, "transformer": type(flux_pipe.transformer).from_config(config).eval()}
     pipe = FluxControlPipeline(**{k: v for k, v in parts.items() if k in FluxControlPipeline.__init__.__annotations__})

@@ -1,4 +1,4 @@
-"""LoRA files for networks of no family here: FLUX and Stable Diffusion 3, by their pipelines' own loaders."""
+"""LoRA files for a network of no family here, AuraFlow, by its pipeline's own loader."""
 
 from __future__ import annotations
 
@@ -45,10 +45,8 @@ def check(name: str, path: Path, deltas: Deltas, caplog: pytest.LogCaptureFixtur
     return [record.getMessage() for record in caplog.records if "no place" in record.getMessage()]
 
 
-@pytest.mark.parametrize("name", ["flux", "stable_diffusion_3"])
-def test_alpha_beside_modules_or_in_the_metadata_and_strength(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_alpha_beside_modules_or_in_the_metadata_and_strength(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "aura_flow"
     tensors, deltas = diffusers_keys(name)
     quarter = {key: value / RANK for key, value in deltas.items()}
     in_metadata = save(tmp_path / "a.safetensors", tensors, lora_alpha="1")
@@ -59,9 +57,9 @@ def test_alpha_beside_modules_or_in_the_metadata_and_strength(
 
 
 def test_what_the_pipeline_s_loader_drops_is_applied_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tensors, deltas = diffusers_keys("flux")
-    network = CASES["flux"].build().transformer
-    bias = next(name for name, _ in network.named_parameters() if name.endswith("attn.to_q.bias"))
+    tensors, deltas = diffusers_keys("aura_flow")
+    network = CASES["aura_flow"].build().transformer
+    bias = next(name for name, _ in network.named_parameters() if name.endswith("linear_1.bias"))
     change = randn(*network.get_parameter(bias).shape, seed=3)
     more = {
         f"transformer.{bias.removesuffix('.bias')}.diff_b": change,
@@ -71,25 +69,11 @@ def test_what_the_pipeline_s_loader_drops_is_applied_or_named(tmp_path: Path, ca
         "lora_te1_x.alpha": torch.tensor(1.0),
         "note": torch.ones(1),
     }
-    said = check("flux", save(tmp_path / "x.safetensors", tensors | more), deltas | {bias: change}, caplog)
+    said = check("aura_flow", save(tmp_path / "x.safetensors", tensors | more), deltas | {bias: change}, caplog)
     assert len(said) == 1
     for key in ("note", "lora_te1_x.alpha", "transformer.nowhere.diff", "transformer_blocks.*.attn.to_q.lora_A.weight"):
         assert key in said[0]
     assert "5 of its keys" in said[0] and "diff_b" not in said[0]
-
-
-def test_kohya_s_layout_of_flux(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Three projections in one, as its own code has them; alpha beside each."""
-    case = CASES["flux"]
-    network = case.build().transformer
-    width = network.get_parameter("transformer_blocks.0.attn.to_q.weight").shape[0]
-    down, up = 0.3 * randn(RANK, width, seed=1), 0.3 * randn(3 * width, RANK, seed=2)
-    stem = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.0)}
-    parts = (up @ down / RANK).chunk(3)
-    names = [f"transformer_blocks.0.attn.to_{part}.weight" for part in "qkv"]
-    deltas = dict(zip(names, parts, strict=True))
-    assert not check("flux", save(tmp_path / "x.safetensors", tensors), deltas, caplog)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +91,7 @@ def test_kohya_s_layout_of_flux(tmp_path: Path, caplog: pytest.LogCaptureFixture
     ],
 )
 def test_what_does_not_fit_is_refused(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
-    pipe = CASES["flux"].build()
+    pipe = CASES["aura_flow"].build()
     with pytest.raises(ExpertsError, match=message) as caught:
         attach_experts(pipe, PhasedExperts.from_lora_files(TWO, save(tmp_path / "x.safetensors", tensors)))
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.__main__ import main
 from pdmd_core.experts.convert.layouts import convert_layout
 from pdmd_core.experts.lora.changes import Change
-from pdmd_core.families import family
+from pdmd_core.families import FAMILIES, family
 from pdmd_core.phases import PhasePlan
 from tests.helpers.conversions import HIGH, LOW, content, refused
 from tests.helpers.lora_layouts import LAYOUTS, RANK, deltas_of, pairs_of, save, wan_of_2026, with_alpha
@@ -85,7 +85,7 @@ def test_what_cannot_be_converted_is_one_line(file: Path, lora: Path, tmp_path: 
         {f"transformer_blocks.0.attn.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"},
     )
     out = tmp_path / "out.safetensors"
-    with refused("its keys do not tell its family: give --family ltx_video or qwen_image or wan or z_image"):
+    with refused(f"its keys do not tell its family: give --family {' or '.join(sorted(FAMILIES))}"):
         convert_layout(attention, out, "native")
     assert convert_layout(attention, out, "native", "qwen_image") == {out.name: []}
     with refused("exists: choose another file"):
@@ -95,8 +95,8 @@ def test_what_cannot_be_converted_is_one_line(file: Path, lora: Path, tmp_path: 
     convert_layout(file, out, "native", overwrite=True)
     with refused("a file that ends in .safetensors is expected here"):
         convert_layout(file, tmp_path / "folder", "native")
-    with refused("the family is one of ltx_video, qwen_image, wan, z_image, found 'flux'"):
-        convert_layout(file, tmp_path / "y.safetensors", "native", "flux")
+    with refused(f"the family is one of {', '.join(sorted(FAMILIES))}, found 'sora'"):
+        convert_layout(file, tmp_path / "y.safetensors", "native", "sora")
     with refused("its manifest says family wan, --family says qwen_image"):
         convert_layout(lora, tmp_path / "folder", "native", "qwen_image")
     with refused("no such file"):

@@ -15,7 +15,7 @@ from pdmd_core.experts.convert.conversions import Conversion
 from pdmd_core.experts.convert.released import open_lora
 from pdmd_core.experts.lora.changes import Change
 from pdmd_core.experts.verify import verify
-from pdmd_core.families import family
+from pdmd_core.families import FAMILIES, family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from tests.helpers.lora_layouts import save, wan_of_2026
@@ -217,10 +217,10 @@ def test_what_cannot_be_experts_is_said_in_one_line(tmp_path: Path) -> None:
         "not a LoRA file": {"high": high, "low": tmp_path / "weights.safetensors"},
         "every module needs a down and an up": {"high": high, "low": tmp_path / "half.safetensors"},
         "found high.safetensors: wan, qwen.sft: qwen_image": {"high": high, "low": tmp_path / "qwen.sft"},
-        "family is one of ltx_video, qwen_image, wan, z_image, found 'flux'": {
+        f"family is one of {', '.join(FAMILIES)}, found 'sora'": {
             "high": high,
             "low": low,
-            "family": "flux",
+            "family": "sora",
         },
         "strength is given for 'middle', the plan has": {"high": high, "low": low, "strength": {"middle": 1.0}},
         "strength of low_noise is a number from -10 to 10": {"high": high, "low": low, "strength": {"low_noise": 11}},

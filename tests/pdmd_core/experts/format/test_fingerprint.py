@@ -26,8 +26,9 @@ from pdmd_core.experts.format.fingerprint import (
     sampler_of_files,
     take_fingerprint,
 )
-from tests.helpers.families.others import flux, stable_diffusion_3
+from tests.helpers.families.flux import flux
 from tests.helpers.families.qwen_image import qwen_image
+from tests.helpers.families.stable_diffusion_3 import stable_diffusion_3
 from tests.helpers.families.wan import wan_image_clip
 from tests.helpers.families.z_image import z_image
 from tests.helpers.tiny import randn, transformer
