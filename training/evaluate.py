@@ -116,6 +116,12 @@ def make_parser() -> arguments.CommandParser:
         metavar=("BACKBONE", "HEADS"),
         help="alexnet-owt-7be5be79.pth of torchvision, alex.pth of lpips 0.1",
     )
+    how.add_argument(
+        "--image_reward",
+        type=arguments.path,
+        metavar="FOLDER",
+        help="ImageReward.pt of zai-org/ImageReward beside vocab.txt of google-bert/bert-base-uncased",
+    )
 
     sampling = parser.add_argument_group("how the teacher samples (default: as it was distilled)")
     sampling.add_argument(

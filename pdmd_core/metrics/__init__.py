@@ -13,6 +13,7 @@ from .kernel import KernelDistance, kernel_distance, kernel_estimate, polynomial
 from .manifold import Manifold, manifold
 from .motion import Motion, flow_length, is_dynamic, motion, optical_flow, smoothness
 from .perceptual import AlexLpips, perceptual_distance
+from .preference import ImageReward
 
 __all__ = [
     "AlexLpips",
@@ -21,6 +22,7 @@ __all__ = [
     "EffLite0",
     "Estimate",
     "Extractor",
+    "ImageReward",
     "KernelDistance",
     "Manifold",
     "Motion",

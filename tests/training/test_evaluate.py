@@ -18,7 +18,9 @@ from PIL import Image
 from pdmd_core.experts import read_manifest
 from pdmd_core.experts.hub.card import write_card
 from pdmd_core.hashing import sha256_of
+from pdmd_core.metrics import ImageReward
 from tests.helpers.families.parts import picture
+from tests.helpers.image_reward import save_image_reward
 from tests.helpers.tiny import randn
 from tests.helpers.tiny_experts import save_experts
 from training import evaluate
@@ -243,6 +245,16 @@ def test_wrong_data_is_told_before_anything_is_sampled(
         assert "take it out of the folder" in failure(capsys, arguments(*given, cache=tmp_path / "cache"))
 
 
+def test_rewards_are_of_the_prompt_of_each_sample(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    given = ["--image_reward", str(save_image_reward(tmp_path)), "--metrics", "image_reward"]
+    for panda in (1.0, 2.0):  # the second time nothing is looked at again
+        rewards = {"a panda on a blue background": panda, "a fox on a red background": 4.0}
+        found = lambda _, pixels, prompts: torch.tensor([rewards[prompt] for prompt in prompts])  # noqa: E731, B023
+        with mock.patch.object(ImageReward, "forward", found):
+            assert evaluate.main(arguments(*given)) == 0
+        assert [row["image_reward"] for row in report(tmp_path / "report")["rows"]] == [2.5] * 3
+
+
 def test_lpips_with_weights_is_diversity(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
     backbone = {f"features.{k}.weight": randn(a, b, n, n, seed=k) / 9 for k, (a, b, n) in shapes.items()}
@@ -291,6 +303,8 @@ def test_user_mistakes_are_one_line(
 
     unheard("--data", "--data", str(tmp_path), "--metrics", "diversity")
     unheard("--lpips_weights", "--lpips_weights", "a", "b", "--metrics", "diversity")
+    unheard("--image_reward", "--image_reward", "a", "--metrics", "diversity")
+    unheard("--frame_rate", "--frame_rate", "8")
     unheard("--dino_weights", "--dino_weights", "a", "--features", "emoji")
     nothing = ["--metrics", "diversity", "--no_noise_floor", "--few_steps"]
     unheard("--shift", "--shift", "3", *nothing, reference=False)
@@ -310,6 +324,8 @@ def test_user_mistakes_are_one_line(
     assert f"unknown fid, expected some of: {', '.join(METRICS)}" in refused("--metrics", "frechet", "fid")
     assert "--metrics motion: is for clips, these samples have 1 frame" in refused("--metrics", "motion")
     assert "--metrics lpips: needs --lpips_weights" in refused("--metrics", "lpips")
+    assert "--metrics image_reward: needs --image_reward FOLDER" in refused("--metrics", "image_reward")
+    assert "--vbench is for clips, these samples have 1 frame" in refused("--vbench", "clips")
     assert "--metrics data_frechet: needs --data" in refused("--metrics", "data_frechet")
     assert "a classifier that knows the prompts" in refused("--metrics", "agreement", "--features", "efflite0")
     assert "dinov3 needs --dino_weights" in refused("--features", "dinov3")

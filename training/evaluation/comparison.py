@@ -24,7 +24,7 @@ from pdmd_core.metrics import (
     share,
     standardised,
 )
-from training.evaluation.measures import FeatureSpace, MotionMeasure, Preview
+from training.evaluation.measures import FeatureSpace, MotionMeasure, Preview, RewardMeasure
 from training.evaluation.quantities import Measurement, Metric, Quantity, Rows, Setting
 
 NEIGHBOURS = 5
@@ -134,6 +134,12 @@ def _agreement(setting: Setting, own: Rows, reference: Rows) -> list[Measurement
     return [Measurement(quantity, prompt_agreement(seen, setting.wanted[setting.groups]))]
 
 
+def _image_reward(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
+    text = "Mean reward by ImageReward, which predicts what people prefer for a prompt; the mean of its data is 0"
+    quantity = Quantity("image_reward", "ImageReward", text, "higher", "samples", ".3f")
+    return [Measurement(quantity, mean_of_units(own[RewardMeasure.name]["reward"]))]
+
+
 def _motion(setting: Setting, own: Rows, reference: Rows) -> list[Measurement]:
     rows = own[MotionMeasure.name]
     flow = Quantity("flow", "optical flow", "Mean optical flow, pixels a frame", "near the teacher's", "samples")
@@ -217,6 +223,14 @@ METRICS: dict[str, Metric] = {
         _lpips,
         seeds=2,
         needs="lpips",
+        in_features=False,
+    ),
+    "image_reward": Metric(
+        "what people would prefer for the prompt (with --image_reward)",
+        "Xu et al. 2023, arXiv 2304.05977",
+        _image_reward,
+        samples=2,
+        needs="image_reward",
         in_features=False,
     ),
     "motion": Metric(

@@ -216,8 +216,10 @@ class Evaluation:
         missing = [name for name in dict.fromkeys(ids) if any(name not in cache for cache in caches.values())]
         if missing:
             latents = self._latents(method)
+            prompts = {name: self.examples[i].prompt for name, (i, _) in self._pairs(method).items()}
             for part in _parts(missing, decoded_at_once(self.size), f"measure {method.name}"):
-                _add(caches, measures, part, self._decode(latents.rows(part, ["latents"])["latents"]))
+                decoded = self._decode(latents.rows(part, ["latents"])["latents"])
+                _add(caches, measures, part, Pixels(decoded, [prompts[name] for name in part]))
         return {name: cache.rows(ids) for name, cache in caches.items()}
 
     def measure_data(self, folder: Path, measures: Sequence[Measure]) -> Rows:
@@ -240,7 +242,7 @@ class Evaluation:
         caches = {m.name: self._cache(self.cache_dir / "data" / f"{m.name}-{m.identity}") for m in measures}
         missing = [name for name in files if any(name not in cache for cache in caches.values())]
         for part in _parts(missing, decoded_at_once(self.size), "measure the data"):
-            _add(caches, measures, part, torch.stack([read_sample(files[name], self.size) for name in part]))
+            _add(caches, measures, part, Pixels(torch.stack([read_sample(files[name], self.size) for name in part])))
         return {name: cache.rows(list(files)) for name, cache in caches.items()}
 
     def source(self, method: Method) -> str:
@@ -271,8 +273,7 @@ class Evaluation:
         return self._decoder(latents)
 
 
-def _add(caches: dict[str, TensorCache], measures: Sequence[Measure], ids: Sequence[str], pixels: Tensor) -> None:
-    samples = Pixels(pixels)
+def _add(caches: dict[str, TensorCache], measures: Sequence[Measure], ids: Sequence[str], samples: Pixels) -> None:
     for measure in measures:
         if caches[measure.name].missing(ids):
             caches[measure.name].add(ids, measure(samples))

@@ -22,6 +22,7 @@ from pdmd_core.metrics import (
     DinoV3,
     EffLite0,
     Extractor,
+    ImageReward,
     extract,
     flow_length,
     flow_statistics,
@@ -51,6 +52,8 @@ class Pixels:
 
     all: Tensor
     """Pixels in [0, 1] of shape (count, frames, 3, height, width)."""
+    prompts: Sequence[str] = ()
+    """The prompt of each; none of real pictures and clips."""
 
     @property
     def is_clip(self) -> bool:
@@ -168,6 +171,28 @@ class MotionMeasure:
         }
 
 
+class RewardMeasure:
+    """Rewards ``reward`` (count,) by ImageReward, of a clip the mean over frames.
+
+    Args:
+        network: ImageReward.
+        identity: A hash of its files.
+    """
+
+    name = "image_reward"
+
+    def __init__(self, network: ImageReward, identity: str) -> None:
+        self.network, self.identity = network, digest_of(1, identity, FRAMES)
+
+    def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
+        """Reward the samples for what their prompts ask for."""
+        rewards = [
+            self.network(sample, [prompt] * len(sample)).mean()
+            for sample, prompt in zip(pixels.some, pixels.prompts, strict=True)
+        ]
+        return {"reward": torch.stack(rewards).cpu().double()}
+
+
 class Preview:
     """Small 8-bit pictures ``frames`` (count, frames, 3, height, width), for people to look at and for LPIPS."""
 
@@ -223,6 +248,24 @@ def load_space(name: str, dino_weights: Path | None, hashes: FileHashes, device:
     except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"--features {name}: {' '.join(str(error).split())}") from None
     raise UserError(f"--features: unknown {name!r}, expected one of: {', '.join(FEATURE_SPACES)}")
+
+
+def load_image_reward(folder: Path, hashes: FileHashes, device: torch.device) -> RewardMeasure:
+    """Load ImageReward, which tells what people would prefer.
+
+    Args:
+        folder: Where ImageReward.pt and vocab.txt are.
+        hashes: Remembers the hashes of weight files.
+        device: Where the network runs.
+
+    Raises:
+        UserError: When the files are not there, or are another network's.
+    """
+    try:
+        network = ImageReward.from_folder(folder).to(device)
+        return RewardMeasure(network, digest_of(*(hashes(folder / name) for name in ImageReward.FILES)))
+    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"--image_reward: {' '.join(str(error).split())}") from None
 
 
 def load_lpips(backbone: Path, heads: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

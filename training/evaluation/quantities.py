@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pdmd_core.metrics import Estimate
-from training.evaluation.measures import FeatureSpace
+from training.evaluation.measures import FeatureSpace, RewardMeasure
 
 Rows = Mapping[str, Mapping[str, Tensor]]
 """What was measured of a method's samples: name of a measure to its tensors, one row a sample, prompt by prompt."""
@@ -64,6 +64,8 @@ class Setting:
     """Distances of pairs of pictures (pairs, 3, height, width) in [0, 1]."""
     data: Rows | None
     """What was measured of real pictures or clips."""
+    reward: RewardMeasure | None = None
+    """Rewards pictures for what their prompts ask for."""
 
     @property
     def groups(self) -> Tensor:
@@ -96,7 +98,7 @@ class Metric:
     """The samples that it needs."""
     frames: int = 1
     """The frames that it needs: 2 for clips alone."""
-    needs: Literal["classifier", "lpips", "data"] | None = None
+    needs: Literal["classifier", "lpips", "image_reward", "data"] | None = None
     """What has to be there."""
     to_teacher: bool = False
     """Whether it compares with the reference."""
@@ -122,6 +124,7 @@ def inapplicable(metric: Metric, frames: int, has: Collection[str]) -> str | Non
     missing = {
         "classifier": "needs a classifier that knows the prompts: there is one for the embedded teacher's only",
         "lpips": "needs --lpips_weights BACKBONE HEADS",
+        "image_reward": "needs --image_reward FOLDER",
         "data": "needs --data FOLDER",
     }
     return missing[metric.needs] if metric.needs is not None and metric.needs not in has else None

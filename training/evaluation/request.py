@@ -54,6 +54,7 @@ class Request:
     cache_dir: Path | None
     no_sampling: bool
     shown_prompts: int
+    image_reward: Path | None = None
     vbench: Path | None = None
     frame_rate: float | None = None
 
@@ -114,6 +115,7 @@ class Request:
         for option, value, heard, what in (
             ("--data", self.data, "data_frechet" in chosen, "the metric data_frechet"),
             ("--lpips_weights", self.lpips_weights, "lpips" in chosen, "the metric lpips"),
+            ("--image_reward", self.image_reward, "image_reward" in chosen, "the metric image_reward"),
             ("--features", self.features, in_features, "metrics of features"),
             ("--dino_weights", self.dino_weights, dino, "metrics of the features dinov3"),
             ("--teacher_steps", self.teacher_steps, self.teacher_steps in steps, "a noise floor or a reference"),

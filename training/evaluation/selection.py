@@ -19,6 +19,7 @@ from training.evaluation.measures import (
     MotionMeasure,
     Preview,
     all_name_emoji,
+    load_image_reward,
     load_lpips,
     load_space,
     wanted_classes,
@@ -48,7 +49,8 @@ class Selection:
     def measures(self) -> list[Measure]:
         """What is measured of each sample."""
         motion = any(METRICS[name].of_motion for name in self.metrics)
-        return [*self.setting.spaces, Preview(), *([MotionMeasure()] if motion else [])]
+        reward = [] if self.setting.reward is None else [self.setting.reward]
+        return [*self.setting.spaces, Preview(), *([MotionMeasure()] if motion else []), *reward]
 
 
 def select(request: Request, evaluation: Evaluation) -> Selection:
@@ -71,7 +73,8 @@ def select(request: Request, evaluation: Evaluation) -> Selection:
     in_features = any(METRICS[name].in_features for name in wished)
     spaces = _spaces(request, evaluation, prompts, device) if in_features else []
     wanted = None
-    has = {name for name, given in (("lpips", request.lpips_weights), ("data", request.data)) if given is not None}
+    given = {"lpips": request.lpips_weights, "image_reward": request.image_reward, "data": request.data}
+    has = {name for name, value in given.items() if value is not None}
     for space in spaces:
         if isinstance(space, EmojiSpace):
             wanted = torch.stack(wanted_classes(prompts, space.emoji, space.backgrounds), dim=1)
@@ -92,7 +95,11 @@ def select(request: Request, evaluation: Evaluation) -> Selection:
     if request.lpips_weights is not None and "lpips" in chosen:
         backbone, heads = request.lpips_weights
         lpips = load_lpips(backbone, heads, device)
-    return Selection(Setting(len(prompts), request.seeds, size.frames, spaces, wanted, lpips, None), chosen, left_out)
+    reward = None
+    if request.image_reward is not None and "image_reward" in chosen:
+        reward = load_image_reward(request.image_reward, evaluation.hashes, device)
+    setting = Setting(len(prompts), request.seeds, size.frames, spaces, wanted, lpips, None, reward)
+    return Selection(setting, chosen, left_out)
 
 
 def _spaces(

@@ -71,6 +71,7 @@ def rows(seed: int) -> dict[str, dict[str, Tensor]]:
             "seen": torch.arange(count)[:, None].expand(count, 2) % 3,
         },
         "other": {"features": randn(count, 4, seed=seed + 3), "clip": randn(count, 8, seed=seed + 4)},
+        "image_reward": {"reward": randn(count, seed=seed + 5).double()},
         "motion": {
             "flow": torch.arange(count).double(),
             "dynamic": torch.arange(count) < 3,
