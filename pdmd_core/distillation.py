@@ -8,22 +8,18 @@ Source: Phased DMD, arXiv 2510.27684, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .batch import Batch, Renoising
-from .checks import check_choice, check_number
 from .families import Conditioning
 from .flow import Sigma
+from .method import Objective, ScoreRange, fake_of_step
 from .noise_level import shift_sigma, unshift_sigma
 from .objectives import (
-    FakeTarget,
-    FakeWeighting,
-    GeneratorWeighting,
     RenoisedSamples,
     distribution_matching_loss,
     fake_score_loss,
@@ -31,9 +27,7 @@ from .objectives import (
 )
 from .phases import PhasePlan
 from .roles import FAKE, TEACHER
-from .rollout import Rollout, Velocity, simulate
-
-ScoreRange = Literal["nested", "disjoint"]
+from .rollout import Rollout, Velocity, simulate, simulate_whole
 
 
 class VelocityOfRole(Protocol):
@@ -68,42 +62,6 @@ class VelocityOfRole(Protocol):
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The choices of the method that are not the plan; the defaults are the recipe.
-
-    Raises:
-        ValueError: A value cannot be; one line that starts with its name.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-    guidance_scale: float = 4.0
-    """Classifier-free guidance of the teacher; 1 is none. The fake and the experts run without."""
-    fake_weighting: FakeWeighting = "clamp"
-    """How the fake's squared error is weighted near the end of the phase."""
-    fake_target: FakeTarget = "unbiased"
-    """What the fake learns; biased is an ablation."""
-    generator_weighting: GeneratorWeighting = "dmd2"
-    """Weight of the generator's gradient."""
-    score_range: ScoreRange = "nested"
-    """Noise levels t at which teacher and fake are compared: (s, 1), s the end of the phase; disjoint is only inside
-    the phase (ablation)."""
-    score_shift: float = 1.0
-    """Those t are uniform in raw time under this shift."""
-    margin: float = 0.02
-    """With fake_weighting margin, t stays this far (relative to the range, in raw time) above s."""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_number("guidance_scale", self.guidance_scale, at_least=1)
-        check_choice("fake_weighting", self.fake_weighting, FakeWeighting)
-        check_choice("fake_target", self.fake_target, FakeTarget)
-        check_choice("generator_weighting", self.generator_weighting, GeneratorWeighting)
-        check_choice("score_range", self.score_range, ScoreRange)
-        check_number("score_shift", self.score_shift, above=0)
-        check_number("margin", self.margin, at_least=0, below=1)
-
-
-@dataclass(frozen=True)
 class GeneratorLoss:
     """The generator's loss, and what was measured on the way."""
 
@@ -114,7 +72,9 @@ class GeneratorLoss:
 
 
 class PhasedDistiller:
-    """The losses of one phase of a plan. It owns no weights; the roles are "teacher", "fake" and the plan's phases.
+    """The losses of one phase of a plan. It owns no weights.
+
+    The roles are "teacher", those of ``fake_roles`` and the plan's phases.
 
     Args:
         plan: The phase plan.
@@ -146,6 +106,23 @@ class PhasedDistiller:
     def expert(self) -> str:
         """The role that this phase trains."""
         return self.plan.phases[self.phase].name
+
+    @property
+    def fakes(self) -> tuple[str, ...]:
+        """The roles of the fakes of this phase, with ``per_step`` one for each step."""
+        steps = len(self.plan.phases[self.phase].sigmas)
+        return tuple(map(fake_of_step, range(steps if self.objective.fake_rollouts == "per_step" else 1)))
+
+    def fake_of(self, step: int) -> str:
+        """Name the fake that knows rollouts of a step.
+
+        Args:
+            step: A step inside the phase.
+
+        Returns:
+            The role.
+        """
+        return self.fakes[step] if self.objective.fake_rollouts == "per_step" else FAKE
 
     def draw_step(self, generator: torch.Generator | None = None) -> int:
         """Draw the step inside the phase that trains (stochastic gradient truncation), uniformly.
@@ -214,27 +191,47 @@ class PhasedDistiller:
             )
         return t
 
-    def rollout(self, batch: Batch, step: int, gradient: bool) -> Rollout:
-        """Run the experts from noise to the end of the phase; see ``rollout.simulate``.
+    def fake_rollout(self, batch: Batch, step: int) -> Tensor:
+        """Run the experts from noise to the end of the phase, without gradient: what the fake learns.
 
         Args:
             batch: What the rollout starts from.
-            step: The step inside the phase from which it jumps to the end.
-            gradient: Whether that jump is recorded for the backward pass.
+            step: The step inside the phase that was drawn. The rollout jumps from there to the end of the phase, but
+                where the fake learns whole rollouts.
 
         Returns:
-            The samples at the end of the phase and how the last step made them.
+            Samples of shape (batch, ...) at the end of the phase.
         """
         experts = expert_velocities(self.networks, self.plan, batch.conditioning)
-        return simulate(experts, self.plan, self.phase, step, batch.noise, gradient)
+        if self.objective.fake_rollouts == "whole":
+            step = len(self.plan.phases[self.phase].sigmas) - 1
+        return simulate(experts, self.plan, self.phase, step, batch.noise, gradient=False).x_s
 
-    def fake_loss(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising) -> Tensor:
-        """Score matching of the fake on the generator's samples. Only the fake gets gradient.
+    def expert_rollout(self, batch: Batch, step: int) -> Rollout:
+        """Run the experts from noise to the end of the phase, with gradient for the step that trains.
+
+        Args:
+            batch: What the rollout starts from.
+            step: The step inside the phase that was drawn.
+
+        Returns:
+            The samples at the end of the phase and how the last step made them; see ``rollout.simulate`` and
+            ``rollout.simulate_whole``.
+        """
+        experts = expert_velocities(self.networks, self.plan, batch.conditioning)
+        how = self.objective.expert_rollouts
+        if how == "truncated":
+            return simulate(experts, self.plan, self.phase, step, batch.noise, gradient=True)
+        return simulate_whole(experts, self.plan, self.phase, step, batch.noise, through=how == "through")
+
+    def fake_loss(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising, role: str = FAKE) -> Tensor:
+        """Score matching of a fake on the generator's samples. Only that fake gets gradient.
 
         Args:
             x_s: Samples of shape (batch, ...) at the end of the phase.
             conditioning: Their conditioning.
             renoising: Where they are brought to.
+            role: The fake, that of the step from which they jumped.
 
         Returns:
             The mean loss over the batch.
@@ -243,16 +240,16 @@ class PhasedDistiller:
             ValueError: If a sigma lies where scores of this phase are not compared.
         """
         samples = self._renoised(x_s.detach(), renoising)
-        velocity = self.networks.velocity(FAKE, samples.x_t, samples.t, conditioning)
+        velocity = self.networks.velocity(role, samples.x_t, samples.t, conditioning)
         return fake_score_loss(velocity, samples, self.objective.fake_weighting, self.objective.fake_target).mean()
 
-    def generator_loss(self, rollout: Rollout, batch: Batch, renoising: Renoising) -> GeneratorLoss:
+    def generator_loss(self, rollout: Rollout, batch: Batch, *renoisings: Renoising) -> GeneratorLoss:
         """Distribution matching on the samples of a rollout with gradient. Only the expert gets gradient.
 
         Args:
-            rollout: Samples at the end of the phase whose last step was recorded.
+            rollout: Samples of ``expert_rollout`` at the end of the phase.
             batch: What the rollout started from.
-            renoising: Where the samples are brought to.
+            *renoisings: Where the samples are brought to; the directions found there are averaged.
 
         Returns:
             The mean loss over the batch, and the distance of the scores.
@@ -260,14 +257,19 @@ class PhasedDistiller:
         Raises:
             ValueError: If a sigma lies where scores of this phase are not compared.
         """
-        with torch.no_grad():
-            samples = self._renoised(rollout.x_s.detach(), renoising)
-            teacher = self.teacher_velocity(samples, batch)
-            fake = self.networks.velocity(FAKE, samples.x_t, samples.t, batch.conditioning)
-            distance = (teacher.float() - fake.float()).abs().mean()
-            weighting = self.objective.generator_weighting
-            direction = generator_direction(samples, teacher, fake, weighting, x0_generator=rollout.x0)
+        found = [self._direction(rollout, batch, renoising) for renoising in renoisings]
+        direction, distance = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
         return GeneratorLoss(distribution_matching_loss(rollout.x_s, direction).mean(), distance)
+
+    @torch.no_grad()
+    def _direction(self, rollout: Rollout, batch: Batch, renoising: Renoising) -> tuple[Tensor, Tensor]:
+        """The direction of the generator at one draw of t and noise, and the distance of the scores there."""
+        samples = self._renoised(rollout.x_s.detach(), renoising)
+        teacher = self.teacher_velocity(samples, batch)
+        fake = self.networks.velocity(self.fake_of(rollout.step), samples.x_t, samples.t, batch.conditioning)
+        weighting = self.objective.generator_weighting
+        direction = generator_direction(samples, teacher, fake, weighting, x0_generator=rollout.x0)
+        return direction, (teacher.float() - fake.float()).abs().mean()
 
     def teacher_velocity(self, samples: RenoisedSamples, batch: Batch) -> Tensor:
         """Ask the teacher, with classifier-free guidance, at renoised samples.
@@ -352,28 +354,3 @@ def guided_velocity(
     twice = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
     positive, negative_velocity = networks.velocity(TEACHER, torch.cat([x, x]), twice, both).chunk(2)
     return networks.guide(positive, negative_velocity, guidance_scale)
-
-
-def evaluations_per_update(plan: PhasePlan, phase: int, fake_updates: int, fake_draws: int) -> dict[str, float]:
-    """Count the network evaluations of one generator update of a phase, on average over the steps that train.
-
-    Args:
-        plan: The phase plan.
-        phase: Index of the phase.
-        fake_updates: Rollouts that the fake learns from, for each generator update.
-        fake_draws: Gradient steps of the fake on one rollout.
-
-    Returns:
-        Evaluations of one sample by what they are for: ``rollout``, ``fake`` (with gradient), ``generator`` (with
-        gradient), ``teacher`` (guidance counts as one evaluation of twice the batch) and ``fake_score``.
-    """
-    earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
-    steps: Sequence[float] = plan.phases[phase].sigmas
-    before = earlier + (len(steps) - 1) / 2
-    return {
-        "rollout": fake_updates * (before + 1) + before,
-        "fake": float(fake_updates * fake_draws),
-        "generator": 1.0,
-        "teacher": 1.0,
-        "fake_score": 1.0,
-    }

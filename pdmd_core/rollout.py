@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ class Rollout:
     """The samples of shape (batch, ...) at ``sigma_end``; they carry gradient when the last step did."""
     x0: Tensor
     """The jump from ``sigma`` to 0 with the same velocity, without gradient."""
+    step: int
+    """The step inside the phase that trains, from 0."""
     sigma: float
-    """The sigma at which the training step was taken."""
+    """The sigma at which the last step was taken."""
     sigma_end: float
     """The sigma s at which the phase ends."""
 
@@ -54,19 +57,65 @@ def simulate(
     Source: arXiv 2510.27684, section 3.
     """
     end, _ = plan.interval(phase)
-    sigmas = plan.phases[phase].sigmas
-    if not 0 <= step < len(sigmas):
-        raise ValueError(f"phase {plan.phases[phase].name!r} has steps 0..{len(sigmas) - 1}, found step {step}")
-    earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
-    x = noise
-    with torch.no_grad():
-        for sigma, following in zip(plan.sigmas[: earlier + step], plan.sigmas[1:], strict=False):
-            x = euler_step(x, experts[plan.phase_index(sigma)](x, sigma), sigma, following)
-    sigma = sigmas[step]
+    x = _before_step(experts, plan, phase, step, noise)
+    sigma = plan.phases[phase].sigmas[step]
     with torch.set_grad_enabled(gradient):
         velocity = experts[phase](x, sigma)
         x_s = euler_step(x, velocity, sigma, end)
-    return Rollout(x_s, velocity_to_x0(x, velocity.detach(), sigma), sigma, end)
+    return Rollout(x_s, velocity_to_x0(x, velocity.detach(), sigma), step, sigma, end)
+
+
+def simulate_whole(
+    experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, through: bool
+) -> Rollout:
+    """Run the experts from pure noise through all steps of a phase, as sampling does; a step of the phase trains.
+
+    Either the gradient goes through the rest of the phase: all steps from the one that trains are recorded. Or it goes
+    to the own increment of the step that trains, ``(following sigma - sigma) * velocity``, and what later steps make of
+    it is left out: one network evaluation is recorded.
+
+    Args:
+        experts: One velocity for each phase of the plan.
+        plan: The phase plan.
+        phase: Index of the phase at whose end the samples are wanted.
+        step: The step inside the phase that trains, from 0.
+        noise: Standard normal noise of shape (batch, ...) at sigma 1.
+        through: Whether the gradient goes through the rest of the phase.
+
+    Returns:
+        The samples at the end of the phase, with gradient, and how the last step made them.
+
+    Raises:
+        ValueError: If the phase has no such step.
+    """
+    end, _ = plan.interval(phase)
+    x = _before_step(experts, plan, phase, step, noise)
+    steps = list(pairwise([*plan.phases[phase].sigmas[step:], end]))
+    increment = None
+    for sigma, following in steps:
+        with torch.set_grad_enabled(through or increment is None):
+            velocity = experts[phase](x, sigma)
+            reached = euler_step(x, velocity, sigma, following)
+        if not through and increment is None:
+            increment = reached
+        x0 = velocity_to_x0(x.detach(), velocity.detach(), sigma)
+        x = reached if through else reached.detach()
+    if increment is not None:
+        x = x + (increment - increment.detach())
+    return Rollout(x, x0, step, sigma, end)
+
+
+@torch.no_grad()
+def _before_step(experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor) -> Tensor:
+    """Walk from noise to where a step of a phase begins."""
+    steps = len(plan.phases[phase].sigmas)
+    if not 0 <= step < steps:
+        raise ValueError(f"phase {plan.phases[phase].name!r} has steps 0..{steps - 1}, found step {step}")
+    earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
+    x = noise
+    for sigma, following in zip(plan.sigmas[: earlier + step], plan.sigmas[1:], strict=False):
+        x = euler_step(x, experts[plan.phase_index(sigma)](x, sigma), sigma, following)
+    return x
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ class RandomTraining:
         )
         plan = config.plan.build()
         if config.memory.offload_idle_experts:
-            keep_idle_experts_away(self.roles, plan.phases[phase].name, accelerator.device)
+            keep_idle_experts_away(self.roles, plan, phase, accelerator.device)
         self.training = PhaseTraining(config, plan, phase, self.roles, accelerator)
         order = ExampleOrder([torch.arange(2)], [1.0], config.seed)
         rng = RunRNG(config.seed, config.batch_size, order, accelerator.process_index, accelerator.num_processes)

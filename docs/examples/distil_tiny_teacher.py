@@ -17,9 +17,10 @@ from diffusers import WanPipeline
 
 from pdmd_core import PhasedDMDScheduler, PhasePlan, load_phased_pipeline
 from pdmd_core.batch import Batch, Renoising
-from pdmd_core.distillation import Objective, PhasedDistiller
+from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
 from pdmd_core.families import Conditioning, family_of
+from pdmd_core.method import Objective
 from pdmd_core.roles import FAKE, Roles, RoleSpec
 
 TEACHER = "training/embedded/models/teacher"
@@ -62,12 +63,12 @@ def distil(updates: int, output: Path) -> None:
         )
         for update in range(updates):
             batch = draw()
-            x_s = distiller.rollout(batch, distiller.draw_step(), gradient=False).x_s
+            x_s = distiller.fake_rollout(batch, distiller.draw_step())
             for _ in range(FAKE_STEPS):  # the fake follows what the expert samples now
                 renoising = Renoising(distiller.draw_score_sigma(BATCH), torch.randn_like(x_s))
                 take_step(fake, distiller.fake_loss(x_s, batch.conditioning, renoising))
             batch = draw()
-            rollout = distiller.rollout(batch, distiller.draw_step(), gradient=True)
+            rollout = distiller.expert_rollout(batch, distiller.draw_step())
             renoising = Renoising(distiller.draw_score_sigma(BATCH), torch.randn_like(x_s))
             found = distiller.generator_loss(rollout, batch, renoising)
             take_step(expert, found.loss)

@@ -19,7 +19,8 @@ from benchmarks.claims.mixture import study as mixture_study
 from benchmarks.claims.mixture.report import MixtureReport
 from benchmarks.claims.mixture.study import MixtureStudy
 from benchmarks.claims.mixture.training import MixtureProblem, Settings
-from pdmd_core.distillation import Objective, evaluations_per_update
+from pdmd_core.evaluations import evaluations_per_update
+from pdmd_core.method import Objective
 from pdmd_core.objectives import fake_score_loss, generator_direction
 
 SHORT = Settings(batch_size=128, width=64, initial_updates=400, ema_decay=0.9)
@@ -192,7 +193,10 @@ def test_every_method_moves_every_expert_at_the_cost_the_library_states(key: str
     for expert in done.experts.values():
         pairs = zip(expert.values(), study.initial.state_dict().values(), strict=True)
         assert all(float((own - initial).abs().max()) > 1e-4 for own, initial in pairs)
-    per_phase = [evaluations_per_update(plan, phase, SHORT.fake_updates, 1) for phase in range(len(plan))]
+    per_phase = [
+        evaluations_per_update(plan, phase, SHORT.objective(method), SHORT.fake_updates, 1)
+        for phase in range(len(plan))
+    ]
     expected = sum(sum(costs.values()) for costs in per_phase) / len(plan) * 80
     assert sum(done.evaluations.values()) == pytest.approx(expected, rel=0.03)
     assert done.evaluations["teacher"] == 80

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pdmd_core.batch import Batch, Renoising
-from pdmd_core.distillation import Objective, PhasedDistiller
+from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.families.guidance import classifier_free_guidance
+from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
 
 PLAN = PhasePlan.from_steps([2, 3, 1], shift=5.0, names=["first", "second", "third"])
-ROLES = ["teacher", "first", "second", "third", "fake"]
+ROLES = ["teacher", "first", "second", "third", "fake", "fake_2", "fake_3"]
+VARIANTS: list[dict[str, Any]] = [
+    {"fake_rollouts": "per_step"},
+    {"fake_rollouts": "whole", "expert_rollouts": "through"},
+    {"fake_rollouts": "whole", "expert_rollouts": "own_increment", "score_draws": 2},
+]
+"""Choices with which what is matched in phases of several steps is what is sampled."""
 every_phase = pytest.mark.parametrize("phase", range(len(PLAN)))
 BATCH, FEATURES = 4, 3
 
@@ -73,6 +81,7 @@ def distiller(phase: int, **choices) -> tuple[PhasedDistiller, TinyNetworks]:
 
 
 def generator_update(method: PhasedDistiller, step: int = 0):
-    rollout = method.rollout(START, step, gradient=True)
+    rollout = method.expert_rollout(START, step)
     t = method.draw_score_sigma(BATCH, torch.Generator().manual_seed(2))
-    return rollout, t, method.generator_loss(rollout, START, Renoising(t, normal(3)))
+    draws = [Renoising(t, normal(3 + draw)) for draw in range(method.objective.score_draws)]
+    return rollout, t, method.generator_loss(rollout, START, *draws)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pdmd_core.distillation import Objective
+from pdmd_core.method import Objective
 from pdmd_core.roles import RoleSpec
 
 NAN, INF = math.nan, math.inf
@@ -24,6 +24,10 @@ NAN, INF = math.nan, math.inf
         (Objective, "score_range", ("whole",)),
         (Objective, "score_shift", (0.0, -1.0, NAN, INF)),
         (Objective, "margin", (-0.1, 1.0, NAN)),
+        (Objective, "fake_rollouts", ("all",)),
+        (Objective, "expert_rollouts", ("whole", "through")),
+        (Objective, "expert_start", ("fake",)),
+        (Objective, "score_draws", (0, 1.5, True)),
         (RoleSpec, "kind", ("lorra",)),
         (RoleSpec, "rank", (0, -1, 4.0, True)),
         (RoleSpec, "alpha", (0.0, -8.0, NAN, INF)),

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from pdmd_core.batch import Renoising
-from pdmd_core.distillation import Objective, PhasedDistiller, evaluations_per_update, guided_velocity
+from pdmd_core.distillation import PhasedDistiller, guided_velocity
+from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.flow import renoise, velocity_to_x0
+from pdmd_core.method import Objective, fake_roles
 from pdmd_core.objectives import RenoisedSamples, fake_score_loss, generator_direction
 from tests.helpers.tiny_networks import (
     BATCH,
@@ -19,6 +21,7 @@ from tests.helpers.tiny_networks import (
     PLAN,
     POSITIVE,
     START,
+    VARIANTS,
     TinyNetworks,
     distiller,
     every_phase,
@@ -26,13 +29,18 @@ from tests.helpers.tiny_networks import (
     normal,
 )
 
+
+def normal_t(method: PhasedDistiller) -> torch.Tensor:
+    return method.draw_score_sigma(BATCH, torch.Generator().manual_seed(2))
+
+
 # Which role gets gradient from which loss
 
 
 @every_phase
 def test_fake_loss_reaches_only_the_fake(phase):
     method, networks = distiller(phase)
-    rollout = method.rollout(START, 0, gradient=True)
+    rollout = method.expert_rollout(START, 0)
     method.fake_loss(rollout.x_s, POSITIVE, Renoising(method.draw_score_sigma(BATCH), normal(2))).backward()
     assert networks.roles_with_gradient() == {"fake"}
 
@@ -69,8 +77,8 @@ def test_generator_update_records_exactly_one_evaluation(phase):
 @every_phase
 def test_fake_update_records_exactly_one_evaluation(phase):
     method, networks = distiller(phase)
-    rollout = method.rollout(START, 0, gradient=False)
-    method.fake_loss(rollout.x_s, POSITIVE, Renoising(method.draw_score_sigma(BATCH), normal(2)))
+    x_s = method.fake_rollout(START, 0)
+    method.fake_loss(x_s, POSITIVE, Renoising(method.draw_score_sigma(BATCH), normal(2)))
     assert [call.role for call in networks.calls if call.recorded] == ["fake"]
 
 
@@ -89,6 +97,42 @@ def test_no_network_is_asked_outside_its_interval(phase):
             end, start = PLAN.interval(["first", "second", "third"].index(call.role))
             assert end < call.sigma <= start
     assert asked == {"teacher", "fake", *["first", "second", "third"][: phase + 1]}
+
+
+@every_phase
+def test_per_step_each_truncation_is_learned_by_a_fake_of_its_own(phase):
+    for step in range(len(PLAN.phases[phase].sigmas)):
+        method, networks = distiller(phase, fake_rollouts="per_step")
+        role = method.fakes[step]
+        method.fake_loss(method.fake_rollout(START, step), POSITIVE, Renoising(normal_t(method), normal(2)), role)
+        assert [call.role for call in networks.calls if call.recorded] == [["fake", "fake_2", "fake_3"][step]]
+        networks.calls.clear()
+        generator_update(method, step)
+        assert [call.role for call in networks.calls if call.role.startswith("fake")] == [role]
+    assert method.fakes == ("fake", "fake_2", "fake_3")[: step + 1]
+    assert fake_roles(PLAN, method.objective) == ("fake", "fake_2", "fake_3")
+
+
+@every_phase
+def test_the_fake_of_whole_rollouts_sees_what_is_sampled_whichever_step_is_drawn(phase):
+    method, _ = distiller(phase, fake_rollouts="whole")
+    steps = len(PLAN.phases[phase].sigmas)
+    blend, _ = distiller(phase)
+    for step in range(steps):
+        torch.testing.assert_close(method.fake_rollout(START, step), blend.fake_rollout(START, steps - 1))
+
+
+@every_phase
+def test_directions_at_several_draws_are_averaged(phase):
+    method, _ = distiller(phase, score_draws=2)
+    rollout = method.expert_rollout(START, 0)
+    draws = [Renoising(normal_t(method), normal(seed)) for seed in (3, 4)]
+    gradients = []
+    for chosen in (draws[:1], draws[1:], draws):
+        leaf = replace(rollout, x_s=rollout.x_s.detach().requires_grad_())
+        method.generator_loss(leaf, START, *chosen).loss.backward()
+        gradients.append(leaf.x_s.grad)
+    torch.testing.assert_close(gradients[2], (gradients[0] + gradients[1]) / 2)
 
 
 # The losses are those of the objectives, at the right place
@@ -119,7 +163,7 @@ def test_fake_loss_is_score_matching_at_the_renoised_samples(phase, target, weig
 def test_generator_loss_has_the_weighted_direction_as_gradient_of_the_samples(phase, weighting):
     method, networks = distiller(phase, generator_weighting=weighting, guidance_scale=3.0)
     s, noise, t = PLAN.interval(phase)[0], normal(3), method.draw_score_sigma(BATCH)
-    rollout = method.rollout(START, 0, gradient=True)
+    rollout = method.expert_rollout(START, 0)
     leaf = replace(rollout, x_s=rollout.x_s.detach().requires_grad_())
     method.generator_loss(leaf, START, Renoising(t, noise)).loss.backward()
     with torch.no_grad():
@@ -135,7 +179,7 @@ def test_generator_loss_has_the_weighted_direction_as_gradient_of_the_samples(ph
 
 def test_rollout_uses_the_conditioning_and_the_weights_of_each_expert():
     method, networks = distiller(1)
-    rollout = method.rollout(START, 1, gradient=False)
+    rollout = method.expert_rollout(START, 1)
     assert [(c.role, c.sigma) for c in networks.calls] == [
         ("first", PLAN.sigmas[0]),
         ("first", PLAN.sigmas[1]),
@@ -146,8 +190,9 @@ def test_rollout_uses_the_conditioning_and_the_weights_of_each_expert():
     last = networks.calls[-1]
     with torch.no_grad():
         velocity = networks.velocity("second", last.x, last.sigma, POSITIVE)
-    torch.testing.assert_close(rollout.x_s, last.x + (PLAN.boundaries[1] - PLAN.sigmas[3]) * velocity)
+    torch.testing.assert_close(rollout.x_s.detach(), last.x + (PLAN.boundaries[1] - PLAN.sigmas[3]) * velocity)
     torch.testing.assert_close(rollout.x0, velocity_to_x0(last.x, velocity, last.sigma))
+    torch.testing.assert_close(method.fake_rollout(START, 1), rollout.x_s.detach())
 
 
 # Guidance
@@ -204,18 +249,20 @@ def test_only_the_teacher_is_guided():
 
 @every_phase
 @pytest.mark.parametrize(("fake_updates", "fake_draws"), [(5, 1), (2, 3)])
-def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake_updates, fake_draws):
-    method, networks = distiller(phase)
+@pytest.mark.parametrize("choices", [{}, *VARIANTS], ids=str)
+def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake_updates, fake_draws, choices):
+    method, networks = distiller(phase, **choices)
     steps = range(len(PLAN.phases[phase].sigmas))
     counted: Counter = Counter()
     for step in steps:
         for _ in range(fake_updates):
-            rollout = method.rollout(START, step, gradient=False)
+            x_s = method.fake_rollout(START, step)
             for _ in range(fake_draws):
-                method.fake_loss(rollout.x_s, POSITIVE, Renoising(method.draw_score_sigma(BATCH), normal(2)))
+                renoising = Renoising(method.draw_score_sigma(BATCH), normal(2))
+                method.fake_loss(x_s, POSITIVE, renoising, method.fake_of(step))
         generator_update(method, step)
     for call in networks.calls:
-        purpose = {"teacher": "teacher", "fake": "fake" if call.recorded else "fake_score"}
+        purpose = {"teacher": "teacher"} | dict.fromkeys(method.fakes, "fake" if call.recorded else "fake_score")
         counted[purpose.get(call.role, "generator" if call.recorded else "rollout")] += 1
     expected = {purpose: count / len(steps) for purpose, count in counted.items()}
-    assert evaluations_per_update(PLAN, phase, fake_updates, fake_draws) == pytest.approx(expected)
+    assert evaluations_per_update(PLAN, phase, method.objective, fake_updates, fake_draws) == pytest.approx(expected)

@@ -2,51 +2,23 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdmd_core.batch import Batch, Renoising
-from pdmd_core.distillation import Objective, PhasedDistiller
+from pdmd_core.distillation import PhasedDistiller
+from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
+from tests.helpers.gaussian import MEAN, STD, GaussianVelocity, LinearVelocity, error, marginal_of_data
 
-MEAN = torch.tensor([2.0, -1.0], dtype=torch.float64)
-STD = torch.tensor([0.5, 1.5], dtype=torch.float64)
 BOUNDARY = 0.6
 TWO_PHASES = PhasePlan.from_sigmas([[1.0], [BOUNDARY]])
-
-
-class GaussianVelocity(nn.Module):
-    """The velocity of Gaussian data at every noise level; mean and variance are weights. Teacher and fake."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean, self.log_variance = nn.Parameter(MEAN.clone()), nn.Parameter(2 * STD.log())
-
-    def forward(self, x, sigma):
-        t = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1)
-        variance = self.log_variance.exp()
-        marginal = (1 - t) ** 2 * variance + t**2
-        return (t - (1 - t) * variance) / marginal * (x - (1 - t) * self.mean) - self.mean
-
-
-class LinearVelocity(nn.Module):
-    """slope * x + offset: all that an expert of one step needs. Starts as the teacher at its sigma."""
-
-    def __init__(self, teacher: GaussianVelocity, sigma: float) -> None:
-        super().__init__()
-        with torch.no_grad():
-            offset = teacher(torch.zeros(1, 2, dtype=torch.float64), sigma)[0]
-            slope = teacher(torch.ones(1, 2, dtype=torch.float64), sigma)[0] - offset
-        self.slope, self.offset = nn.Parameter(slope), nn.Parameter(offset)
-
-    def forward(self, x, sigma):
-        return self.slope * x + self.offset
 
 
 class GaussianNetworks:
     def __init__(self, plan: PhasePlan) -> None:
         teacher = GaussianVelocity()
         self.networks = {"teacher": teacher, "fake": GaussianVelocity()}
-        self.networks |= {phase.name: LinearVelocity(teacher, phase.sigmas[0]) for phase in plan.phases}
+        self.networks |= {phase.name: LinearVelocity(teacher, phase.sigmas) for phase in plan.phases}
 
     def velocity(self, role, x, sigma, conditioning):
         return self.networks[role](x, sigma)
@@ -68,12 +40,12 @@ def train(networks: GaussianNetworks, phase: int, updates: int = 300, **choices)
     fake, fake_schedule = optimizer("fake", 0.05)
     for _ in range(updates):
         for _ in range(3):
-            rollout = method.rollout(Batch(draw(), {}), method.draw_step(generator), gradient=False)
+            x_s = method.fake_rollout(Batch(draw(), {}), method.draw_step(generator))
             fake.zero_grad()
-            method.fake_loss(rollout.x_s, {}, Renoising(method.draw_score_sigma(128, generator), draw())).backward()
+            method.fake_loss(x_s, {}, Renoising(method.draw_score_sigma(128, generator), draw())).backward()
             fake.step()
         batch = Batch(draw(), {})
-        rollout = method.rollout(batch, method.draw_step(generator), gradient=True)
+        rollout = method.expert_rollout(batch, method.draw_step(generator))
         expert.zero_grad()
         renoising = Renoising(method.draw_score_sigma(128, generator), draw())
         method.generator_loss(rollout, batch, renoising).loss.backward()
@@ -85,17 +57,8 @@ def train(networks: GaussianNetworks, phase: int, updates: int = 300, **choices)
 
 def moments(method: PhasedDistiller) -> tuple[Tensor, Tensor]:
     noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    x_s = method.rollout(Batch(noise, {}), 0, gradient=False).x_s
+    x_s = method.fake_rollout(Batch(noise, {}), 0)
     return x_s.mean(0), x_s.std(0)
-
-
-def error(found: tuple[Tensor, Tensor], mean: Tensor, std: Tensor) -> float:
-    """Largest deviation of a mean or a standard deviation, relative to the standard deviation."""
-    return max(((found[0] - mean) / std).abs().max().item(), (found[1] / std - 1).abs().max().item())
-
-
-def marginal_of_data(sigma: float) -> tuple[Tensor, Tensor]:
-    return (1 - sigma) * MEAN, ((1 - sigma) ** 2 * STD.square() + sigma**2).sqrt()
 
 
 @pytest.mark.parametrize("weighting", ["dmd2", "paper"])

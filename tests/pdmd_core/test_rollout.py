@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pdmd_core.phases import PhasePlan, PhasePlanError
-from pdmd_core.rollout import route, sample, simulate
+from pdmd_core.rollout import route, sample, simulate, simulate_whole
 
 PLAN = PhasePlan.from_sigmas([[1.0, 0.95], [0.9, 0.8, 0.65], [0.5, 0.2]])
 ENDS = (0.9, 0.5, 0.0)
@@ -151,6 +151,38 @@ def test_a_phase_outside_the_plan_is_an_error_that_names_its_phases(experts, pha
     with pytest.raises(PhasePlanError, match=rf"{phase} is not in 0\.\.2"):
         simulate(experts.networks(), PLAN, phase, 0, noise(), False)
     assert experts.calls == []
+
+
+# Whole rollouts
+
+
+@every_step
+@pytest.mark.parametrize("through", [True, False])
+def test_a_whole_rollout_is_the_simulation_of_the_last_step_whichever_step_trains(experts, phase, step, through):
+    found = simulate_whole(experts.networks(), PLAN, phase, step, noise(), through)
+    expected = simulate(experts.networks(), PLAN, phase, len(PLAN.phases[phase].sigmas) - 1, noise(), False)
+    torch.testing.assert_close((found.x_s.detach(), found.x0), (expected.x_s, expected.x0))
+    assert (found.step, found.sigma_end, found.x0.requires_grad) == (step, ENDS[phase], False)
+
+
+def test_the_gradient_through_the_rest_of_a_phase_is_that_of_its_formula(experts):
+    simulate_whole(experts.networks(), PLAN, 1, 1, noise(), True).x_s.sum().backward()
+    assert [(c.expert, c.sigma) for c in experts.calls if c.recorded] == [(1, 0.8), (1, 0.65)]
+    x, _ = by_hand(1, 1)
+    weight = torch.tensor(-1.3, requires_grad=True)
+    for sigma, following in ((0.8, 0.65), (0.65, 0.5)):
+        x = x + (following - sigma) * (weight * x + 3 * sigma + 1)
+    x.sum().backward()
+    torch.testing.assert_close(experts.weights[1].grad, weight.grad)
+
+
+@pytest.mark.parametrize(("step", "increment"), [(0, 0.8 - 0.9), (1, 0.65 - 0.8), (2, 0.5 - 0.65)])
+def test_the_gradient_of_an_own_increment_is_that_of_one_step_of_the_walk(experts, step, increment):
+    simulate_whole(experts.networks(), PLAN, 1, step, noise(), False).x_s.sum().backward()
+    assert [(c.expert, c.sigma) for c in experts.calls if c.recorded] == [(1, PLAN.phases[1].sigmas[step])]
+    x, _ = by_hand(1, step)
+    torch.testing.assert_close(experts.weights[1].grad, (increment * x).sum())
+    assert [weight.grad is not None for weight in experts.weights] == [False, True, False]
 
 
 # Sampling

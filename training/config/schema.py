@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pdmd_core.distillation import Objective
 from pdmd_core.families import TeacherRouting
+from pdmd_core.method import Objective, fake_roles
 from pdmd_core.phases import Phase, PhasePlanError
-from pdmd_core.roles import FAKE, RoleSpec
+from pdmd_core.roles import RoleSpec
 from training.config.command_line import UserError
 from training.config.keys import fields_of, is_text, kind_of, suggestion, takes_null
 from training.config.moved import MOVED, moved_keys, with_todays_keys
@@ -194,7 +194,8 @@ class DistillConfig(Section):
             phase.name: replace(self.generator, components=(self._component_of(phase, routing),))
             for phase in self.plan.build().phases
         }
-        return specs | {FAKE: replace(self.fake, components=self.fake.components or routing.components)}
+        fake = replace(self.fake, components=self.fake.components or routing.components)
+        return specs | dict.fromkeys(fake_roles(self.plan.build(), self.objective), fake)
 
     def _component_of(self, phase: Phase, routing: TeacherRouting) -> str:
         chosen = self.generator.components or tuple({routing.component_at(sigma) for sigma in phase.sigmas})

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pdmd_core.checks import check_choice, check_number
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import RoleSpec
+from pdmd_core.roles import FAKE, TEACHER, RoleSpec
 from training.data.buckets import Bucket
 from training.data.examples import ExampleSource
 
@@ -98,7 +98,9 @@ class PlanSection(Section):
             raise ValueError("give either steps (with shift) or sigmas")
         if self.sigmas is not None and self.shift != type(self).model_fields["shift"].default:
             raise ValueError(f"shift is for steps, sigmas are shifted: leave it out, found {self.shift:g}")
-        self.build()
+        for phase in self.build().phases:
+            if phase.name == TEACHER or phase.name.startswith(FAKE):
+                raise ValueError(f"names: expected names of experts, found {phase.name!r}: call it otherwise")
         return self
 
     def build(self) -> PhasePlan:

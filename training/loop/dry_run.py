@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.families import ModelFamily
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
@@ -128,7 +128,7 @@ def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]
         if k < config.first_phase:
             lines.append(f"phase {phase.name}: its expert is that of {config.start.experts}, frozen")
             continue
-        counts = evaluations_per_update(plan, k, config.fake_updates, config.draws_per_rollout)
+        counts = evaluations_per_update(plan, k, config.objective, config.fake_updates, config.draws_per_rollout)
         parts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
         lines.append(
             f"phase {phase.name}: {config.updates_of(k)} updates, {sum(counts.values()):g} network evaluations of each "

@@ -14,6 +14,7 @@ from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, PhasedE
 from pdmd_core.experts.format.fingerprint import base_warning, network_weights, sampler_of
 from pdmd_core.experts.hub.card import write_card
 from pdmd_core.families import ModelFamily, TeacherRouting
+from pdmd_core.method import changed_choices
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
@@ -132,6 +133,7 @@ def training_summary(
         "seed": config.seed,
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,
+        **({"objective": chosen} if (chosen := changed_choices(config.objective)) else {}),
         **unfinished,
         **({"start": begun} if begun else {}),
         **({"changes": list(history)} if history else {}),

@@ -17,7 +17,7 @@ from pdmd_core.batch import PROMPT_MASK, Batch, Renoising, Rows, as_rows, rows_o
 from pdmd_core.distillation import PhasedDistiller, VelocityOfRole
 from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import FAKE
+from training.config.command_line import UserError
 from training.config.schema import DistillConfig
 from training.config.sections import RoleSection
 from training.distributed.sharding import average_gradients, gathered
@@ -88,7 +88,9 @@ class Update:
 
 
 class PhaseTraining:
-    """One phase of a plan in training. Starting it resets nothing and freezes every other role.
+    """One phase of a plan in training. Starting it resets no fake and freezes every other role.
+
+    The expert begins as it is, or as the expert of the phase before, where the objective says so.
 
     Args:
         config: The configuration of the run.
@@ -111,7 +113,12 @@ class PhaseTraining:
         self.device = accelerator.device
         self.batch = config.batch_size // config.groups(accelerator.num_processes)
         self.distiller = PhasedDistiller(plan, phase, roles, config.objective, config.memory.guidance_batched)
-        self.sections: dict[str, RoleSection] = {self.expert: config.generator, FAKE: config.fake}
+        self.sections: dict[str, RoleSection] = {
+            self.expert: config.generator,
+            **dict.fromkeys(self.distiller.fakes, config.fake),
+        }
+        if config.objective.expert_start == "previous" and phase:
+            self._start_as(plan.phases[phase - 1].name)
         roles.set_trainable(self.sections)
         self.optimizers = {
             role: make_optimizer(roles.parameters(role), section, self.device)
@@ -121,6 +128,18 @@ class PhaseTraining:
         if decay := config.ema_decay:
             lowest = 0.0 if config.ema_warm_up else decay
             self.average = EMAModel(roles.parameters(self.expert), decay=decay, min_decay=lowest)
+
+    @torch.no_grad()
+    def _start_as(self, previous: str) -> None:
+        """Copy the weights of another expert. Raises UserError where they do not fit."""
+        own, other = self.roles.parameters(self.expert), self.roles.parameters(previous)
+        if [weight.shape for weight in own] != [value.shape for value in other]:
+            raise UserError(
+                f"objective.expert_start: {self.expert!r} cannot begin as {previous!r}, which adapts other modules: "
+                "set generator.targets to those, or expert_start to teacher"
+            )
+        for weight, value in zip(own, other, strict=True):
+            weight.copy_(value)
 
     @property
     def expert(self) -> str:
@@ -143,15 +162,17 @@ class PhaseTraining:
         sigmas: dict[str, list[float]] = {"fake": [], "generator": []}
         for _ in range(self.config.fake_updates):
             batch = batches.draw()
-            x_s = self.rollout(batch, batches.step(self.distiller))
+            step = batches.step(self.distiller)
+            x_s = self.rollout(batch, step)
             for _ in range(self.config.draws_per_rollout):
                 renoising = batches.renoising(self.distiller, x_s)
-                fake.append(self.fake_step(x_s, batch.conditioning, renoising))
+                fake.append(self.fake_step(x_s, batch.conditioning, renoising, self.distiller.fake_of(step)))
                 sigmas["fake"] += renoising.t.tolist()
         batch = batches.draw(negative=True)
-        step, renoising = batches.step(self.distiller), batches.renoising(self.distiller, batch.noise)
-        generator, distance = self.generator_step(batch, step, renoising)
-        sigmas["generator"] += renoising.t.tolist()
+        step = batches.step(self.distiller)
+        renoisings = [batches.renoising(self.distiller, batch.noise) for _ in range(self.config.objective.score_draws)]
+        generator, distance = self.generator_step(batch, step, renoisings)
+        sigmas["generator"] += [t for renoising in renoisings for t in renoising.t.tolist()]
         if self.average is not None and math.isfinite(generator.grad_norm):
             self.average.step(self.roles.parameters(self.expert))
         return Update(generator, fake, distance, sigmas)
@@ -162,28 +183,28 @@ class PhaseTraining:
         for part in self._parts():
             rows = self._on_device(batch.rows(part))
             with self.accelerator.autocast():
-                samples.append(self.distiller.rollout(rows, step, gradient=False).x_s)
+                samples.append(self.distiller.fake_rollout(rows, step))
         return torch.cat(samples)
 
-    def fake_step(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising) -> StepResult:
-        """Take one optimizer step of the fake on samples of the generator."""
+    def fake_step(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising, role: str) -> StepResult:
+        """Take one optimizer step of a fake on samples of the generator."""
         total = torch.zeros((), device=self.device)
         for part in self._parts(renoising.t):
             own, rows = renoising.rows(part), self._on_device(Batch(x_s[part], rows_of(conditioning, part)))
             with self.accelerator.autocast():
-                loss = self.distiller.fake_loss(rows.noise, rows.conditioning, own)
-            total += self._backward(FAKE, loss, own.t)
-        return self._step(FAKE, total)
+                loss = self.distiller.fake_loss(rows.noise, rows.conditioning, own, role)
+            total += self._backward(role, loss, own.t)
+        return self._step(role, total)
 
-    def generator_step(self, batch: Batch, step: int, renoising: Renoising) -> tuple[StepResult, float]:
+    def generator_step(self, batch: Batch, step: int, renoisings: Sequence[Renoising]) -> tuple[StepResult, float]:
         """Take one optimizer step of the expert; returns also the distance of teacher and fake over all processes."""
         total, distance = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for part in self._parts(renoising.t):
-            rows, own = self._on_device(batch.rows(part)), renoising.rows(part)
+        for part in self._parts(renoisings[0].t):
+            rows, own = self._on_device(batch.rows(part)), [renoising.rows(part) for renoising in renoisings]
             with self.accelerator.autocast():
-                rollout = self.distiller.rollout(rows, step, gradient=True)
-                found = self.distiller.generator_loss(rollout, rows, own)
-            total += self._backward(self.expert, found.loss, own.t)
+                rollout = self.distiller.expert_rollout(rows, step)
+                found = self.distiller.generator_loss(rollout, rows, *own)
+            total += self._backward(self.expert, found.loss, own[0].t)
             distance += found.score_distance * (len(rows) / self.batch)
         return self._step(self.expert, total), float(self.accelerator.reduce(distance, "mean"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pdmd_core.roles import FAKE, Roles
+from pdmd_core.roles import Roles
 from training.loop.build import BuiltRun
 from training.loop.checkpoints import load_tensors
 from training.loop.optimizers import make_state
@@ -34,7 +34,7 @@ def state_tensors(roles: Roles, training: PhaseTraining, rng: RunRNG) -> dict[st
     """
     tensors = {f"rng/{name}": value for name, value in rng.state_dict().items()}
     distiller = training.distiller
-    for role in [FAKE, *(phase.name for phase in distiller.plan.phases[: distiller.phase + 1])]:
+    for role in [*distiller.fakes, *(phase.name for phase in distiller.plan.phases[: distiller.phase + 1])]:
         tensors |= {f"roles/{role}/{name}": value for name, value in roles.state_dict(role).items()}
     for role, optimizer in training.optimizers.items():
         for name, parameter in roles.named_parameters(role).items():

@@ -10,7 +10,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from pdmd_core.experts import ExpertsError
-from pdmd_core.roles import FAKE
+from pdmd_core.method import fake_roles
 from training.config.command_line import UserError
 from training.evaluation.pictures import save_samples
 from training.loop.batches import DataBatches
@@ -108,9 +108,10 @@ class Trainer:
         """Begin the phase at which the run is: a fake that is the teacher again, and the phase's expert in training."""
         phase = self.progress.phase
         if phase > self.config.first_phase:
-            self.roles.reset(FAKE, self.built.rng.shared)
+            for fake in fake_roles(self.plan, self.config.objective):
+                self.roles.reset(fake, self.built.rng.shared)
         if self.config.memory.offload_idle_experts:
-            keep_idle_experts_away(self.roles, self.plan.phases[phase].name, self.accelerator.device)
+            keep_idle_experts_away(self.roles, self.plan, phase, self.accelerator.device)
         self.training = PhaseTraining(self.config, self.plan, phase, self.roles, self.accelerator)
 
     def update(self) -> Update:

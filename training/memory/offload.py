@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pdmd_core.roles import FAKE, Roles
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles
 
 
 class OneOnDevice:
@@ -60,14 +61,14 @@ def keep_one_network(roles: Roles, device: torch.device) -> None:
     roles.before_use = OneOnDevice(frozen, device)
 
 
-def keep_idle_experts_away(roles: Roles, trained: str, device: torch.device) -> None:
+def keep_idle_experts_away(roles: Roles, plan: PhasePlan, phase: int, device: torch.device) -> None:
     """Until another expert trains, those that do not are on the device only while they compute, in a rollout.
 
     The expert that trains is put there. As the others compute without gradient, no graph holds what was there.
     """
-    for parameter in roles.parameters(trained):
+    for parameter in roles.parameters(plan.phases[phase].name):
         parameter.data = parameter.data.to(device)
-    idle = {role: roles.parameters(role) for role in roles.specs if role not in (trained, FAKE)}
+    idle = {other.name: roles.parameters(other.name) for k, other in enumerate(plan.phases) if k != phase}
     roles.before_role = OneOnDevice(idle, device)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pdmd_core.method import fake_roles
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, TEACHER, Roles
 from training.config.schema import DistillConfig
@@ -58,6 +59,7 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
     alone = config.memory.offload_idle_network and len(sizes) > 1
     base = (max(sizes) if alone else sum(sizes)) / shards
     parts = [Held(TEACHER, base, _about_base(config, roles, alone) + _in_shards(shards))]
+    fakes = fake_roles(plan, config.objective)
     gradients, idle = {"expert": 0.0, FAKE: 0.0}, 0.0
     for role, spec in roles.specs.items():
         pieces = shards if spec.kind == "full" else 1
@@ -67,11 +69,11 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
         how += f" on {' and '.join(roles.components(role))}" if len(roles.bases) > 1 else ""
         how += _in_shards(pieces)
         size = count * FLOAT32
-        if role in (FAKE, plan.phases[-1].name):  # experts train one after the other, the others are frozen
-            optimizer = (config.fake if role == FAKE else config.generator).optimizer
-            average = FLOAT32 if config.ema_decay and role != FAKE else 0
+        if role in (*fakes, plan.phases[-1].name):  # experts train one after the other, the others are frozen
+            optimizer = (config.fake if role in fakes else config.generator).optimizer
+            average = FLOAT32 if config.ema_decay and role not in fakes else 0
             how += f", {optimizer}"
-            gradients[FAKE if role == FAKE else "expert"] = size
+            gradients[FAKE if role in fakes else "expert"] = size
             parts.append(Held(role, size + count * (MOMENTS[optimizer] + average), how))
         elif config.memory.offload_idle_experts:
             idle = max(idle, size)

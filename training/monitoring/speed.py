@@ -11,7 +11,7 @@ from statistics import median
 import psutil
 import torch
 
-from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.evaluations import evaluations_per_update
 from training.config.schema import DistillConfig
 
 _RECENT = 20
@@ -43,7 +43,8 @@ class Speed:
         self.device, self.clock, self.batch = device, clock, config.batch_size
         plan = config.plan.build()
         counts = [
-            evaluations_per_update(plan, k, config.fake_updates, config.draws_per_rollout) for k in range(len(plan))
+            evaluations_per_update(plan, k, config.objective, config.fake_updates, config.draws_per_rollout)
+            for k in range(len(plan))
         ]
         guided = config.objective.guidance_scale != 1
         self.evaluations = [sum(count.values()) + (count["teacher"] if guided else 0) for count in counts]

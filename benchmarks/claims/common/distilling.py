@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.claims.common.methods import Run
 from pdmd_core.batch import Batch, Renoising
-from pdmd_core.distillation import Objective, PhasedDistiller
+from pdmd_core.distillation import PhasedDistiller
+from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
 from training.config.schema import DistillConfig, parse_config
 from training.loop.optimizers import lr_factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from benchmarks.claims.common.distilling import Recipe
 from benchmarks.claims.common.methods import Method, Run
 from pdmd_core.batch import Batch
-from pdmd_core.distillation import Objective
 from pdmd_core.families.base import Conditioning
 from pdmd_core.flow import Sigma
 from pdmd_core.hashing import sha256_of, sha256_of_bytes
+from pdmd_core.method import Objective, fake_roles
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import FAKE, Roles, RoleSpec
+from pdmd_core.roles import Roles, RoleSpec
 from training.evaluation.sampler import Sampler
 
 MODELS = Path(__file__).resolve().parents[3] / "training" / "embedded" / "models"
@@ -71,25 +71,26 @@ class EmbeddedSettings:
         return {**data, "prompts": len(self.prompts), "prompts_digest": sha256_of_bytes(text.encode())[:16]}
 
 
-def fake_of(expert: str) -> str:
-    """Every phase has a fake of its own."""
-    return f"fake_of_{expert}"
+def own_fake(fake: str, expert: str) -> str:
+    """Every phase has fakes of its own."""
+    return f"{fake}_of_{expert}"
 
 
-def make_roles(sampler: Sampler, plan: PhasePlan, rank: int) -> Roles:
-    """Experts and a fake for each, on a copy of the teacher's network; weights depend on torch's global seed."""
+def make_roles(sampler: Sampler, plan: PhasePlan, rank: int, fakes: Sequence[str] = ()) -> Roles:
+    """Experts and fakes for each, on a copy of the teacher's network; weights depend on torch's global seed."""
     spec = RoleSpec("lora", rank, float(rank))
     names = [phase.name for phase in plan.phases]
     base = copy.deepcopy(sampler.pipeline.transformer)
-    return Roles(base, sampler.family, dict.fromkeys([*names, *map(fake_of, names)], spec))
+    own = [own_fake(fake, name) for fake in fakes for name in names]
+    return Roles(base, sampler.family, dict.fromkeys([*names, *own], spec))
 
 
 class PhaseView:
-    """The roles as one phase sees them: FAKE is its own. Counts evaluations by role, in batches of ``batch``."""
+    """The roles as one phase sees them: fakes are its own. Counts evaluations by role, in batches of ``batch``."""
 
     def __init__(self, problem: EmbeddedProblem, phase: int) -> None:
         self.problem, self.roles, self.routing = problem, problem.roles, problem.roles.routing
-        self.phase, self.fake = phase, fake_of(problem.plan.phases[phase].name)
+        self.phase, self.expert = phase, problem.plan.phases[phase].name
 
     def velocity(self, role: str, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
         """Ask a role."""
@@ -118,7 +119,7 @@ class PhaseView:
         self.roles.set_trainable([role for own in self.problem.trainable.values() for role in own])
 
     def _own(self, role: str) -> str:
-        return self.fake if role == FAKE else role
+        return own_fake(role, self.expert) if role in self.problem.fakes else role
 
 
 class EmbeddedProblem:
@@ -129,7 +130,8 @@ class EmbeddedProblem:
         self.sampler, self.batch = sampler, settings.recipe.batch_size
         self.prompts = len(settings.prompts)
         torch.manual_seed(run.seed)
-        self.roles = make_roles(sampler, self.plan, settings.rank)
+        self.fakes = fake_roles(self.plan, self.objective)
+        self.roles = make_roles(sampler, self.plan, settings.rank, self.fakes)
         self.trainable: dict[int, list[str]] = {}
         self.evaluations: Counter[str] = Counter()
 

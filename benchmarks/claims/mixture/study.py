@@ -164,7 +164,7 @@ class MixtureStudy:
             experts[phase.name].load_state_dict(
                 {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             )
-        networks = MixtureNetworks(self.mixture, experts, self.initial)
+        networks = MixtureNetworks(self.mixture, experts, {})
         return plan, expert_velocities(networks, plan, NOTHING)
 
     def reference(self, name: str, seed: int, count: int | None = None) -> Tensor:

@@ -15,12 +15,12 @@ from benchmarks.claims.common.distilling import Recipe
 from benchmarks.claims.common.methods import Method
 from benchmarks.claims.mixture.mixture import GaussianMixture, VelocityNetwork
 from pdmd_core.batch import Batch
-from pdmd_core.distillation import Objective
 from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.families.guidance import classifier_free_guidance
 from pdmd_core.flow import Sigma
+from pdmd_core.method import Objective, fake_roles
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import FAKE, TEACHER
+from pdmd_core.roles import TEACHER
 
 NOTHING: Conditioning = {}
 """The mixture has no prompts."""
@@ -76,7 +76,7 @@ class MixtureNetworks:
     Args:
         mixture: The teacher.
         experts: Name to network.
-        fake: The fake score network.
+        fakes: The fake score networks of a phase, by role.
         evaluations: Counts evaluations by role.
     """
 
@@ -86,11 +86,11 @@ class MixtureNetworks:
         self,
         mixture: GaussianMixture,
         experts: Mapping[str, nn.Module],
-        fake: nn.Module,
+        fakes: Mapping[str, nn.Module],
         evaluations: Counter[str] | None = None,
     ) -> None:
         self.mixture = mixture
-        self.networks = {**experts, FAKE: fake}
+        self.networks = {**experts, **fakes}
         self.evaluations = Counter() if evaluations is None else evaluations
         self._trained: list[str] = []
 
@@ -104,7 +104,7 @@ class MixtureNetworks:
         return classifier_free_guidance(positive, negative, scale)
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """The weights of an expert or of the fake."""
+        """The weights of an expert or of a fake."""
         return list(self.networks[role].parameters())
 
     def components(self, role: str) -> tuple[str, ...]:
@@ -132,8 +132,9 @@ class MixtureProblem:
         self.evaluations: Counter[str] = Counter()
 
     def networks(self, phase: int) -> MixtureNetworks:
-        """The networks with a new fake."""
-        return MixtureNetworks(self.mixture, self.own, copy.deepcopy(self.initial), self.evaluations)
+        """The networks with new fakes."""
+        fakes = {role: copy.deepcopy(self.initial) for role in fake_roles(self.plan, self.objective)}
+        return MixtureNetworks(self.mixture, self.own, fakes, self.evaluations)
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """Noise alone."""

@@ -19,8 +19,8 @@ from benchmarks.claims.common.methods import METHODS, Run
 from benchmarks.claims.embedded import study as embedded_study
 from benchmarks.claims.embedded.measures import Measures, Scene, all_scenes, measured_scenes
 from benchmarks.claims.embedded.study import SETTINGS, AskedScenes, EmbeddedStudy, Measuring
-from benchmarks.claims.embedded.training import EmbeddedProblem, digest_of, fake_of
-from pdmd_core.distillation import evaluations_per_update
+from benchmarks.claims.embedded.training import EmbeddedProblem, digest_of, own_fake
+from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.roles import FAKE
 from tests.helpers.debian import installed
 from training.embedded.emoji import FONT, all_captions
@@ -186,7 +186,10 @@ def test_every_expert_moves_at_the_cost_the_library_states(key: str, pictures: E
     for expert in done.experts.values():
         assert all(float(value.abs().max()) > 0 for name, value in expert.items() if name.endswith("lora_B"))
     recipe = settings.recipe
-    costs = [evaluations_per_update(plan, k, recipe.fake_updates, recipe.draws_per_rollout) for k in range(len(plan))]
+    costs = [
+        evaluations_per_update(plan, k, settings.objective(method), recipe.fake_updates, recipe.draws_per_rollout)
+        for k in range(len(plan))
+    ]
     share = updates // len(plan)
     assert done.evaluations["teacher"] == 2 * updates  # guidance: twice the batch
     assert done.evaluations["fake"] == sum(cost["fake"] + cost["fake_score"] for cost in costs) * share
@@ -211,7 +214,7 @@ def test_a_phase_trains_its_expert_and_its_fake_alone(pictures: EmbeddedStudy) -
         networks = problem.networks(phase)
         networks.set_trainable([name, FAKE])
         trainable = {role for role in problem.roles.specs if problem.roles.parameters(role)[0].requires_grad}
-        assert trainable == {name, fake_of(name)}
+        assert trainable == {name, own_fake(FAKE, name)}
         networks.set_trainable([])
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from benchmarks.cost import update_cost
 from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
 from benchmarks.cost.update_cost import MODELS, ObservedRoles, Recording, measure, replay, summary, table
-from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.evaluations import evaluations_per_update
+from pdmd_core.method import Objective
 from pdmd_core.roles import FAKE, TEACHER
 
 STILL = {"kind": "lora", "rank": 4, "alpha": 4, "lr": 1e-30, "weight_decay": 0.0}
@@ -44,7 +45,7 @@ def test_the_calls_are_the_evaluations_that_the_method_needs(name: str, phase: i
     found = training(name, phase, plan={"steps": [1, 1], "shift": 5.0})  # one step: every update needs as many
     calls = recorded(found).calls
     two = name == "wan_two_networks"
-    needed = evaluations_per_update(found.training.distiller.plan, phase, 2, 1)
+    needed = evaluations_per_update(found.training.distiller.plan, phase, Objective(), 2, 1)
     assert len(calls) == sum(needed.values())
     with_gradient = [call.asked for call in calls if call.gradient]
     expert = found.training.expert

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pdmd_core.distillation import Objective
 from pdmd_core.families import TeacherRouting
+from pdmd_core.method import Objective
 from pdmd_core.roles import FAKE, RoleSpec
 from tests.helpers.configs import changed
 from training.config.keys import fields_of

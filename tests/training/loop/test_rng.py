@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdmd_core.distillation import Objective, PhasedDistiller
+from pdmd_core.distillation import PhasedDistiller
+from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
 from training.data.order import ExampleOrder
 from training.loop.rng import RunRNG

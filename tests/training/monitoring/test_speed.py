@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.evaluations import evaluations_per_update
+from pdmd_core.method import Objective
 from training.config.schema import DistillConfig
 from training.monitoring.speed import Speed
 
@@ -24,7 +25,7 @@ def test_a_second_an_update_is_what_is_told(config: DistillConfig) -> None:
         clock.now += 2.0
         performance = speed.after_update(update)
     plan, batch = config.plan.build(), config.batch_size
-    each = [sum(evaluations_per_update(plan, k, 2, 1).values()) + 1 for k in (0, 1)]
+    each = [sum(evaluations_per_update(plan, k, Objective(), 2, 1).values()) + 1 for k in (0, 1)]
     assert performance.seconds_per_update == pytest.approx(2)
     assert performance.samples_per_second == pytest.approx(batch / 2)
     assert performance.evaluations_per_second == pytest.approx(batch * each[0] / 2)

@@ -1,0 +1,111 @@
+"""The choices of the method that are not the phase plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from .checks import check_choice, check_number
+from .objectives import FakeTarget, FakeWeighting, GeneratorWeighting
+from .phases import PhasePlan
+from .roles import FAKE
+
+ScoreRange = Literal["nested", "disjoint"]
+FakeRollouts = Literal["blend", "whole", "per_step"]
+ExpertRollouts = Literal["truncated", "through", "own_increment"]
+ExpertStart = Literal["teacher", "previous"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The choices of the method that are not the plan; the defaults are the recipe.
+
+    Raises:
+        ValueError: A value cannot be; one line that starts with its name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    guidance_scale: float = 4.0
+    """Classifier-free guidance of the teacher; 1 is none. The fake and the experts run without."""
+    fake_weighting: FakeWeighting = "clamp"
+    """How the fake's squared error is weighted near the end of the phase."""
+    fake_target: FakeTarget = "unbiased"
+    """What the fake learns; biased is an ablation."""
+    generator_weighting: GeneratorWeighting = "dmd2"
+    """Weight of the generator's gradient."""
+    score_range: ScoreRange = "nested"
+    """Noise levels t at which teacher and fake are compared: (s, 1), s the end of the phase; disjoint is only inside
+    the phase (ablation)."""
+    score_shift: float = 1.0
+    """Those t are uniform in raw time under this shift."""
+    margin: float = 0.02
+    """With fake_weighting margin, t stays this far (relative to the range, in raw time) above s."""
+    fake_rollouts: FakeRollouts = "blend"
+    """What the fake learns in phases of several steps: blend, rollouts that jump to the end of the phase from a drawn
+    step; whole, rollouts through all steps, as samples are made; per_step, a fake for each step from which they
+    jump."""
+    expert_rollouts: ExpertRollouts = "truncated"
+    """How the drawn step of the expert trains in phases of several steps: truncated, by its jump to the end of the
+    phase; in whole rollouts through the rest of the phase, or by its own_increment alone."""
+    expert_start: ExpertStart = "teacher"
+    """What an expert begins as: the teacher, or the expert of the previous phase."""
+    score_draws: int = 1
+    """Noise levels t and noises at which an expert's samples are compared in an update."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_number("guidance_scale", self.guidance_scale, at_least=1)
+        check_choice("fake_weighting", self.fake_weighting, FakeWeighting)
+        check_choice("fake_target", self.fake_target, FakeTarget)
+        check_choice("generator_weighting", self.generator_weighting, GeneratorWeighting)
+        check_choice("score_range", self.score_range, ScoreRange)
+        check_number("score_shift", self.score_shift, above=0)
+        check_number("margin", self.margin, at_least=0, below=1)
+        check_choice("fake_rollouts", self.fake_rollouts, FakeRollouts)
+        check_choice("expert_rollouts", self.expert_rollouts, ExpertRollouts)
+        check_choice("expert_start", self.expert_start, ExpertStart)
+        check_number("score_draws", self.score_draws, at_least=1, whole=True)
+        if self.expert_rollouts != "truncated" and self.fake_rollouts != "whole":
+            raise ValueError(
+                f"expert_rollouts: expected truncated with fake_rollouts {self.fake_rollouts}, as the fake must know "
+                f"what is compared with it, found {self.expert_rollouts}"
+            )
+
+
+def changed_choices(objective: Objective) -> dict[str, Any]:
+    """List the choices that are not the default, for the manifest.
+
+    Args:
+        objective: The choices of the method.
+
+    Returns:
+        Their names and values, but for the guidance scale.
+    """
+    default, chosen = asdict(Objective()), asdict(objective)
+    return {name: value for name, value in chosen.items() if name != "guidance_scale" and value != default[name]}
+
+
+def fake_roles(plan: PhasePlan, objective: Objective) -> tuple[str, ...]:
+    """Name the fakes that a plan is trained with.
+
+    Args:
+        plan: The phase plan.
+        objective: The choices of the method.
+
+    Returns:
+        The role of the one fake, or of one for each step of the longest phase.
+    """
+    most = max(len(phase.sigmas) for phase in plan.phases) if objective.fake_rollouts == "per_step" else 1
+    return tuple(map(fake_of_step, range(most)))
+
+
+def fake_of_step(step: int) -> str:
+    """Name the fake of a step, where each step of a phase has one.
+
+    Args:
+        step: The step inside the phase, from 0.
+
+    Returns:
+        The role.
+    """
+    return FAKE if step == 0 else f"{FAKE}_{step + 1}"
