@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from .checks import check_choice, check_number
 from .objectives import FakeTarget, FakeWeighting, GeneratorWeighting
@@ -72,7 +72,7 @@ class Objective:
             )
 
 
-def changed_choices(objective: Objective) -> dict[str, Any]:
+def changed_choices(objective: Objective) -> dict[str, object]:
     """List the choices that are not the default, for the manifest.
 
     Args:

@@ -47,6 +47,10 @@ ON_REQUEST = (
 still fits."""
 
 
+NEVER = ("objective.fake_rollouts",)
+"""Keys below those that may not: they say which networks there are."""
+
+
 @dataclass(frozen=True)
 class Changes:
     """What differs, each as ``generator.lr: 0.001 -> 0.0005``.
@@ -87,7 +91,7 @@ def changes_since(before: Mapping[str, Any], config: DistillConfig, allowed: Seq
     if then.get("ema_decay") != now.get("ema_decay") and None in (then.get("ema_decay"), now.get("ema_decay")):
         refused["ema_decay"] = f"{changed['ema_decay']} (an average cannot begin or end in the middle)"
     if refused:
-        could = [key for key in refused if key.startswith(ON_REQUEST) and key not in allowed]
+        could = [key for key in refused if _on_request(key) and key not in allowed]
         ask = f", allow it with {' '.join(f'--allow-change {key}' for key in could)}," if could else ""
         raise ConfigError(
             f"the configuration changed since the checkpoint, so the run cannot be resumed; set it back{ask} or choose "
@@ -111,11 +115,15 @@ def check_allowed(keys: Sequence[str]) -> None:
             raise ConfigError(f"--allow-change {key}: unknown key {key!r}, {suggestion(key, known)}")
         if key.startswith(FREE):
             raise ConfigError(f"--allow-change {key}: it may always change, leave it out")
-        if not key.startswith(ON_REQUEST):
+        if not _on_request(key):
             raise ConfigError(
                 f"--allow-change {key}: what was trained does not fit another value; start another run in another "
                 "output_dir"
             )
+
+
+def _on_request(key: str) -> bool:
+    return key.startswith(ON_REQUEST) and key not in NEVER
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def test_an_average_does_not_begin_in_the_middle(config: DistillConfig) -> None:
     ("key", "words"),
     [
         ("genrator.lr", "unknown key 'genrator.lr', did you mean 'generator.lr'"),
+        ("objective.fake_rollouts", "what was trained does not fit another value"),
         ("generator.rank", "what was trained does not fit another value"),
         ("monitoring.log_every", "it may always change"),
     ],

@@ -81,6 +81,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(
         ("plan.sigmas=[[1.0, 0.5]]", ["either steps", "sigmas"]),
         ("plan={sigmas: [[1.0, 0.5], [0.6]]}", ["sigmas must descend"]),
         ("plan={sigmas: [[875.0]]}", ["(0, 1]", "875"]),
+        ("plan.names=[fake_2, low]", ["plan.names: expected names of experts", "'fake_2'"]),
+        ("objective.expert_rollouts=through", ["objective.expert_rollouts: expected truncated", "found through"]),
         ("updates=[1, 2, 3]", ["3 numbers for 2 phases"]),
         ("updates=0", ["updates"]),
         ("objective.fake_target=bias", ["fake_target", "'unbiased' or 'biased'"]),
