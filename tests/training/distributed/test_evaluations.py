@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pdmd_core.distillation import evaluations_per_update
+from pdmd_core.evaluations import evaluations_per_update
+from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +28,7 @@ def counted() -> list[dict[str, Any]]:
 
 
 def test_a_teacher_of_two_networks_in_shards_computes_nothing_for_nothing(counted: list[dict[str, Any]]) -> None:
-    counts = evaluations_per_update(PhasePlan.from_steps([1, 1], 5.0), 1, fake_updates=2, fake_draws=1)
+    counts = evaluations_per_update(PhasePlan.from_steps([1, 1], 5.0), 1, Objective(), fake_updates=2, fake_draws=1)
     samples = 8 * 4  # of all updates
     backwards = counts["fake"] + counts["generator"]
     forwards = sum(counts.values()) + counts["teacher"]  # guidance is of twice the batch
