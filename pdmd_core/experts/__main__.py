@@ -53,6 +53,8 @@ LoRA files of an experts folder load in ComfyUI and diffusers as they are. Weigh
 examples:
   phased-dmd convert experts --to full --output full_experts
   phased-dmd convert full_experts --to lora --rank 32 --output lora_experts
+  phased-dmd convert a14b_experts --to lora --rank 128 --network transformer --output on_one_network
+  phased-dmd convert experts_of_a_fine_tune --to lora --rank 64 --relative-to Wan-AI/Wan2.1-T2V-14B-Diffusers --output x
   phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
 """
 
@@ -112,6 +114,17 @@ def make_parser() -> arguments.CommandParser:
         "--family", type=arguments.text, help="model family of a LoRA file whose keys do not tell it; for --layout"
     )
     _add_base(convert)
+    convert.add_argument(
+        "--relative-to",
+        type=arguments.text,
+        metavar="FOLDER_OR_ID",
+        help="another pipeline, of networks of the same shape, that the LoRA experts are for; for --to lora",
+    )
+    convert.add_argument(
+        "--network",
+        type=arguments.text,
+        help="the one network that all LoRA experts are for, such as transformer of a base with two; for --to lora",
+    )
     convert.add_argument("--rank", type=arguments.whole_number(1), help="rank of the LoRA experts; for --to lora")
     convert.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="how weights are stored (default: as in the files)"
@@ -213,14 +226,18 @@ def _verify(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
 
 def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.layout is not None:
-        for name in ("base", "rank", "dtype"):
+        for name in ("base", "rank", "dtype", "relative_to", "network"):
             if getattr(options, name) is not None:
-                parser.error(f"--{name} is not for --layout")
+                parser.error(f"--{name.replace('_', '-')} is not for --layout")
         return _convert_layout(options)
     if options.family is not None:
         parser.error("--family is for --layout")
     if (options.rank is None) == (options.to == "lora"):
         parser.error("--to lora needs --rank" if options.to == "lora" else "--rank is for --to lora")
+    if options.to != "lora":
+        for name in ("relative_to", "network"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} is for --to lora")
     import torch
 
     from .convert.conversions import Conversion
@@ -231,7 +248,7 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
         PhasedExperts.open(options.source), options.output, options.base, dtype, options.overwrite, _warn
     )
     if options.to == "lora":
-        summary = conversion.to_lora(options.rank).training["conversions"][-1]
+        summary = conversion.to_lora(options.rank, options.relative_to, options.network).training["conversions"][-1]
         for name, found in summary["experts"].items():
             print(
                 f"{name}: relative error {found['relative_error_mean']:.2%} on average, "
@@ -239,6 +256,8 @@ def _convert(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
                 f"{found['changed_weights_left_out']} changed weights that a LoRA does not hold, by at most "
                 f"{found['largest_change_left_out']:.2%}"
             )
+            if lower := found["relative_error_by_rank"]:
+                print("  on average at rank " + ", ".join(f"{rank}: {error:.2%}" for rank, error in lower.items()))
     else:
         written = {"full": conversion.to_full, "comfyui": conversion.to_comfyui, "diffusers": conversion.to_diffusers}
         for name, dtypes in written[options.to]().training["conversions"][-1]["stored_as"].items():

@@ -68,11 +68,15 @@ class Conversion:
             self._finish_experts(folder, manifest)
         return manifest
 
-    def to_lora(self, rank: int) -> Manifest:
+    def to_lora(self, rank: int, relative_to: str | None = None, network: str | None = None) -> Manifest:
         """Write an experts folder of LoRA experts, each the closest of its rank to the difference to the base (SVD).
 
         Args:
             rank: The rank of the LoRA experts, at least 1.
+            relative_to: A folder or Hub id of another base of the same shape, which the LoRA experts are for; None is
+                the base of the experts.
+            network: The network of the base that all LoRA experts are for, such as ``transformer`` of a base with two;
+                None keeps the network of each.
 
         Returns:
             The manifest that was written; its training summary holds the errors.
@@ -82,9 +86,19 @@ class Conversion:
                 written.
         """
         base, weights = self._all_weights(networks=True, written=False)
-        dtype, targets = self.dtype or torch.float32, base.family.lora_targets
+        given = self.experts.manifest.base
+        if relative_to is not None:
+            given = replace(given, model=relative_to, revision=None, fingerprints=None)
+            base = BaseFiles.find(given, None, networks=True)
+        dtype = self.dtype or torch.float32
+        same = relative_to is None and network is None
+        # Other networks differ in all layers, not in those alone that training adapted
+        targets = base.family.lora_targets if same else tuple(base.family.modules)
         entries, tensors, errors = [], {}, {}
         for expert in self.experts.manifest.experts:
+            expert = replace(expert, component=network or expert.component)
+            if not same:
+                base.check_full(expert.file, expert.component, weights[expert.name].shapes)
             own = base.weights(expert.component)
             found = extract(own, weights[expert.name], targets, rank, dtype, f"SVD of {expert.name}")
             tensors[expert.name] = lora_to_file(found.lora, float(rank), base.family)
@@ -94,7 +108,9 @@ class Conversion:
             )
             entries.append(replace(kind, file=f"{expert.name}.safetensors"))
         note = {"to": "lora", "rank": rank, "dtype": dtype_name(dtype), "experts": errors}
-        origin = self._origin(base, {entry.component for entry in entries})
+        if not same:
+            note |= {"relative_to": given.model, "networks": sorted({entry.component for entry in entries})}
+        origin = self._origin(base, {entry.component for entry in entries}, given)
         manifest = self._noted(replace(self.experts.manifest, base=origin, experts=tuple(entries)), note)
         with new_folder(self.output) as folder:
             manifest = write_experts(folder, manifest, tensors)
@@ -197,9 +213,8 @@ class Conversion:
             full = merged(own, file.weights)
         return full if self.dtype is None else full.stored_as(self.dtype, base.float32_modules)
 
-    def _origin(self, base: BaseFiles, components: Set[str]) -> BaseModel:
-        """The manifest's base with fingerprints of the networks that this conversion reads; warns of other weights."""
-        origin = self.experts.manifest.base
+    def _origin(self, base: BaseFiles, components: Set[str], origin: BaseModel) -> BaseModel:
+        """A base with fingerprints of the networks that this conversion reads; warns of other weights."""
         prints = dict(origin.fingerprints or {})
         for component in sorted(components):
             names, sampler = base.sampler(component)
@@ -219,7 +234,9 @@ class Conversion:
             experts.append(replace(entry, file=f"{expert.name}.safetensors"))
         note = {"to": "full", "arithmetic": "float32", "stored_as": stored}
         read = {expert.component for expert in self.experts.manifest.experts if expert.kind == "lora"}
-        manifest = replace(self.experts.manifest, base=self._origin(base, read), experts=tuple(experts))
+        manifest = replace(
+            self.experts.manifest, base=self._origin(base, read, self.experts.manifest.base), experts=tuple(experts)
+        )
         return self._noted(manifest, note)
 
     def _noted(self, manifest: Manifest, note: Mapping[str, Any]) -> Manifest:

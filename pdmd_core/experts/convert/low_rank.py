@@ -49,6 +49,8 @@ class Extracted:
     """Module to relative Frobenius error ``|difference - product| / |difference|``, 0 where nothing differs."""
     left_out: dict[str, float]
     """Weights that a LoRA does not hold, and how much they differ: ``|difference| / |base|``."""
+    by_rank: dict[int, list[float]]
+    """Lower ranks to the relative error that each module would have at them."""
 
     def summary(self) -> dict[str, object]:
         """Summarise the errors for people and for the manifest.
@@ -61,6 +63,7 @@ class Extracted:
             "relative_error_mean": sum(self.errors.values()) / len(self.errors),
             "relative_error_worst": self.errors[worst],
             "worst_module": worst,
+            "relative_error_by_rank": {str(rank): sum(each) / len(each) for rank, each in self.by_rank.items()},
             "changed_weights_left_out": len(self.left_out),
             "largest_change_left_out": max(self.left_out.values(), default=0.0),
         }
@@ -94,17 +97,22 @@ def extract(
                 f"--rank {rank} is more than {name} of {shape} has: at most {min(base.specs[name].shape)}"
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = Extracted({}, {}, {})
+    lower = [2**n for n in range(rank.bit_length()) if 2**n < rank]
+    found = Extracted({}, {}, {}, {each: [] for each in lower})
     for name in progress(list(base.specs), title):
         before = base.read(name).to(device).float()
         difference = expert.read(name).to(device).float() - before
         size = difference.norm()
         if name in modules:
-            down, up = (half.to(dtype) for half in factorise(difference, rank))
+            down, up, values = factorise(difference, rank)
+            down, up = down.to(dtype), up.to(dtype)
             module = name.removesuffix(".weight")
             found.lora[f"{module}.lora_A"], found.lora[f"{module}.lora_B"] = down.cpu(), up.cpu()
             rest = difference - up.float() @ down.float()
             found.errors[module] = float(rest.norm() / size) if size else 0.0
+            for each, errors in found.by_rank.items():
+                kept = float(values[:each].norm() / size) if size else 1.0
+                errors.append(max(0.0, 1 - kept**2) ** 0.5)
         elif size:
             found.left_out[name] = float(size / before.norm()) if before.any() else float("inf")
     if not found.errors:
@@ -112,7 +120,7 @@ def extract(
     return found
 
 
-def factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find the closest matrix of a rank, as a product ``up @ down`` (truncated SVD, in float32).
 
     Args:
@@ -120,7 +128,7 @@ def factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rank: The rank, at most the smaller side.
 
     Returns:
-        down, of shape (rank, in), and up, of shape (out, rank).
+        down, of shape (rank, in), up, of shape (out, rank), and the largest singular values, of shape (rank,).
     """
     if min(matrix.shape) <= EXACT_SIZE:
         u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
@@ -130,7 +138,7 @@ def factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             u, s, v = torch.svd_lowrank(matrix.float(), q=min(rank + 32, *matrix.shape), niter=4)
         vh = v.mT
     root = s[:rank].sqrt()
-    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous(), s[:rank]
 
 
 def recompressed(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -128,13 +128,14 @@ def blocks(language: str) -> list[str]:
 
 def test_every_command_of_the_page_runs_as_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "phased-dmd" and run(*arguments) == 0, command
     assert capsys.readouterr().err == ""
     assert [e.kind for e in read_manifest(folder / "full_experts").experts] == ["full", "full"]
     assert [e.rank for e in read_manifest(folder / "lora_experts").experts] == [8, 8]
+    assert {e.component for e in read_manifest(folder / "one_network").experts} == {"transformer"}
     assert len(list((folder / "comfyui_files").glob("*.safetensors"))) == 2
     (code,) = blocks("python")
     variables: dict[str, Any] = {}
@@ -194,9 +195,10 @@ def test_convert_states_dtypes_and_errors(folder: Path, capsys: pytest.CaptureFi
     assert run("convert", "experts", "--to", "lora", "--rank", "4", "--output", "lora") == 0
     lines = capsys.readouterr().out.splitlines()
     noted = read_manifest(folder / "lora").training["conversions"][0]["experts"]
-    for line, (name, found) in zip(lines[:2], noted.items(), strict=True):
+    for line, (name, found) in zip(lines[:4:2], noted.items(), strict=True):
         assert line.startswith(f"{name}: relative error {found['relative_error_mean']:.2%} on average")
         assert f"{found['relative_error_worst']:.2%} at worst ({found['worst_module']})" in line
+    assert re.fullmatch(r"  on average at rank 1: \d+\.\d\d%, 2: \d+\.\d\d%", lines[1])
     for target in ("comfyui", "diffusers"):
         assert run("convert", "experts", "--to", target, "--output", target) == 0
         assert capsys.readouterr().out.splitlines()[0] == "high_noise: stored as float32"
@@ -337,6 +339,8 @@ def test_plans_of_released_files_are_listed_and_shown(capsys: pytest.CaptureFixt
         (["plan", "--list", "z-image-turbo"], "give the name of a preset, or --list"),
         (["convert", "x", "--output", "y"], "one of the arguments --to --layout is required"),
         (["convert", "x", "--to", "full", "--layout", "peft", "--output", "y"], "not allowed with"),
+        (["convert", "x", "--layout", "peft", "--network", "a", "--output", "y"], "--network is not for --layout"),
+        (["convert", "x", "--to", "full", "--relative-to", "a", "--output", "y"], "--relative-to is for --to lora"),
         (["convert", "x", "--layout", "peft", "--rank", "3", "--output", "y"], "--rank is not for --layout"),
         (["convert", "x", "--to", "full", "--family", "wan", "--output", "y"], "--family is for --layout"),
     ],
