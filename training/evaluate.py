@@ -90,6 +90,13 @@ def make_parser() -> arguments.CommandParser:
         nargs="*",
         help="rows of the teacher in these steps (default: the experts')",
     )
+    what.add_argument(
+        "--quantization",
+        choices=("int8", "float8"),
+        nargs="+",
+        default=[],
+        help="further rows: LoRA experts on a base whose matrices have 8 bits, as many will run them",
+    )
     what.add_argument("--no_noise_floor", action="store_true", help="leave out the row of the teacher in many steps")
     what.add_argument(
         "--data", type=arguments.path, metavar="FOLDER", help="real pictures or clips, for the metric data_frechet"

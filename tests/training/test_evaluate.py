@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pdmd_core.experts import read_manifest
+from pdmd_core.experts import PhasedExperts, read_manifest
+from pdmd_core.experts.convert.conversions import Conversion
 from pdmd_core.experts.hub.card import write_card
 from pdmd_core.hashing import sha256_of
 from pdmd_core.metrics import ImageReward
@@ -253,6 +254,24 @@ def test_rewards_are_of_the_prompt_of_each_sample(arguments: Callable[..., list[
         with mock.patch.object(ImageReward, "forward", found):
             assert evaluate.main(arguments(*given)) == 0
         assert [row["image_reward"] for row in report(tmp_path / "report")["rows"]] == [2.5] * 3
+
+
+def test_a_quantized_base_is_a_row_of_its_own(
+    arguments: Callable[..., list[str]], experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(arguments("--quantization", "int8", "float8", "--metrics", "frechet", "--no_noise_floor")) == 0
+    name = "phase experts, 2 steps"
+    found = {row["method"]: row["frechet"] for row in report(tmp_path / "report")["rows"]}
+    assert [method for method in found if method.startswith(name)] == [
+        name,
+        f"{name}, int8 base",
+        f"{name}, float8 base",
+    ]
+    assert len(set(found.values())) == len(found), "each has samples of its own"
+    near = [abs(found[f"{name}, {kind} base"] / found[name] - 1) for kind in ("int8", "float8")]
+    assert 0 < near[0] < near[1] < 0.5, "float8 has fewer digits"
+    Conversion(PhasedExperts.open(experts), tmp_path / "full").to_full()
+    assert "are full networks" in failure(capsys, arguments("--quantization", "int8", experts=[str(tmp_path / "full")]))
 
 
 def test_lpips_with_weights_is_diversity(arguments: Callable[..., list[str]], tmp_path: Path) -> None:

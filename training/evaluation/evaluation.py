@@ -25,6 +25,7 @@ from training.evaluation.methods import Method, Teacher
 from training.evaluation.quantities import Rows
 from training.evaluation.real_data import data_files, read_sample
 from training.evaluation.sampler import Decoder, Sampler, decoded_at_once
+from training.memory.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Evaluation:
         size = [self.size.height, self.size.width, self.size.frames, self.size.max_sequence_length]
         if method.experts:
             how: dict[str, object] = {"experts": experts_identity(method.experts.manifest)}
+            how |= {} if method.quantization == "none" else {"quantization": method.quantization}
         else:
             how = {"steps": method.steps, "shift": self.teacher.shift, "guidance_scale": self.teacher.guidance_scale}
             how |= {"negative_prompt": self.teacher.negative_prompt} if self.teacher.guided else {}
@@ -132,9 +134,10 @@ class Evaluation:
             UserError: When a sample is missing that may not be made, a sample is not finite, or memory runs out.
             ExpertsError: When experts do not fit the teacher.
         """
-        owners = {id(method.experts): method.experts for method in methods}
-        for owner in sorted(owners.values(), key=lambda experts: experts is None):
-            todo = [(method, self._latents(method)) for method in methods if method.experts is owner]
+        networks = {(id(method.experts), method.quantization): method for method in methods}
+        for first in sorted(networks.values(), key=lambda method: method.experts is None):
+            alike = [m for m in methods if m.experts is first.experts and m.quantization == first.quantization]
+            todo = [(method, self._latents(method)) for method in alike]
             missing = {method.name: cache.missing(self.ids(method)) for method, cache in todo}
             if not any(missing.values()):
                 continue
@@ -145,7 +148,7 @@ class Evaluation:
                     "to make them, or give the --cache_dir that has them"
                 )
             try:
-                sampler = self._sampler(owner)
+                sampler = self._sampler(first.experts, first.quantization)
                 for method, cache in todo:
                     self._sample_into(cache, sampler, method, missing[method.name])
             except torch.OutOfMemoryError:
@@ -156,7 +159,7 @@ class Evaluation:
             del sampler  # two teachers do not fit in memory
             _free()
 
-    def _sampler(self, experts: PhasedExperts | None) -> Sampler:
+    def _sampler(self, experts: PhasedExperts | None, quantization: Quantization) -> Sampler:
         source, machine = self.teacher.source, self.machine
         return Sampler(
             source.path,
@@ -170,6 +173,7 @@ class Evaluation:
             machine.dtype,
             self.teacher.negative_prompt,
             source.revision,
+            quantization,
         )
 
     def _sample_into(self, cache: TensorCache, sampler: Sampler, method: Method, ids: Sequence[str]) -> None:

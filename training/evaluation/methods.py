@@ -14,6 +14,7 @@ from training.evaluation.distilled import open_experts
 
 if TYPE_CHECKING:  # it imports diffusers, and --help needs this module
     from training.data.teacher import TeacherSource
+    from training.memory.quantization import Quantization
 
 REFERENCE_SEED = 1_000_000
 """The seeds of the reference start here, those of the methods at 0."""
@@ -31,6 +32,8 @@ class Method:
     """Steps of the teacher."""
     first_seed: int = 0
     """The seed of the first sample of each prompt."""
+    quantization: Quantization = "none"
+    """How the base of LoRA experts is kept while they sample."""
 
     @property
     def network_calls(self) -> int:
@@ -90,7 +93,11 @@ def named_experts(items: Sequence[str]) -> dict[str, PhasedExperts]:
 
 
 def methods_of(
-    teacher: Teacher, experts: Mapping[str, PhasedExperts], many: int | None, few: Sequence[int] | None
+    teacher: Teacher,
+    experts: Mapping[str, PhasedExperts],
+    many: int | None,
+    few: Sequence[int] | None,
+    quantizations: Sequence[Quantization] = (),
 ) -> list[Method]:
     """The rows of a report in their order: the teacher in many and in few steps, then the experts.
 
@@ -99,9 +106,10 @@ def methods_of(
         experts: Name of the row to its experts.
         many: Steps of the noise floor, the first row; None leaves that row out.
         few: Steps of further rows of the teacher; those of the experts when None.
+        quantizations: Each adds a row for experts on a base that is kept so.
 
     Raises:
-        UserError: When experts have the name of another row.
+        UserError: When experts have the name of another row, or are not LoRA experts where the base is quantized.
         PhasePlanError: When the teacher cannot sample in so many steps.
     """
     if few is None:
@@ -111,7 +119,15 @@ def methods_of(
         PhasePlan.from_steps([number], teacher.shift)  # says what is wrong with it
     guided = " with guidance" if teacher.guided else ""
     methods = [Method(f"teacher, {n} step{'' if n == 1 else 's'}{guided}", steps=n) for n in numbers]
-    methods += [Method(name, own) for name, own in experts.items()]
+    for kind in quantizations:
+        from training.memory.quantization import library_config  # it imports torch.distributed
+
+        library_config(kind)  # says what is missing
+    for name, own in experts.items():
+        methods.append(Method(name, own))
+        if quantizations and any(expert.kind != "lora" for expert in own.manifest.experts):
+            raise UserError(f"--quantization is of the base of LoRA experts, {name!r} are full networks: leave it out")
+        methods += [Method(f"{name}, {kind} base", own, quantization=kind) for kind in dict.fromkeys(quantizations)]
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:

@@ -16,6 +16,7 @@ from training.evaluation.methods import Teacher
 if TYPE_CHECKING:  # it imports diffusers, and --help needs this module
     from training.evaluation.evaluation import Evaluation
     from training.evaluation.selection import Selection
+    from training.memory.quantization import Quantization
 
 TEACHER_STEPS = 40
 """Steps of the reference, by default."""
@@ -55,6 +56,7 @@ class Request:
     no_sampling: bool
     shown_prompts: int
     image_reward: Path | None = None
+    quantization: Sequence[Quantization] = ()
     vbench: Path | None = None
     frame_rate: float | None = None
 

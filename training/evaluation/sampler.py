@@ -23,6 +23,7 @@ from training.data.examples import Example
 from training.data.prompt_cache import PromptCache, encode_examples
 from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, move, networks_of
 from training.loop.export import roles_from_experts
+from training.memory.quantization import Quantization, quantize
 
 _LATENTS_AT_ONCE = 2**18
 """Numbers in the latents of a batch: 64 pictures of 64x64 pixels, one clip of 480p."""
@@ -63,6 +64,7 @@ class Sampler:
         dtype: Of the networks. The autoencoder and everything between network calls stay in float32.
         negative_prompt: What the teacher's guidance moves away from.
         revision: Of a teacher on the Hub.
+        quantization: How the base of LoRA experts is kept.
 
     Raises:
         UserError: When the teacher has no such samples, or experts need guidance.
@@ -84,6 +86,7 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         negative_prompt: str = "",
         revision: str | None = None,
+        quantization: Quantization = "none",
     ) -> None:
         if batch is not None and batch < 1:
             raise UserError(f"expected at least 1 sample at once, found {batch}")
@@ -113,6 +116,7 @@ class Sampler:
         self.plan = experts.manifest.plan if experts else None
         networks = networks_of(self.pipeline, self.family)
         routing = self.family.teacher_routing(self.pipeline.config)
+        quantize(networks.values(), quantization)
         if experts:
             self.roles = roles_from_experts(experts, networks, self.family, routing)
         else:

@@ -33,7 +33,7 @@ def library_config(kind: Quantization) -> Any:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:
         raise UserError(
-            f"model.quantization: {kind} takes the package torchao ({error}): pip install 'phased-dmd[low-memory]', or "
+            f"quantization {kind} takes the package torchao ({error}): pip install 'phased-dmd[low-memory]', or "
             "use none"
         ) from None
     return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
