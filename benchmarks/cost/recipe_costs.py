@@ -13,20 +13,41 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from training.config.schema import load_config
+from training.config.schema import DistillConfig, load_config
 from training.loop.dry_run import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "training.md"
 BEGIN, END = "<!-- recipe_costs.py -->\n", "<!-- end -->\n"
-MODELS = {"wan2_1_t2v_1_3b": 8, "wan2_1_t2v_14b": 8, "wan2_2_t2v_a14b": 16, "wan2_2_i2v_a14b": 16, "qwen_image": 8}
-"""Recipes, and on how many GPUs those with full copies are described."""
+CONFIGS = ROOT / "training" / "configs"
+GPUS = {"wan2_2_t2v_a14b": 16, "wan2_2_i2v_a14b": 16}
+"""On how many GPUs recipes with full copies are described where these are not 8."""
+MODELS = (
+    "wan2_1_t2v_1_3b",
+    "wan2_1_t2v_14b",
+    "wan2_2_t2v_a14b",
+    "wan2_2_i2v_a14b",
+    "wan2_2_ti2v_5b",
+    "ltx_video",
+    "qwen_image",
+    "qwen_image_edit",
+    "qwen_image_edit_plus",
+    "z_image",
+    "flux_1_dev",
+    "flux_1_kontext_dev",
+    "stable_diffusion_3_5_medium",
+    "stable_diffusion_3_5_large",
+)
+KINDS = ("phased_single_gpu", "phased", "dmd_sgts")
 
 
-def row(recipe: str, gpus: int) -> str:
-    """One row of the table."""
-    config = load_config(ROOT / "training" / "configs" / f"{recipe}.yaml")
-    text = describe(config, gpus=gpus)
+def gpus_of(model: str, kind: str) -> int:
+    """On how many GPUs a recipe is described."""
+    return 1 if kind == "phased_single_gpu" else GPUS.get(model, 8)
+
+
+def row(recipe: str, config: DistillConfig, gpus: int, text: str) -> str:
+    """One row of the table; ``text`` is the recipe's dry run on so many GPUs."""
     memory = re.findall(r"^  all +([\d.]+ [GM]iB):", text, re.MULTILINE)[0]
     ratio = re.findall(r"^  ratio +([\d.]+):", text, re.MULTILINE)[0]
     evaluations = re.findall(r"phase (\w+): (\d+) updates, ([\d.]+) network evaluations", text)
@@ -41,8 +62,12 @@ def table() -> str:
         "| recipe | GPUs | static memory | over teacher | samples | evaluations of a sample | evaluations in all |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for model, gpus in MODELS.items():
-        lines += [row(f"{model}_phased_single_gpu", 1), row(f"{model}_phased", gpus), row(f"{model}_dmd_sgts", gpus)]
+    for model in MODELS:
+        for kind in KINDS:
+            path, gpus = CONFIGS / f"{model}_{kind}.yaml", gpus_of(model, kind)
+            if path.exists():
+                config = load_config(path)
+                lines.append(row(path.stem, config, gpus, describe(config, gpus=gpus)))
     return "\n".join(lines) + "\n"
 
 

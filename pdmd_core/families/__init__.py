@@ -11,6 +11,7 @@ from .module_names import ModuleNames
 from .routing import TeacherRouting
 
 FAMILIES = {
+    "chroma": "ChromaFamily",
     "flux": "FluxFamily",
     "ltx_video": "LtxVideoFamily",
     "qwen_image": "QwenImageFamily",

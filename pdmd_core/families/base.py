@@ -130,6 +130,17 @@ class ModelFamily(ABC):
         """
         return TeacherRouting()
 
+    def blocks_of(self, network: nn.Module) -> list[nn.Module]:
+        """List the repeated blocks of a network, which are sharded, quantised and compiled one by one.
+
+        Args:
+            network: An instance of ``architecture``.
+
+        Returns:
+            The blocks of all lists in ``blocks``.
+        """
+        return [block for name in self.blocks for block in network.get_submodule(name).children()]
+
     # --- the pipeline --------------------------------------------------------
 
     @abstractmethod

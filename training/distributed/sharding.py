@@ -73,7 +73,7 @@ def shard_roles(roles: Roles, mesh: DeviceMesh, device: torch.device, compute: t
         if compute is not None and id(network) not in bases:
             block_policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
         ignored = adapters & set(network.parameters())
-        for block in blocks_of(network):
+        for block in roles.family.blocks_of(network):
             fully_shard(block, mesh=mesh, mp_policy=block_policy, ignored_params=ignored & set(block.parameters()))
         fully_shard(
             network, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=ignored
@@ -84,12 +84,6 @@ def shard_roles(roles: Roles, mesh: DeviceMesh, device: torch.device, compute: t
     for role in roles.specs:
         if roles.owns_copies(role):
             roles.reset(role)
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a diffusers network, which are gathered one at a time."""
-    kinds = set(getattr(network, "_no_split_modules", None) or ())
-    return [module for module in network.modules() if type(module).__name__ in kinds]
 
 
 def whole(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

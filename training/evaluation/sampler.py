@@ -116,7 +116,7 @@ class Sampler:
         self.plan = experts.manifest.plan if experts else None
         networks = networks_of(self.pipeline, self.family)
         routing = self.family.teacher_routing(self.pipeline.config)
-        quantize(networks.values(), quantization)
+        quantize(networks.values(), self.family, quantization)
         if experts:
             self.roles = roles_from_experts(experts, networks, self.family, routing)
         else:

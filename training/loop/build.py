@@ -163,7 +163,7 @@ def build_roles(
     Raises:
         UserError: If a library is missing, or a role cannot stand on the networks.
     """
-    quantize(networks.values(), config.model.quantization)
+    quantize(networks.values(), family, config.model.quantization)
     one_at_a_time = config.memory.offload_idle_network and len(networks) > 1
     if mesh is None and not one_at_a_time:
         networks = {name: network.to(device) for name, network in networks.items()}
@@ -171,7 +171,7 @@ def build_roles(
     if config.precision == "bf16":
         leave_casts_to_autocast(roles.networks())
     if config.compile == "regional":
-        compile_blocks(roles.networks())
+        compile_blocks(roles.networks(), family)
     if mesh is not None:
         shard_roles(roles, mesh, device, torch.bfloat16 if config.precision == "bf16" else None)
     if one_at_a_time:

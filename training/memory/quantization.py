@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pdmd_core.families import ModelFamily
 from training.config.command_line import UserError
-from training.distributed.sharding import blocks_of
 
 Quantization = Literal["none", "int8", "float8"]
 
 
-def quantize(networks: Iterable[nn.Module], kind: Quantization) -> None:
+def quantize(networks: Iterable[nn.Module], family: ModelFamily, kind: Quantization) -> None:
     """Weights only: what is computed stays in the dtype of the inputs. Raises UserError where torchao is missing."""
     config = library_config(kind)
     if config is None:
@@ -21,7 +21,7 @@ def quantize(networks: Iterable[nn.Module], kind: Quantization) -> None:
     from torchao.quantization import quantize_
 
     for network in networks:
-        for block in blocks_of(network):
+        for block in family.blocks_of(network):
             quantize_(block, config)
 
 
@@ -39,7 +39,7 @@ def library_config(kind: Quantization) -> Any:
     return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
 
 
-def quantized_numbers(network: nn.Module) -> int:
+def quantized_numbers(network: nn.Module, family: ModelFamily) -> int:
     """How many of a network's numbers are in 8 bits once it is quantized: the matrices of its blocks."""
-    linear = {m for block in blocks_of(network) for m in block.modules() if isinstance(m, nn.Linear)}
+    linear = {m for block in family.blocks_of(network) for m in block.modules() if isinstance(m, nn.Linear)}
     return sum(module.weight.numel() for module in linear)

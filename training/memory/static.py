@@ -12,7 +12,7 @@ from pdmd_core.method import fake_roles
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, TEACHER, Roles
 from training.config.schema import DistillConfig
-from training.distributed.sharding import blocks_of, group_size
+from training.distributed.sharding import group_size
 from training.loop.optimizers import MOMENTS
 from training.memory.quantization import quantized_numbers
 
@@ -84,7 +84,9 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
     how = "of one role at a time" + (", and an idle expert while it computes" if idle else "")
     parts.append(Held("gradients", max(together, gradients[FAKE]), how))
     if shards > 1:
-        largest = max(_count(block.parameters()) for network in roles.networks() for block in blocks_of(network))
+        largest = max(
+            _count(block.parameters()) for network in roles.networks() for block in roles.family.blocks_of(network)
+        )
         parts.append(Held("gathered", 2 * largest * 4, "two blocks of a network, the one that runs and the next"))
     return StaticMemory(parts, base, sum(sizes) / shards, sum(sizes))
 
@@ -99,7 +101,7 @@ def _base_sizes(config: DistillConfig, roles: Roles) -> list[int]:
         for name, parameter in network.named_parameters():
             if not _ADAPTER & (parts := set(name.split("."))):
                 size += parameter.numel() * (FLOAT32 if kept & parts else wide)
-        narrow = quantized_numbers(network) if config.model.quantization != "none" else 0
+        narrow = quantized_numbers(network, roles.family) if config.model.quantization != "none" else 0
         sizes.append(size - narrow * (wide - 1))
     return sizes
 

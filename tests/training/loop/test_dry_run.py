@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from benchmarks.cost.recipe_costs import KINDS, gpus_of, row
+from benchmarks.cost.recipe_costs import MODELS as RECIPE_MODELS
 from pdmd_core.families import TeacherRouting, family
 from pdmd_core.roles import FAKE, Roles
 from tests.helpers.configs import changed
@@ -27,14 +29,26 @@ from training.memory.static import static_memory
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "training" / "configs"
 MODELS = {
-    "wan2_1_t2v_14b": ("14.29 G parameters", "16x21x60x104"),
-    "wan2_1_t2v_1_3b": ("1.42 G parameters", "16x21x60x104"),
-    "wan2_2_t2v_a14b": ("28.58 G parameters", "16x21x60x104"),
-    "wan2_2_i2v_a14b": ("28.58 G parameters", "16x21x60x104"),
-    "qwen_image": ("20.43 G parameters", "16x1x166x166"),
+    "wan2_1_t2v_14b": ("14.29 G parameters", "16x21x60x104", 5.0),
+    "wan2_1_t2v_1_3b": ("1.42 G parameters", "16x21x60x104", 5.0),
+    "wan2_2_t2v_a14b": ("28.58 G parameters", "16x21x60x104", 5.0),
+    "wan2_2_i2v_a14b": ("28.58 G parameters", "16x21x60x104", 5.0),
+    "wan2_2_ti2v_5b": ("5.00 G parameters", "48x31x44x80", 5.0),
+    "ltx_video": ("1.92 G parameters", "128x21x15x22", 5.0),
+    "qwen_image": ("20.43 G parameters", "16x1x166x166", 3.0),
+    "qwen_image_edit": ("20.43 G parameters", "16x1x128x128", 3.0),
+    "qwen_image_edit_plus": ("20.43 G parameters", "16x1x128x128", 3.0),
+    "z_image": ("6.15 G parameters", "16x128x128", 3.0),
+    "flux_1_dev": ("11.90 G parameters", "16x128x128", 3.16),
+    "flux_1_kontext_dev": ("11.90 G parameters", "16x128x128", 3.16),
+    "stable_diffusion_3_5_medium": ("2.24 G parameters", "16x128x128", 3.0),
+    "stable_diffusion_3_5_large": ("8.06 G parameters", "16x128x128", 3.0),
 }
-"""Parameters of the teacher and latents of a sample."""
-RECIPES = ("phased", "phased_single_gpu", "dmd_sgts")
+"""Parameters of the teacher, latents of a sample, shift of the plan."""
+OF_THE_PAPER = ("wan2_1_t2v_14b", "wan2_1_t2v_1_3b", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "qwen_image")
+"""Models of the paper, which have its baseline as a recipe too."""
+RECIPES = [(name, kind) for name in MODELS for kind in KINDS if kind != "dmd_sgts" or name in OF_THE_PAPER]
+COSTS = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +73,23 @@ def check_that_little_is_held_beside_the_teacher(text: str, two_networks: bool) 
     assert total / parts["teacher"] == pytest.approx(ratio, abs=0.01)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("model", MODELS)
+def test_recipes_are_those_of_the_tests() -> None:
+    named = {f"{model}_{recipe}" for model, recipe in RECIPES}
+    assert named == {path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("embedded")}
+    assert set(RECIPE_MODELS) == set(MODELS)
+
+
+@pytest.mark.parametrize(("model", "recipe"), RECIPES)
 def test_every_recipe_says_what_it_takes(model: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the library of 8-bit moments, which a dry run does not need."""
     for name in ("torchao", "torchao.optim"):
         monkeypatch.setitem(sys.modules, name, None)
     config = load_config(CONFIGS / f"{model}_{recipe}.yaml")
     single = recipe == "phased_single_gpu"
-    gpus = 1 if single else 16 if "a14b" in model else 8
+    gpus = gpus_of(model, recipe)
     text = describe(config, memory_per_gpu=80, gpus=gpus)
-    parameters, latents = MODELS[model]
+    assert row(f"{model}_{recipe}", config, gpus, text) in COSTS, "python benchmarks/cost/recipe_costs.py"
+    parameters, latents, _ = MODELS[model]
     assert parameters in text and f"latents {latents}" in text
     ((host, when),) = re.findall(r"^  host memory +([\d.]+) GiB: the teacher, in each process, (.*)$", text, re.M)
     assert float(host) * 2**30 == pytest.approx(2e9 * float(parameters.split()[0]), rel=0.01), "whole, in bfloat16"
@@ -81,7 +101,7 @@ def test_every_recipe_says_what_it_takes(model: str, recipe: str, monkeypatch: p
     assert (config.parallel.sharding == "fsdp") == (not single)
     if single:
         check_that_little_is_held_beside_the_teacher(text, "a14b" in model)
-    if not single and model != "wan2_1_t2v_1_3b":
+    if recipe == "phased" and model in ("wan2_1_t2v_14b", "qwen_image"):
         with pytest.raises(UserError, match=r"does not fit: .* GiB .*80 GiB given; the largest is fake") as caught:
             describe(config, memory_per_gpu=80)
         assert len(str(caught.value).splitlines()) == 1
@@ -134,14 +154,15 @@ def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str
 
 @pytest.mark.parametrize("model", MODELS)
 def test_recipes_have_the_paper_s_settings(model: str) -> None:
-    for recipe in ("phased", "dmd_sgts"):
+    for recipe in ("phased", "dmd_sgts") if model in OF_THE_PAPER else ("phased",):
         config = load_config(CONFIGS / f"{model}_{recipe}.yaml")
         generator, fake = config.generator, config.fake
         assert (generator.kind, generator.rank, generator.alpha, generator.lr) == ("lora", 64, 8, 5e-5)
         assert (fake.kind, fake.lr, config.fake_updates) == ("full", 4e-7, 5)
         assert generator.betas == fake.betas == (0, 0.999) and generator.weight_decay == fake.weight_decay == 0.01
         assert generator.max_grad_norm == fake.max_grad_norm == 1
-        sigmas = [1, 0.9, 0.75, 0.5] if model == "qwen_image" else [1, 0.9375, 5 / 6, 0.625]
+        shift = MODELS[model][2]
+        sigmas = [shift * t / (1 + (shift - 1) * t) for t in (1, 0.75, 0.5, 0.25)]
         assert config.plan.build().sigmas == pytest.approx(sigmas)
 
 
@@ -152,7 +173,16 @@ def test_recipes_have_the_paper_s_settings(model: str) -> None:
         ("wan2_1_t2v_1_3b", 1_418_996_800, "WanPipeline", None),
         ("wan2_2_t2v_a14b", 14_288_491_584, "WanPipeline", 0.875),
         ("wan2_2_i2v_a14b", 14_288_491_584 + 20 * 4 * 5120, "WanImageToVideoPipeline", 0.9),  # mask and image
+        ("wan2_2_ti2v_5b", 4_999_787_712, "WanPipeline", None),
+        ("ltx_video", 1_923_385_472, "LTXPipeline", None),
         ("qwen_image", 20_430_401_088, "QwenImagePipeline", None),
+        ("qwen_image_edit", 20_430_401_088, "QwenImageEditPipeline", None),
+        ("qwen_image_edit_plus", 20_430_401_088, "QwenImageEditPlusPipeline", None),
+        ("z_image", 6_154_908_736, "ZImagePipeline", None),
+        ("flux_1_dev", 11_901_408_320, "FluxPipeline", None),
+        ("flux_1_kontext_dev", 11_901_408_320, "FluxKontextPipeline", None),
+        ("stable_diffusion_3_5_medium", 2_243_171_520, "StableDiffusion3Pipeline", None),
+        ("stable_diffusion_3_5_large", 8_056_627_520, "StableDiffusion3Pipeline", None),
     ],
 )
 def test_architectures_are_those_of_the_released_models(

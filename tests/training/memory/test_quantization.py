@@ -11,9 +11,10 @@ from torch import nn
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.format.fingerprint import fingerprint_of
-from pdmd_core.families import family
+from pdmd_core.families import FAMILIES, family
 from pdmd_core.roles import FAKE, TEACHER, Roles, RoleSpec
 from tests.helpers.configs import changed
+from tests.helpers.families.cases import BY_FAMILY
 from tests.helpers.tiny import LATENT_SHAPE, TEXT_FEATURES, randn, transformer
 from training.config.command_line import UserError
 from training.config.schema import ConfigError
@@ -29,7 +30,7 @@ KINDS = pytest.mark.parametrize("kind", ["int8", "float8"])
 
 def network(kind: str) -> nn.Module:
     built = transformer(num_attention_heads=4, attention_head_dim=16, ffn_dim=64)
-    quantize([built], kind)  # type: ignore[arg-type]
+    quantize([built], WAN, kind)  # type: ignore[arg-type]
     return built
 
 
@@ -50,11 +51,21 @@ def test_the_teacher_is_near_what_it_was(kind: str) -> None:
     assert 1e-5 < difference < 0.02
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_of_every_family_are_found(name: str) -> None:
+    """Also where diffusers' class does not say which they are: they are quantised, sharded and compiled one by one."""
+    network, found = next(iter(BY_FAMILY[name].values())).build().transformer, family(name)
+    assert len(found.blocks_of(network)) >= 2
+    linear = {n: m.weight.numel() for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    expected = sum(size for n, size in linear.items() if n.startswith(tuple(f"{block}." for block in found.blocks)))
+    assert quantized_numbers(network, found) == expected > 0
+
+
 @KINDS
 def test_the_numbers_counted_are_the_ones_in_8_bits(kind: str) -> None:
     plain, small = network("none"), network(kind)
     rows = sum(m.weight.shape[0] for b in plain.blocks for m in b.modules() if isinstance(m, nn.Linear))
-    beside = 3 * quantized_numbers(plain) - (bytes_of(plain) - bytes_of(small))
+    beside = 3 * quantized_numbers(plain, WAN) - (bytes_of(plain) - bytes_of(small))
     assert rows <= beside <= 8 * rows, "a scale for each row"
     assert type(small.proj_out.weight) is nn.Parameter, "what is outside of blocks is as it was"
 
