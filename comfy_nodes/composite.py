@@ -24,11 +24,13 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 
 from ..pdmd_core.phases import PhasePlan
+from ..pdmd_core.sampling import sampling_sigmas
 from .additions import BOUND_TO_RUN, PatchSnapshot, with_additions
 from .errors import NodeError
 from .model_options import with_added_options
 from .notices import warn_of_sigmas
 from .one_network import refuse_what_needs_one_network
+from .widget_text import Cfg, cfg_at
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ class Expert:
 
     model: Any
     """The MODEL, as it is without the other experts."""
-    cfg: float | None = None
-    """What takes the place of the sampler's cfg in this phase; None leaves the sampler's."""
+    cfg: Cfg = None
+    """What takes the place of the sampler's cfg in this phase, or in each step of it; None leaves the sampler's."""
 
 
 class Composite:
@@ -98,6 +100,7 @@ class Run:
         self._options: dict[int, dict[str, Any]] = {}
         self._cache: Any = None
         self._switched = False
+        self._sigma = sigmas[0]
 
     def index(self, sigma: float) -> int:
         """Look up the expert of a sigma by the plan.
@@ -113,7 +116,7 @@ class Run:
 
     def use(self, sigma: float, shape: Sequence[int]) -> None:
         """Load the expert of this sigma unless it is the active one."""
-        k = self.index(sigma)
+        k, self._sigma = self.index(sigma), sigma
         if k == self.active:
             return
         guider = self.guider
@@ -152,13 +155,16 @@ class Run:
         return f"step {near[0] + 1} of {len(self.sigmas) - 1}: " if near else ""
 
     def _guidance(self) -> str:
-        cfg = self.composite.experts[self.active].cfg
+        cfg = self._own_cfg()
         cfg = getattr(self.guider, "cfg", None) if cfg is None else cfg
         return "" if cfg is None else f", cfg {cfg:g}"
 
+    def _own_cfg(self) -> float | None:
+        return cfg_at(self.composite.plan, self.active, self.composite.experts[self.active].cfg, self._sigma)
+
     def cfg(self) -> float | None:
-        """Return the cfg of the active expert; None is the sampler's."""
-        cfg = self.composite.experts[self.active].cfg
+        """Return the cfg of the active expert at this step; None is the sampler's."""
+        cfg = self._own_cfg()
         if cfg is None:
             return None
         if "cfg" not in inspect.signature(self.guider.set_cfg).parameters:
@@ -260,7 +266,8 @@ def check(plan: PhasePlan, experts: Sequence[Expert]) -> None:
                 f"the experts are networks of one architecture, found {_described(first)} for {plan.phases[0].name} "
                 f"and {_described(model)} for {name}"
             )
-        if expert.cfg is not None and not 0 <= expert.cfg <= 100:
+        cfgs = expert.cfg if isinstance(expert.cfg, tuple) else (expert.cfg,)
+        if any(cfg is not None and not 0 <= cfg <= 100 for cfg in cfgs):
             raise NodeError(f"cfg is a number from 0 to 100, found {expert.cfg} for expert {name}")
 
 
@@ -292,7 +299,7 @@ def _set_shift(model: Any, plan: PhasePlan, shift: float) -> None:
     if not linear or type(sampling).calculate_denoised is not comfy.model_sampling.CONST.calculate_denoised:
         return  # sampling of another kind; Phased Sigmas are exact with any
     shifted = _Sampling(model.model.model_config)
-    steps = len(plan.sigmas)
+    steps = len(sampling_sigmas(plan)) - 1
     shifted.set_parameters(shift=shift, timesteps=steps * math.ceil(1000 / steps), multiplier=multiplier)
     if hasattr(sampling, "noise_scale"):
         shifted.set_noise_scale(sampling.noise_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .diffusers_folder import folder_names, load
+from .errors import in_words
 from .schema import schema
 
 
@@ -41,6 +42,7 @@ class LoadDiffusersFolder(io.ComfyNode):
         )
 
     @classmethod
+    @in_words
     def execute(cls, folder: str, tokens: int) -> io.NodeOutput:
         """Load the folder."""
         return io.NodeOutput(*load(folder, tokens))

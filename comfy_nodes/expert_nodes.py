@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
+from ..pdmd_core.experts import Manifest
 from ..pdmd_core.experts.convert.released import open_lora, open_source
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
-from .errors import NodeError
+from .errors import NodeError, in_words
 from .loading import FROM_HUB, base_warnings, expert_model, experts_names, fingerprint, open_experts
 from .loras import Lora, apply_lora
 from .notices import warn_of_base, warn_of_loras
 from .schema import Plan, cfg_input, plan_input, schema, shift_input
 from .timeline import timeline
-from .widget_text import TRAINED, read_cfgs
+from .widget_text import TRAINED, read_cfgs, read_numbers
 
 MAX_MODELS, MAX_LORAS, NO_LORA = 6, 4, "none"
 _MODEL = "Carries all experts and switches between them by sigma inside one sampler run; for any sampler node."
@@ -44,7 +45,7 @@ class LoadExperts(io.ComfyNode):
                 io.String.Input(
                     "hub_id",
                     default="",
-                    tooltip="user/name on the Hugging Face Hub, for (Hub id); is downloaded.",
+                    tooltip="user/name on the Hugging Face Hub, or the address of a page of it; is downloaded.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -64,6 +65,13 @@ class LoadExperts(io.ComfyNode):
                 ),
                 io.Model.Input(
                     "base_2", optional=True, tooltip="The low-noise network, when the base has two (Wan2.2 14B)."
+                ),
+                io.String.Input(
+                    "expert_strengths",
+                    default="",
+                    optional=True,
+                    tooltip="Strength of each LoRA expert with commas between (1.1, 0.8), by which strength is "
+                    "multiplied. Empty: strength for all.",
                 ),
             ],
             outputs=[
@@ -85,6 +93,7 @@ class LoadExperts(io.ComfyNode):
         return True
 
     @classmethod
+    @in_words
     def execute(
         cls,
         experts: str,
@@ -94,22 +103,33 @@ class LoadExperts(io.ComfyNode):
         set_shift: bool,
         base_1: Any = None,
         base_2: Any = None,
+        expert_strengths: str = "",
     ) -> io.NodeOutput:
         """Load the experts and compose them."""
         opened = open_experts(experts, hub_id)
         manifest = opened.manifest
-        cfgs = read_cfgs(cfg, [phase.name for phase in manifest.plan.phases], manifest.guidance_scale)
+        cfgs = read_cfgs(cfg, manifest.plan, manifest.guidance_scale)
+        strengths = cls.strengths(manifest, strength, expert_strengths)
         given = {"transformer": base_1, "transformer_2": base_2}
         bases = {component: model for component, model in given.items() if model is not None}
         warnings: list[str] = []
         entries = [
-            Expert(expert_model(opened, expert, bases, strength, warnings.append), value)
-            for expert, value in zip(manifest.experts, cfgs, strict=True)
+            Expert(expert_model(opened, expert, bases, each, warnings.append), value)
+            for expert, value, each in zip(manifest.experts, cfgs, strengths, strict=True)
         ]
         warnings += base_warnings(opened, bases)
         warn_of_base(warnings)
         model = compose(manifest.plan, entries, set_shift, warnings)
-        return io.NodeOutput(model, manifest.plan, ui={"phase_plan": [timeline(manifest.plan, cfgs)]})
+        shown = [
+            each if expert.kind == "lora" else None for expert, each in zip(manifest.experts, strengths, strict=True)
+        ]
+        return io.NodeOutput(model, manifest.plan, ui={"phase_plan": [timeline(manifest.plan, cfgs, strengths=shown)]})
+
+    @staticmethod
+    def strengths(manifest: Manifest, strength: float, each: str) -> list[float]:
+        """Compute the strength of each expert from the two widgets."""
+        names = [phase.name for phase in manifest.plan.phases]
+        return [strength * value for value in read_numbers(each if str(each).strip() else "1", "strength", names)]
 
 
 class ExpertsFromModels(io.ComfyNode):
@@ -138,6 +158,7 @@ class ExpertsFromModels(io.ComfyNode):
         )
 
     @classmethod
+    @in_words
     def execute(cls, plan: PhasePlan, cfg: str, set_shift: bool, **models: Any) -> io.NodeOutput:
         """Compose the connected MODELs."""
         connected = [models.get(f"model_{k}") for k in range(1, MAX_MODELS + 1)]
@@ -150,7 +171,7 @@ class ExpertsFromModels(io.ComfyNode):
         extra = [f"model_{k + 1}" for k in range(len(names), MAX_MODELS) if connected[k] is not None]
         if extra:
             raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: disconnect it")
-        cfgs = read_cfgs(cfg, names)
+        cfgs = read_cfgs(cfg, plan)
         model = compose(plan, [Expert(connected[k], cfgs[k]) for k in range(len(names))], set_shift)
         return io.NodeOutput(model, ui={"phase_plan": [timeline(plan, cfgs)]})
 
@@ -192,6 +213,7 @@ class ExpertsFromLoRAs(io.ComfyNode):
         )
 
     @classmethod
+    @in_words
     def execute(cls, model: Any, plan: PhasePlan, cfg: str, set_shift: bool, **loras: Any) -> io.NodeOutput:
         """Put the LoRAs onto the base and compose them."""
         names = [phase.name for phase in plan.phases]
@@ -205,13 +227,22 @@ class ExpertsFromLoRAs(io.ComfyNode):
             raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: set it to none")
         if all(name == NO_LORA for name in chosen):
             raise NodeError("no LoRA is chosen for any phase: choose at least one")
-        cfgs = read_cfgs(cfg, names)
+        cfgs = read_cfgs(cfg, plan)
         experts, warnings = [], list[str]()
         for k, file in enumerate(chosen[: len(names)]):
             expert = model if file == NO_LORA else _with_lora(model, file, loras[f"strength_{k + 1}"], warnings.append)
             experts.append(Expert(expert, cfgs[k]))
         warn_of_loras(warnings)
-        return io.NodeOutput(compose(plan, experts, set_shift, warnings), ui={"phase_plan": [timeline(plan, cfgs)]})
+        shown = timeline(plan, cfgs, strengths=cls.strengths(loras, len(names)))
+        return io.NodeOutput(compose(plan, experts, set_shift, warnings), ui={"phase_plan": [shown]})
+
+    @staticmethod
+    def strengths(inputs: Mapping[str, Any], count: int) -> list[float | None]:
+        """Read the strength of each of the first LoRAs; None where there is none."""
+        return [
+            None if inputs[f"lora_{k}"] == NO_LORA else float(inputs[f"strength_{k}"])
+            for k in range(1, min(count, MAX_LORAS) + 1)
+        ]
 
 
 def _with_lora(model: Any, file: str, strength: float, warn: Callable[[str], None]) -> Any:

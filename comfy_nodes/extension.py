@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from aiohttp import web
 from comfy_api.latest import ComfyExtension, io
 
 from ..pdmd_core.experts import ExpertsError
 from ..pdmd_core.phases import PhasePlanError
 from . import diffusers_folder, loading
-from .errors import NodeError
-from .timeline import timeline
+from .errors import NodeError, worded
 
 PLAN_ROUTE = "/phased_dmd/plan"
 """The route on which the front end asks for the plan of widgets."""
@@ -35,10 +32,18 @@ class PhasedDMDExtension(ComfyExtension):
 def _nodes() -> list[type[io.ComfyNode]]:
     from .diffusers_node import LoadDiffusersFolder
     from .expert_nodes import ExpertsFromLoRAs, ExpertsFromModels, LoadExperts
-    from .plan_nodes import PlanFromExperts, PlanFromSigmas, PlanFromSteps, PlanReport, Sigmas
+    from .plan_nodes import (
+        PlanFromBoundary,
+        PlanFromExperts,
+        PlanFromPreset,
+        PlanFromSigmas,
+        PlanFromSteps,
+        PlanReport,
+        Sigmas,
+    )
     from .sampler_node import PhasedSampler
 
-    plans = [PlanFromSteps, PlanFromSigmas, PlanFromExperts]
+    plans = [PlanFromSteps, PlanFromPreset, PlanFromBoundary, PlanFromSigmas, PlanFromExperts]
     return [
         LoadExperts,
         ExpertsFromModels,
@@ -52,17 +57,13 @@ def _nodes() -> list[type[io.ComfyNode]]:
 
 
 async def _plan(request: web.Request) -> web.Response:
-    """The plan of a plan node with these widget values, before anything is queued."""
-    from .plan_nodes import PlanNode
+    """The time line of a node with these widget values and sources, before anything is queued."""
+    from .preview import preview
 
     try:
-        asked = await request.json()
-        kinds = {kind.define_schema().node_id: kind for kind in _nodes() if issubclass(kind, PlanNode)}
-        kind, inputs = kinds[asked["node"]], asked["inputs"]
-        known = {entry.id for entry in kind.define_schema().inputs}
-        plan: Any = kind.plan(**{key: value for key, value in inputs.items() if key in known})
+        shown = preview(await request.json())
     except (NodeError, PhasePlanError, ExpertsError) as error:
-        return web.json_response({"error": str(error)})
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return web.json_response({"error": "not the widgets of a plan node"}, status=400)
-    return web.json_response(timeline(plan))
+        return web.json_response({"error": worded(str(error))})
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return web.json_response({"error": "not the widgets of a node of this pack"}, status=400)
+    return web.json_response(shown)

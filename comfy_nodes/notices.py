@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..pdmd_core.boundary_plan import BoundaryPlan
 from ..pdmd_core.phases import PhasePlan
 from ..pdmd_core.sampling import sigma_warnings
 
@@ -17,17 +18,48 @@ _warned: set[str] = set()
 """The nodes on which a warning stands: the front end keeps the last text of a node."""
 
 
-def warn_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
-    """Warn, in one line, when a run does not take the sigmas of the plan; say so when it does again."""
+def advice(plan: PhasePlan, sigmas: Sequence[float]) -> list[str]:
+    """Say what to do about the sigmas of a run, then what is wrong with them.
+
+    Args:
+        plan: The plan of the experts.
+        sigmas: The sigmas of a run, in [0, 1].
+
+    Returns:
+        Sentences, what to do first; an empty list when all is well.
+    """
     warnings = sigma_warnings(plan, sigmas)
+    if not warnings or len(sigmas) < 2:
+        return warnings
+    steps, trained = len(sigmas) - 1, len(plan.sigmas)
+    if isinstance(plan, BoundaryPlan):
+        return warnings
+    if steps != trained and sigmas[0] >= 1:
+        return [f"{steps} steps, trained for {trained}: use {trained} and `simple`, or Phased Sigmas", *warnings]
+    return ["not the trained sigmas: use scheduler `simple` with set_shift on, or Phased Sigmas", *warnings]
+
+
+def warn_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
+    """Warn when a run does not take the sigmas of the plan, on the node with what to do; say so when it does again."""
+    warnings = advice(plan, sigmas)
     if warnings:
-        more = f"; and {len(warnings) - 1} more, all in Phase Plan Report" if len(warnings) > 1 else ""
-        steps = f"{max(len(sigmas) - 1, 0)} step(s) here, {len(plan.sigmas)} trained"
-        line = f"Phased experts: {warnings[0]}{more}. {steps}: Phased Sigmas has the trained ones"
-        logger.warning(line)
-        _show(line, warning=True)
+        more = (
+            f" ({warnings[1]}{f'; and {len(warnings) - 2} more' if len(warnings) > 2 else ''})" if warnings[1:] else ""
+        )
+        logger.warning(f"Phased experts: {warnings[0]}{more}")
+        _show(warnings[0], warning=True)
     else:
         _show("Phased experts: these are trained sigmas", warning=False)
+
+
+def say_where_it_starts(denoise: float, sigmas: Sequence[float], skipped: Sequence[float]) -> None:
+    """Say at which step a run with a denoise below 1 starts, since few-step plans have few such places."""
+    if skipped and len(sigmas) > 1:
+        total = len(skipped) + len(sigmas) - 1
+        logger.info(
+            f"Phased experts: denoise {denoise:g} starts at step {len(skipped) + 1} of {total}, sigma {sigmas[0]:.4g}; "
+            "more steps have more places to start at"
+        )
 
 
 def warn_of_base(warnings: Sequence[str]) -> None:

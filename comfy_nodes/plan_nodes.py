@@ -6,22 +6,28 @@ from typing import Any
 
 import numpy
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..pdmd_core.phases import PhasePlan
-from ..pdmd_core.sampling import sampling_sigmas, sigma_warnings
+from ..pdmd_core.boundary_plan import BoundaryPlan
+from ..pdmd_core.noise_level import shift_sigma, unshift_sigma
+from ..pdmd_core.phases import Phase, PhasePlan
+from ..pdmd_core.presets import PRESETS
+from ..pdmd_core.sampling import sampling_sigmas
 from .composite import composite_of
-from .errors import NodeError
+from .errors import NodeError, in_words
 from .loading import experts_names, fingerprint, open_experts
+from .notices import advice
 from .schema import Plan, plan_input, schema
 from .timeline import draw, report, timeline
-from .widget_text import read_names, read_sigmas, read_steps
+from .widget_text import read_boundaries, read_names, read_numbers, read_sigmas, read_steps
 
 _NAMES = {
     "default": "",
     "optional": True,
-    "tooltip": "Names of the experts with commas between (high_noise, low_noise). Empty: default names.",
+    "tooltip": "Names of the experts with commas between (high noise, low noise). Empty: default names.",
 }
+UNDISTILLED = "undistilled"
+"""The name of the phase that the base runs without its few-step LoRA."""
 
 
 class PlanNode(io.ComfyNode):
@@ -33,6 +39,7 @@ class PlanNode(io.ComfyNode):
         raise NotImplementedError
 
     @classmethod
+    @in_words
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         """Make the plan, and show it on the node."""
         plan = cls.plan(**inputs)
@@ -106,6 +113,110 @@ class PlanFromSigmas(PlanNode):
         return PhasePlan.from_sigmas(read_sigmas(sigmas), read_names(names))
 
 
+class PlanFromPreset(PlanNode):
+    """The node that makes the plan of a released few-step file or model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return schema(
+            "PhasedDMDPlanFromPreset",
+            display_name="Phase Plan (preset)",
+            description="The plan of a well-known few-step LoRA or distilled model, and with undistilled steps first "
+            "for more motion: the base runs them without its few-step LoRA and with guidance.",
+            search_aliases=["phased dmd", "lightx2v", "lightning", "TripleKSampler", "more motion", "4 steps", "turbo"],
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS],
+                    tooltip="What was released, and for how many steps. Wan2.2 LoRAs come as a pair: one for each "
+                    "phase.",
+                ),
+                io.Int.Input(
+                    "undistilled_steps",
+                    default=0,
+                    min=0,
+                    max=50,
+                    tooltip="Steps of the base in the place of the first trained step, as a phase of its own, first: "
+                    "give it the MODEL without the few-step LoRA and cfg 3.5. All other steps stay as trained.",
+                ),
+                io.String.Input("names", **_NAMES),
+            ],
+            outputs=[Plan.Output(display_name="plan", tooltip="The phase plan.")],
+        )
+
+    @classmethod
+    def plan(cls, preset: str, undistilled_steps: int = 0, names: str = "") -> PhasePlan:
+        """Make the plan of these widget values."""
+        plan = PhasePlan.preset(preset)
+        if undistilled_steps:
+            plan = with_undistilled_steps(plan, undistilled_steps)
+        found = read_names(names)
+        return plan if found is None else PhasePlan.from_sigmas([phase.sigmas for phase in plan.phases], found)
+
+
+def with_undistilled_steps(plan: PhasePlan, steps: int) -> PhasePlan:
+    """Let another network run to the second trained sigma of a plan.
+
+    Args:
+        plan: The plan of few-step experts.
+        steps: The number of steps to there, uniform in raw time under the plan's shift.
+
+    Returns:
+        The plan with a phase before the others; a phase of a single step gives way to it.
+    """
+    first, *rest = plan.phases
+    shift = plan.shift or 1.0
+    end = unshift_sigma((*plan.sigmas, 0.0)[1], shift)
+    taken = tuple(shift_sigma(1 - (1 - end) * n / steps, shift) for n in range(steps))
+    remaining = [Phase(first.name, first.sigmas[1:])] if len(first.sigmas) > 1 else []
+    return PhasePlan((Phase(UNDISTILLED, taken), *remaining, *rest))
+
+
+class PlanFromBoundary(PlanNode):
+    """The node that makes a plan of a boundary alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the node."""
+        return schema(
+            "PhasedDMDPlanFromBoundary",
+            display_name="Phase Plan (boundary)",
+            description="For bases of two networks without few-step LoRAs, as Wan2.2 was released: where they hand "
+            "over, with any number of steps. No sigma is called untrained.",
+            search_aliases=[
+                "phased dmd",
+                "moe boundary",
+                "wan moe sampler",
+                "0.875",
+                "high noise low noise",
+                "20 steps",
+            ],
+            inputs=[
+                io.String.Input(
+                    "boundary",
+                    default="0.875",
+                    tooltip="Sigma of the hand-over: 0.875 for Wan2.2 text to video, 0.9 for image to video, or half "
+                    "(of the steps). More networks: 0.9, 0.5.",
+                ),
+                io.Int.Input("steps", default=20, min=2, max=1000, tooltip="Steps of a whole run."),
+                io.String.Input(
+                    "shift", default="5", tooltip="Shift of the steps, or one for each network (8, 5). Wan2.2: 5 to 12."
+                ),
+                io.String.Input("names", **_NAMES),
+            ],
+            outputs=[Plan.Output(display_name="plan", tooltip="The phase plan.")],
+        )
+
+    @classmethod
+    def plan(cls, boundary: str, steps: int, shift: str, names: str = "") -> PhasePlan:
+        """Make the plan of these widget values."""
+        boundaries, found = read_boundaries(boundary), read_names(names)
+        count = len(boundaries) + 1
+        shifts = read_numbers(shift, "shift", found or [f"network {k + 1}" for k in range(count)])
+        return BoundaryPlan.at(boundaries, steps, shifts, found)
+
+
 class PlanFromExperts(PlanNode):
     """The node that reads the plan of an experts folder."""
 
@@ -134,6 +245,21 @@ class PlanFromExperts(PlanNode):
     def plan(cls, experts: str) -> PhasePlan:
         """Read the plan of the folder."""
         return open_experts(experts).manifest.plan
+
+
+def run_of(plan: PhasePlan, steps: int, denoise: float) -> tuple[list[float], list[float]]:
+    """List the sigmas of a run, and those that its denoise leaves out.
+
+    Args:
+        plan: The plan.
+        steps: The number of steps; 0 takes the plan's own.
+        denoise: How much of the noise range is sampled.
+
+    Returns:
+        The sigmas of the run, and of the steps before it.
+    """
+    whole, sigmas = sampling_sigmas(plan, steps or None), sampling_sigmas(plan, steps or None, denoise)
+    return sigmas, whole[: len(whole) - max(len(sigmas), 1)]
 
 
 class Sigmas(io.ComfyNode):
@@ -169,10 +295,12 @@ class Sigmas(io.ComfyNode):
         )
 
     @classmethod
+    @in_words
     def execute(cls, plan: PhasePlan, steps: int, denoise: float) -> io.NodeOutput:
         """Compute the sigmas."""
-        sigmas = sampling_sigmas(plan, steps or None, denoise)
-        return io.NodeOutput(torch.tensor(sigmas, dtype=torch.float32), ui={"phase_plan": [timeline(plan)]})
+        sigmas, skipped = run_of(plan, steps, denoise)
+        shown = timeline(plan, sigmas=sigmas, skipped=skipped)
+        return io.NodeOutput(torch.tensor(sigmas, dtype=torch.float32), ui={"phase_plan": [shown]})
 
 
 class PlanReport(io.ComfyNode):
@@ -184,8 +312,8 @@ class PlanReport(io.ComfyNode):
         return schema(
             "PhasedDMDPlanReport",
             display_name="Phase Plan Report",
-            description="Which expert runs which step at which sigma and SNR, as picture and text, with a warning when "
-            "connected SIGMAS are not those that the experts were trained on.",
+            description="Which expert runs which step at which sigma and SNR, in words and as a picture, and what to do "
+            "when connected SIGMAS are not those that the experts were trained on.",
             search_aliases=["phased dmd", "check sigmas", "debug sigmas", "moe boundary", "which expert"],
             inputs=[
                 plan_input(optional=True),
@@ -198,12 +326,13 @@ class PlanReport(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="The time line."),
-                io.String.Output(display_name="text", tooltip="The same in words; warnings come last."),
+                io.String.Output(display_name="text", tooltip="The same in words; what to change comes first."),
             ],
             is_output_node=True,
         )
 
     @classmethod
+    @in_words
     def execute(cls, plan: PhasePlan | None = None, model: Any = None, sigmas: Any = None) -> io.NodeOutput:
         """Draw and describe the plan, then the warnings."""
         carried = composite_of(model) if model is not None else None
@@ -216,12 +345,11 @@ class PlanReport(io.ComfyNode):
             raise NodeError("connect a plan or a MODEL that carries phased experts")
         cfgs = [expert.cfg for expert in carried.experts] if carried and carried.plan == plan else None
         run = None if sigmas is None else [float(sigma) for sigma in sigmas.flatten()]
-        warnings = [] if run is None else sigma_warnings(plan, run)
+        warnings = [] if run is None else advice(plan, run)
         if carried and carried.plan != plan:
-            warnings.insert(0, "the MODEL's experts follow another plan than the connected one")
+            warnings.insert(0, "connect the plan of the MODEL: its experts follow another one than the connected plan")
         warnings += carried.warnings if carried else ()
         text = report(plan, run, warnings, cfgs)
-        pixels = numpy.asarray(draw(plan, text, run), dtype=numpy.float32) / 255
-        image = torch.from_numpy(pixels)[None]
-        shown = ui.PreviewImage(image, cls=cls).as_dict()
-        return io.NodeOutput(image, text, ui={**shown, "text": (text,), "phase_plan": [timeline(plan, cfgs)]})
+        pixels = numpy.asarray(draw(plan, run, cfgs), dtype=numpy.float32) / 255
+        shown = timeline(plan, cfgs, run if run and len(run) > 1 else None)
+        return io.NodeOutput(torch.from_numpy(pixels)[None], text, ui={"text": (text,), "phase_plan": [shown]})

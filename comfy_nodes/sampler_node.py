@@ -9,9 +9,10 @@ import nodes
 import torch
 from comfy_api.latest import io
 
-from ..pdmd_core.sampling import sampling_sigmas
 from .composite import composite_of
-from .errors import NodeError
+from .errors import NodeError, in_words
+from .notices import say_where_it_starts
+from .plan_nodes import run_of
 from .schema import schema
 from .timeline import timeline
 
@@ -68,13 +69,15 @@ class PhasedSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan.",
+                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan, which the time "
+                    "line shows; more steps have more places to start at.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The sampled latent.")],
         )
 
     @classmethod
+    @in_words
     def execute(
         cls,
         model: Any,
@@ -93,9 +96,10 @@ class PhasedSampler(io.ComfyNode):
             raise NodeError(
                 "this MODEL carries no phased experts: put a Phased Experts node before it, or use KSampler"
             )
-        sigmas = sampling_sigmas(composite.plan, steps or None, denoise)
-        cfgs = [expert.cfg for expert in composite.experts]
-        shown = {"phase_plan": [timeline(composite.plan, cfgs)]}
+        sigmas, skipped = run_of(composite.plan, steps, denoise)
+        say_where_it_starts(denoise, sigmas, skipped)
+        cfgs = [cfg if expert.cfg is None else expert.cfg for expert in composite.experts]
+        shown = {"phase_plan": [timeline(composite.plan, cfgs, sigmas, skipped)]}
         core = nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
         sample = core.execute if hasattr(core, "execute") else core().sample
         output = sample(

@@ -35,7 +35,7 @@ def cfg_input(default: str = "") -> Any:
         "cfg",
         default=default,
         tooltip=f"Guidance of each expert, in the place of the sampler's cfg.{trained} Empty: the sampler's for all. "
-        "3.5, 1, 1: one number for each phase; - is the sampler's.",
+        "3.5, 1, 1: one number for each phase; - is the sampler's. 3.5, 2 | 1, 1: one for each step, | between phases.",
     )
 
 

@@ -1,4 +1,7 @@
-"""A phase plan as a time line: what the front end draws, and the same as a picture with PIL."""
+"""A run under a phase plan as a time line: what the front end draws, words, and a picture with PIL.
+
+A step has one cell, so that steps at high noise, whose sigmas lie close together, can be read as well as any.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ..pdmd_core.boundary_plan import BoundaryPlan
 from ..pdmd_core.noise_level import signal_to_noise
 from ..pdmd_core.phases import PhasePlan
+from ..pdmd_core.sampling import TRAINED_TOLERANCE, sampling_sigmas
+from .widget_text import Cfg, cfg_at
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -16,37 +22,56 @@ if TYPE_CHECKING:
 COLOURS = ("#3b6fb6", "#c9762b", "#3f9b6e", "#9a57a8", "#b64646", "#6b7a1f", "#2b8c99", "#8a6d3b")
 """Colours of the phases, in order."""
 _BACKGROUND, _INK, _FAINT, _WARNING = "#1f2227", "#f2f2f2", "#9aa0a8", "#ffb454"
-_WIDTH, _MARGIN, _BAR, _LINE, _FONT = 960, 36, 92, 26, 17
+_WIDTH, _HEIGHT, _MARGIN = 1600, 220, 16
 
 
-def timeline(plan: PhasePlan, cfgs: Sequence[float | None] | None = None) -> dict[str, Any]:
-    """Describe a plan as JSON for the front end.
+def timeline(
+    plan: PhasePlan,
+    cfgs: Sequence[Cfg] | None = None,
+    sigmas: Sequence[float] | None = None,
+    skipped: Sequence[float] = (),
+    strengths: Sequence[float | None] | None = None,
+) -> dict[str, Any]:
+    """Describe a run as JSON for the front end.
 
     Args:
         plan: The plan.
         cfgs: The cfg of each phase, where None is the sampler's; None for all.
+        sigmas: The sigmas of the run, in [0, 1], with the final one; None takes the plan's own.
+        skipped: The sigmas of steps before the run's first one, which a denoise below 1 leaves out.
+        strengths: The strength of the LoRA of each phase, where None is no LoRA; None for all.
 
     Returns:
-        Phases with name, interval (end, start], sigmas, colour and cfg; the number of steps; the shift.
+        Phases with name, interval (end, start], colour and strength; steps with sigma, phase, cfg, and whether they are
+        trained and skipped; the shift; whether the plan is of a boundary alone.
     """
-    phases = []
+    phases: list[dict[str, Any]] = []
     for k, phase in enumerate(plan.phases):
         end, start = plan.interval(k)
-        cfg = cfgs[k] if cfgs else None
-        colour = COLOURS[k % len(COLOURS)]
-        phases.append(
-            {"name": phase.name, "start": start, "end": end, "sigmas": [*phase.sigmas], "colour": colour, "cfg": cfg}
-        )
-    return {"phases": phases, "steps": len(plan.sigmas), "shift": plan.shift}
+        entry = {"name": phase.name, "start": start, "end": end, "colour": COLOURS[k % len(COLOURS)]}
+        phases.append({**entry, "strength": strengths[k] if strengths else None})
+    run = sampling_sigmas(plan) if sigmas is None else list(sigmas)
+    steps = [_step(plan, cfgs, sigma, skipped=True) for sigma in skipped]
+    steps += [_step(plan, cfgs, sigma, skipped=False) for sigma in run[:-1]]
+    return {"phases": phases, "steps": steps, "shift": plan.shift, "any_steps": isinstance(plan, BoundaryPlan)}
+
+
+def _step(plan: PhasePlan, cfgs: Sequence[Cfg] | None, sigma: float, skipped: bool) -> dict[str, Any]:
+    k = plan.phase_index(min(sigma, 1.0)) if sigma > 0 else len(plan) - 1
+    trained = isinstance(plan, BoundaryPlan) or any(
+        math.isclose(sigma, other, rel_tol=TRAINED_TOLERANCE) for other in plan.sigmas
+    )
+    cfg = cfg_at(plan, k, cfgs[k], sigma) if cfgs else None
+    return {"sigma": sigma, "phase": k, "cfg": cfg, "trained": trained, "skipped": skipped}
 
 
 def report(
     plan: PhasePlan,
     sigmas: Sequence[float] | None = None,
     warnings: Sequence[str] = (),
-    cfgs: Sequence[float | None] | None = None,
+    cfgs: Sequence[Cfg] | None = None,
 ) -> str:
-    """Say in words which expert runs which step at which sigma and SNR, then the warnings.
+    """Say in words what is wrong with a run, then which expert runs which step at which sigma and SNR.
 
     Args:
         plan: The plan.
@@ -55,66 +80,70 @@ def report(
         cfgs: The cfg of each phase, where None is the sampler's; None for all.
 
     Returns:
-        One line for each step, a summary and the warnings.
+        The warnings, one line for each step, and a summary.
     """
-    steps = list(sigmas) if sigmas is not None else [*plan.sigmas, 0.0]
-    lines = []
-    for step, (sigma, after) in enumerate(pairwise(steps)):
+    run = list(sigmas) if sigmas is not None else sampling_sigmas(plan)
+    lines = [f"Warning: {warning}" for warning in warnings]
+    for step, (sigma, after) in enumerate(pairwise(run), start=1):
         if not 0 < sigma <= 1:
             continue
         k = plan.phase_index(sigma)
-        cfg = f"  cfg {cfgs[k]:g}" if cfgs and cfgs[k] is not None else ""
+        cfg = cfg_at(plan, k, cfgs[k], sigma) if cfgs else None
         snr = signal_to_noise(sigma)
         log = f"{math.log(snr):+.2f}" if snr > 0 else "-inf"
-        lines.append(f"step {step}  sigma {sigma:.4f} to {after:.4f}  log-SNR {log}  expert {plan.phases[k].name}{cfg}")
+        guidance = "" if cfg is None else f"  cfg {cfg:g}"
+        lines.append(f"step {step}  {plan.phases[k].name}  sigma {sigma:.4f} to {after:.4f}  log-SNR {log}{guidance}")
     shift = f"shift {plan.shift:.4g}" if plan.shift is not None else "no single shift"
-    lines.append(f"{len(plan)} phase(s), {len(plan.sigmas)} trained step(s), {shift}")
-    return "\n".join([*lines, *(f"Warning: {warning}" for warning in warnings)])
+    if isinstance(plan, BoundaryPlan):
+        boundaries = ", ".join(f"{boundary:.4g}" for boundary in plan.boundaries)
+        return "\n".join([*lines, f"{len(plan)} phases, boundary {boundaries}, any number of steps, {shift}"])
+    return "\n".join([*lines, f"{len(plan)} phase(s), {len(plan.sigmas)} trained step(s), {shift}"])
 
 
-def draw(plan: PhasePlan, text: str, sigmas: Sequence[float] | None = None) -> Image.Image:
-    """Draw the time line from noise (left) to data (right), with a text below.
+def draw(plan: PhasePlan, sigmas: Sequence[float] | None = None, cfgs: Sequence[Cfg] | None = None) -> Image.Image:
+    """Draw a run: a cell for each step, from noise (left) to data (right), under the names of its experts.
 
     Args:
-        plan: The plan, whose trained sigmas are dots.
-        text: The text.
-        sigmas: The sigmas of a run, in [0, 1], which are ticks.
+        plan: The plan.
+        sigmas: The sigmas of a run, in [0, 1]; None takes the plan's.
+        cfgs: The cfg of each phase, where None is the sampler's; None for all.
 
     Returns:
-        The picture.
+        The picture; a sigma that no expert was trained at stands out.
     """
     from PIL import Image, ImageDraw
 
-    font, small = _font(_FONT), _font(14)
-    lines = [part for line in text.splitlines() for part in _wrapped(line, font, _WIDTH - 2 * _MARGIN)]
-    top, bar = 30, 30 + _BAR
-    image = Image.new("RGB", (_WIDTH, bar + 66 + _LINE * len(lines)), _BACKGROUND)
-    pen = ImageDraw.Draw(image)
-
-    def x(sigma: float) -> float:
-        return _MARGIN + (1 - sigma) * (_WIDTH - 2 * _MARGIN)
-
-    for phase in timeline(plan)["phases"]:
-        left, right = x(phase["start"]), x(phase["end"])
-        pen.rectangle((left, top, right, bar), fill=phase["colour"])
-        label = _shortened(phase["name"], font, right - left - 8)
-        pen.text(((left + right) / 2, top + 22), label, _INK, font, anchor="mm")
-    pen.line((x(1), top + 58, x(0), top + 58), _INK, 2)
-    last = -math.inf
-    for sigma in plan.sigmas:
-        pen.ellipse((x(sigma) - 6, top + 52, x(sigma) + 6, top + 64), _INK)
-        if x(sigma) - last > 46:
-            pen.text((x(sigma), bar + 14), f"{sigma:.4g}", _FAINT, small, anchor="mm")
-            last = x(sigma)
-    for sigma in sigmas or ():
-        if 0 <= sigma <= 1:
-            pen.line((x(sigma), top + 44, x(sigma), top + 74), _WARNING, 3)
-    pen.text((x(1), 14), "noise", _FAINT, small, anchor="lm")
-    pen.text((x(0), 14), "data", _FAINT, small, anchor="rm")
-    for n, line in enumerate(lines):
-        colour = _WARNING if line.startswith(("Warning", " ")) else _INK
-        pen.text((_MARGIN, bar + 48 + _LINE * n), line, colour, font)
+    described = timeline(plan, cfgs, sigmas)
+    steps, phases = described["steps"], described["phases"]
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
+    pen, width = ImageDraw.Draw(image), (_WIDTH - 2 * _MARGIN) / max(len(steps), 1)
+    large, small = _font(34), _font(26)
+    for n, step in enumerate(steps):
+        left, right = _MARGIN + n * width, _MARGIN + (n + 1) * width
+        pen.rectangle((left + 1, 20, right - 2, 160), fill=phases[step["phase"]]["colour"])
+        middle, ink = (left + right) / 2, _INK if step["trained"] else _WARNING
+        pen.text((middle, 118), _shortened(f"{step['sigma']:.4f}", large, width - 8), ink, large, anchor="mm")
+        if step["cfg"] is not None:
+            words = _shortened(f"cfg {step['cfg']:g}", small, width - 6)
+            pen.text((middle, 188), words, _FAINT, small, anchor="mm")
+    for first, count in runs_of([step["phase"] for step in steps]):
+        left, room = _MARGIN + first * width, count * width
+        name = _shortened(phases[steps[first]["phase"]]["name"], large, room - 12)
+        pen.text((left + room / 2, 58), name, _INK, large, anchor="mm")
     return image
+
+
+def runs_of(values: Sequence[int]) -> list[tuple[int, int]]:
+    """Find runs of equal neighbours.
+
+    Args:
+        values: Any values.
+
+    Returns:
+        The index of each run's first value, and their number.
+    """
+    starts = [n for n, value in enumerate(values) if n == 0 or values[n - 1] != value]
+    return [(start, end - start) for start, end in pairwise([*starts, len(values)])]
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
@@ -124,19 +153,6 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1 has one size
         return ImageFont.load_default()
-
-
-def _wrapped(line: str, font: Any, width: float) -> list[str]:
-    """Break a line at spaces; what follows is indented, which also marks it as the rest of a warning."""
-    lines, indent = [line], " " * 4
-    while font.getlength(lines[-1]) > width and " " in lines[-1].strip():
-        words, rest = lines[-1].split(" "), list[str]()
-        while len(words) > 1 and font.getlength(" ".join(words)) > width:
-            rest.insert(0, words.pop())
-        if not " ".join(words).strip():
-            break
-        lines[-1:] = [" ".join(words), indent + " ".join(rest)]
-    return lines
 
 
 def _shortened(text: str, font: Any, width: float) -> str:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
+from ..pdmd_core.phases import BOUNDARY_TOLERANCE, PhasePlan
 from .errors import NodeError
+
+Cfg = float | None | tuple[float | None, ...]
+"""Of a phase: a number, the sampler's (None), or one of these for each of its steps."""
 
 TRAINED = "trained"
 """The word for the guidance that the experts were distilled for."""
@@ -25,7 +31,7 @@ def read_steps(text: str) -> list[int]:
         NodeError: If the text is anything else.
     """
     try:
-        return [int(word) for word in _split(text, ",")]
+        return [int(word) for word in _split(str(text), ",")]
     except ValueError:
         raise NodeError(
             f"steps are whole numbers with commas between, one for each phase (2, 2), found {text!r}"
@@ -54,33 +60,130 @@ def read_sigmas(text: str) -> list[list[float]]:
 
 
 def read_names(text: str) -> list[str] | None:
-    """Read names with commas between; nothing at all is None, which stands for the default names."""
-    return _split(text, ",") if text.strip() else None
+    """Read names with commas between; nothing at all is None, which stands for the default names.
+
+    A name is that of a file, too: "High Noise" becomes high_noise, 高噪声 (high noise) as well, and a name
+    without any letter that a file name may have everywhere becomes phase_1, phase_2 ... by its place.
+    """
+    if not text.strip():
+        return None
+    return [_safe(name, place) for place, name in enumerate(re.split(r"[,，、]", text), start=1)]
 
 
-def read_cfgs(text: str, names: Sequence[str], trained: float | None = None) -> list[float | None]:
-    """Read one cfg for each phase.
+_CHINESE = {"高": "high_noise", "中": "middle_noise", "低": "low_noise"}
 
-    An empty text is the sampler's cfg for all; "trained" is the guidance that the experts were distilled for; "3.5" is
-    the same for all; "3.5, -, 1" is one each, where - is the sampler's.
+
+def _safe(name: str, place: int) -> str:
+    name = name.strip()
+    known = re.fullmatch(r"(.)噪(?:声|音|)", name)
+    if known and known[1] in _CHINESE:
+        return _CHINESE[known[1]]
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    plain = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")[:58]
+    if not plain:
+        return f"phase_{place}"
+    return plain if plain[0].isalpha() else f"phase_{plain}"
+
+
+def read_numbers(text: str, what: str, names: Sequence[str]) -> list[float]:
+    """Read one number, or one for each phase.
 
     Args:
-        text: What the user typed.
+        text: What the user typed, or a number from another node.
+        what: What the numbers are, for errors.
         names: The names of the phases.
-        trained: The guidance that the experts were distilled for; None where it is not known.
 
     Returns:
-        The cfgs, where None is the sampler's.
+        A number for each phase.
 
     Raises:
         NodeError: If the text is anything else.
     """
-    words = _split(text, ",") if text.strip() else ["-"]
-    if len(words) == 1:
-        words = words * len(names)
-    if len(words) != len(names):
-        raise NodeError(f"cfg has one number for each of the phases {', '.join(names)}, found {len(words)} in {text!r}")
-    return [_cfg(word, text, trained) for word in words]
+    try:
+        values = [float(word) for word in _split(str(text), ",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, len(names)) or not all(math.isfinite(value) for value in values):
+        raise NodeError(f"{what} is one number, or one for each of {', '.join(names)} with commas, found {text!r}")
+    return values * (len(names) if len(values) == 1 else 1)
+
+
+def read_boundaries(text: str) -> list[float | None]:
+    """Read boundaries: ``"0.875"``, ``"half"`` (of the steps) or ``"0.9, 0.5"``.
+
+    Args:
+        text: What the user typed, or a number from another node.
+
+    Returns:
+        Sigmas, descending, where None is half of the steps.
+
+    Raises:
+        NodeError: If the text is anything else.
+    """
+    try:
+        return [None if word == "half" else float(Fraction(word)) for word in _split(str(text).lower(), ",")]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise NodeError(
+            f"boundaries are sigmas with commas between (0.875), or half (of the steps), found {text!r}"
+        ) from None
+
+
+def read_cfgs(text: str, plan: PhasePlan, trained: float | None = None) -> list[Cfg]:
+    """Read the cfg of each phase, or of each step.
+
+    An empty text is the sampler's cfg for all; "trained" is the guidance that the experts were distilled for; "3.5" is
+    the same for all; "3.5, -, 1" is one for each phase, where - is the sampler's; "3.5, 2 | 1, 1" is one for each step
+    of the plan, with | between phases.
+
+    Args:
+        text: What the user typed, or a number from another node.
+        plan: The plan.
+        trained: The guidance that the experts were distilled for; None where it is not known.
+
+    Returns:
+        The cfg of each phase: None is the sampler's, a tuple has one for each of its steps.
+
+    Raises:
+        NodeError: If the text is anything else.
+    """
+    text = str(text)
+    names = [phase.name for phase in plan.phases]
+    if "|" not in text:
+        words = _split(text, ",") if text.strip() else ["-"]
+        words = words * len(names) if len(words) == 1 else words
+        if len(words) != len(names):
+            raise NodeError(
+                f"cfg has one number for each of the phases {', '.join(names)}, found {len(words)} in {text!r} (one for "
+                "each step has | between phases: 3.5, 2 | 1, 1)"
+            )
+        return [_cfg(word, text, trained) for word in words]
+    groups = [_split(group, ",") for group in _split(text, "|")]
+    counts = [len(phase.sigmas) for phase in plan.phases]
+    if len(groups) != len(names) or any(len(group) not in (1, n) for group, n in zip(groups, counts, strict=False)):
+        raise NodeError(
+            f"cfg with | has one number for each step of each phase ({' | '.join(map(str, counts))} steps), or one for "
+            f"a phase, found {text!r}"
+        )
+    read = [tuple(_cfg(word, text, trained) for word in group) for group in groups]
+    return [values[0] if len(values) == 1 else values for values in read]
+
+
+def cfg_at(plan: PhasePlan, k: int, cfg: Cfg, sigma: float) -> float | None:
+    """Look up the cfg of phase k at a sigma.
+
+    Args:
+        plan: The plan.
+        k: The index of the phase.
+        cfg: The cfg of the phase, or one for each of its steps.
+        sigma: The sigma. One between two steps of the plan has the cfg of the noisier one.
+
+    Returns:
+        The cfg; None is the sampler's.
+    """
+    if not isinstance(cfg, tuple):
+        return cfg
+    reached = sum(sigma <= other * (1 + BOUNDARY_TOLERANCE) for other in plan.phases[k].sigmas)
+    return cfg[max(reached, 1) - 1]
 
 
 def _cfg(word: str, text: str, trained: float | None) -> float | None:

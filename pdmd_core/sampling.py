@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from .boundary_plan import BoundaryPlan
 from .noise_level import unshift_sigma
 from .phases import BOUNDARY_TOLERANCE, PhasePlan, PhasePlanError
 
@@ -23,7 +24,7 @@ def sampling_sigmas(plan: PhasePlan, steps: int | None = None, denoise: float = 
     Args:
         plan: The plan of the experts.
         steps: The number of steps; None takes the plan's own. More than the plan has go between the trained ones, as in
-            ``PhasePlan.refined``.
+            ``PhasePlan.refined``; any number under a ``BoundaryPlan``.
         denoise: How much of the noise range is sampled, in [0, 1]. 1 starts from pure noise. Less starts at the sigma
             of the plan whose raw time is nearest to it, so that an image-to-image run stays on trained sigmas. 0 is no
             run at all.
@@ -47,7 +48,10 @@ def sampling_sigmas(plan: PhasePlan, steps: int | None = None, denoise: float = 
     if denoise == 0:
         return []
     shift = plan.shift or 1.0
-    sigmas = [*(plan if steps is None else plan.refined(steps)).sigmas, 0.0]
+    if isinstance(plan, BoundaryPlan):
+        sigmas = plan.schedule(steps)
+    else:
+        sigmas = [*(plan if steps is None else plan.refined(steps)).sigmas, 0.0]
     distances = [round(abs(unshift_sigma(sigma, shift) - denoise), 9) for sigma in sigmas[:-1]]
     return sigmas[distances.index(min(distances)) :]
 
@@ -61,7 +65,7 @@ def sigma_warnings(plan: PhasePlan, sigmas: Sequence[float]) -> list[str]:
             network call.
 
     Returns:
-        One sentence for each fault; an empty list when all is well.
+        One sentence for each fault; an empty list when all is well. No sigma of a ``BoundaryPlan`` is one.
     """
     if len(sigmas) < 2:
         return [f"sigmas of a run are at least two numbers, found {len(sigmas)}: nothing is sampled"]
@@ -70,15 +74,15 @@ def sigma_warnings(plan: PhasePlan, sigmas: Sequence[float]) -> list[str]:
     if any(high <= low for high, low in pairwise(sigmas)):
         return ["sigmas of a run descend, these do not"]
     warnings = []
-    trained = plan.sigmas
-    for step, sigma in enumerate(sigmas[:-1]):
+    trained = () if isinstance(plan, BoundaryPlan) else plan.sigmas
+    for step, sigma in enumerate(sigmas[:-1] if trained else ()):
         nearest = min(trained, key=lambda other: abs(other - sigma))
         if not math.isclose(sigma, nearest, rel_tol=TRAINED_TOLERANCE):
             warnings.append(
                 f"step {step} is at sigma {sigma:.4f}, where expert {plan.phases[_owner(plan, sigma)].name} was not "
                 f"trained to step (its nearest is {nearest:.4f})"
             )
-    for boundary in plan.boundaries:
+    for boundary in plan.boundaries if trained else ():
         for high, low in pairwise(sigmas):
             above, below = boundary * (1 + TRAINED_TOLERANCE), boundary * (1 - TRAINED_TOLERANCE)
             if high > above and low < below:

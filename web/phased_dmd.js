@@ -1,59 +1,45 @@
-// Draws the time line of a phase plan on the nodes that hold one: while their widgets move for plan nodes (the server
-// answers with the plan), after a run for the others. Every node works without this file.
+// The time line on the nodes of this pack: before a run from the widgets that lead to a node (the server answers with the
+// plan), after it from what ran. Every node works without this file.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { describe } from "./graph.js";
+import { draw, HEIGHT } from "./timeline.js";
+import { words } from "./words.js";
 
 const ROUTE = "/phased_dmd/plan";
-const PLAN_NODES = ["PhasedDMDPlanFromSteps", "PhasedDMDPlanFromSigmas", "PhasedDMDPlanFromExperts"];
-const RUN_NODES = ["PhasedDMDLoadExperts", "PhasedDMDExperts", "PhasedDMDExpertsLoRA", "PhasedDMDSigmas", "PhasedDMDSampler"];
-const WIDTH = 320;
-const HEIGHT = 70;
+const PLANS = ["Steps", "Preset", "Boundary", "Sigmas", "Experts"].map((kind) => `PhasedDMDPlanFrom${kind}`);
+const OTHERS = ["LoadExperts", "Experts", "ExpertsLoRA", "Sigmas", "Sampler", "PlanReport"].map((kind) => `PhasedDMD${kind}`);
+const REPORT = "PhasedDMDPlanReport";
+const FROM_HUB = "(Hub id)";
+const TEXT_HEIGHT = 150;
 const MARGIN = 10; // that the front end leaves above and below an element on a node
-const NUMBER = 27; // width of a sigma
-const LETTER = 6; // width of a letter of a label; one that is a little too long is set narrower
 const WAIT_MS = 150;
-const SVG = "http://www.w3.org/2000/svg";
+let timer = null;
 
-function element(name, attributes, text) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
+// What a drag of boundary k to step n changes, for the plan nodes that own it.
+const MOVES = {
+  PhasedDMDPlanFromSteps(node, plan, k, n) {
+    const widget = node.widgets.find((each) => each.name === "steps");
+    const counts = String(widget.value).split(",").map(Number);
+    const before = counts.slice(0, k).reduce((a, b) => a + b, 0);
+    const both = counts[k] + counts[k + 1];
+    counts[k] = n - before;
+    counts[k + 1] = both - counts[k];
+    set(node, widget, counts.join(", "));
+  },
+  PhasedDMDPlanFromBoundary(node, plan, k, n) {
+    const widget = node.widgets.find((each) => each.name === "boundary");
+    const boundaries = plan.phases.slice(1).map((phase) => phase.start);
+    boundaries[k] = plan.steps[n].sigma;
+    set(node, widget, boundaries.map((each) => String(Math.ceil(each * 1e4 - 1e-6) / 1e4)).join(", "));
+  },
+};
 
-function label(name, left, width) {
-  const room = width - 4;
-  const fits = Math.floor(room / (0.7 * LETTER));
-  const text = name.length <= fits ? name : fits > 2 ? `${name.slice(0, fits - 1)}\u2026` : "";
-  const look = { x: left + width / 2, y: 15, "text-anchor": "middle", "font-size": 10, fill: "#fff" };
-  const narrow = text.length * LETTER > room ? { textLength: room, lengthAdjust: "spacingAndGlyphs" } : {};
-  return element("text", { ...look, ...narrow, "pointer-events": "none", class: "name" }, text);
-}
-
-function timeline(plan) {
-  const svg = element("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, width: "100%", height: HEIGHT, role: "img" });
-  const x = (sigma) => 6 + (1 - sigma) * (WIDTH - 12);
-  for (const phase of plan.phases) {
-    const left = x(phase.start);
-    const width = x(phase.end) - left;
-    const band = element("rect", { x: left, y: 2, width, height: 36, fill: phase.colour, class: "phase" });
-    const cfg = phase.cfg === null || phase.cfg === undefined ? "" : `, cfg ${phase.cfg}`;
-    const sigmas = phase.sigmas.map((sigma) => sigma.toFixed(4)).join(", ");
-    band.append(element("title", {}, `${phase.name}${cfg}: ${sigmas}`));
-    svg.append(band);
-    svg.append(label(phase.name, left, width));
-  }
-  const ends = [-Infinity, -Infinity]; // of the two rows of numbers: what has no room in the first goes to the second
-  for (const sigma of plan.phases.flatMap((phase) => phase.sigmas)) {
-    svg.append(element("circle", { cx: x(sigma), cy: 28, r: 4, fill: "#fff", class: "step" }));
-    const left = Math.max(2, x(sigma) - NUMBER / 2);
-    const row = ends.findIndex((end) => left > end + 3);
-    if (row < 0) continue;
-    ends[row] = left + NUMBER;
-    const place = { x: left, y: 51 + 13 * row, "font-size": 10, fill: "#b8bcc2", class: "sigma" };
-    svg.append(element("text", place, sigma.toFixed(3)));
-  }
-  return svg;
+function set(node, widget, value) {
+  widget.value = value;
+  widget.callback?.(value, app.canvas, node);
+  node.graph?.change?.();
+  askSoon();
 }
 
 function show(node, answer) {
@@ -61,79 +47,140 @@ function show(node, answer) {
   if (answer.error) {
     const line = document.createElement("div");
     line.className = "phased-dmd-error";
-    line.style.cssText = "color: #ffb454; font-size: 11px; overflow: auto; max-height: 100%";
+    line.style.cssText = "color: #ffb454; font-size: 12px; overflow: auto; max-height: 100%";
     line.textContent = answer.error;
     box.replaceChildren(line);
-  } else {
-    box.replaceChildren(timeline(answer));
+    return;
+  }
+  const moved = MOVES[node.comfyClass];
+  box.replaceChildren(draw(answer, words(app), moved ? (k, n) => moved(node, answer, k, n) : null));
+}
+
+function write(node, text) {
+  node.phasedText.replaceChildren();
+  for (const line of text.split("\n")) {
+    const row = document.createElement("div");
+    row.textContent = line;
+    if (line.startsWith("Warning: ")) row.style.color = "#ffb454";
+    node.phasedText.append(row);
   }
 }
 
 async function ask(node) {
-  const inputs = {};
-  for (const widget of node.widgets ?? []) {
-    if (widget.name !== "phase_timeline") inputs[widget.name] = widget.value;
-  }
-  const asked = JSON.stringify({ node: node.comfyClass, inputs });
+  const asked = JSON.stringify(describe(node));
   if (asked === node.phasedAsked) return;
   node.phasedAsked = asked;
   try {
-    const response = await api.fetchApi(ROUTE, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: asked,
-    });
-    const answer = await response.json();
-    if (asked === node.phasedAsked) show(node, answer);
+    const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: asked };
+    const answer = await (await api.fetchApi(ROUTE, request)).json();
+    if (asked !== node.phasedAsked) return;
+    show(node, answer);
+    if (answer.text && node.phasedText) write(node, answer.text);
   } catch (error) {
     node.phasedAsked = null; // asked again at the next change
     console.debug("phased dmd: no time line", error);
   }
 }
 
-function askSoon(node) {
-  clearTimeout(node.phasedTimer);
-  node.phasedTimer = setTimeout(() => ask(node), WAIT_MS);
+// Nodes further down depend on this one, so all are asked for; one whose question is the same asks nothing.
+function askSoon() {
+  clearTimeout(timer);
+  timer = setTimeout(() => {
+    for (const graph of [app.graph, ...(app.graph?.subgraphs?.values?.() ?? [])]) {
+      for (const node of graph?.nodes ?? graph?._nodes ?? []) if (node.phasedTimeline) ask(node);
+    }
+  }, WAIT_MS);
 }
 
-function addTimeline(node) {
+function addBox(node, name, height, style) {
   const box = document.createElement("div");
-  box.className = "phased-dmd-timeline";
-  box.style.cssText = "width: 100%; overflow: hidden";
-  node.phasedTimeline = box;
-  const height = () => HEIGHT + 2 * MARGIN;
-  const options = { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: height, getMaxHeight: height };
-  const widget = node.addDOMWidget("phase_timeline", "phased_timeline", box, options);
+  box.className = `phased-dmd-${name}`;
+  box.style.cssText = style;
+  const tall = () => height + 2 * MARGIN;
+  const options = { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: tall, getMaxHeight: tall };
+  const widget = node.addDOMWidget(`phase_${name}`, `phased_${name}`, box, options);
   widget.serialize = false;
+  return box;
+}
+
+function watch(node) {
+  for (const widget of node.widgets ?? []) {
+    const callback = widget.callback;
+    widget.callback = function () {
+      const result = callback?.apply(this, arguments);
+      fit(node);
+      askSoon();
+      return result;
+    };
+  }
+  for (const event of ["onConfigure", "onConnectionsChange", "onAdded"]) {
+    const before = node[event];
+    node[event] = function () {
+      const result = before?.apply(this, arguments);
+      fit(this);
+      askSoon();
+      return result;
+    };
+  }
+  const executed = node.onExecuted;
+  node.onExecuted = function (output) {
+    executed?.apply(this, arguments);
+    if (output?.phase_plan?.length) show(this, output.phase_plan[0]);
+    if (output?.text?.length && this.phasedText) write(this, output.text[0]);
+  };
+}
+
+// The widgets and sockets that a node needs now: the Hub's id where the Hub is asked, one free socket for a MODEL.
+function fit(node) {
+  if (node.comfyClass === "PhasedDMDLoadExperts") {
+    const hub = node.widgets?.find((widget) => widget.name === "hub_id");
+    const experts = node.widgets?.find((widget) => widget.name === "experts");
+    if (hub && experts) {
+      hub.hidden = experts.value !== FROM_HUB;
+      hub.options.hidden = hub.hidden;
+    }
+  }
+  if (node.comfyClass === "PhasedDMDExperts") growSockets(node);
+}
+
+const MODELS = 6;
+
+function growSockets(node) {
+  if (node.phasedGrowing || app.configuringGraph) return;
+  node.phasedGrowing = true;
+  try {
+    const numbered = (k) => node.inputs.findIndex((input) => input.name === `model_${k}`);
+    let used = 0;
+    for (let k = 1; k <= MODELS; k += 1) {
+      const at = numbered(k);
+      if (at >= 0 && node.inputs[at].link !== null && node.inputs[at].link !== undefined) used = k;
+    }
+    const wanted = Math.min(Math.max(used + 1, 2), MODELS);
+    for (let k = MODELS; k > wanted; k -= 1) if (numbered(k) >= 0) node.removeInput(numbered(k));
+    for (let k = 1; k <= wanted; k += 1) if (numbered(k) < 0) node.addInput(`model_${k}`, "MODEL", { shape: 7 });
+  } finally {
+    node.phasedGrowing = false;
+  }
 }
 
 app.registerExtension({
   name: "PhasedDMD.Timeline",
+  setup() {
+    api.addEventListener("graphChanged", askSoon);
+  },
   nodeCreated(node) {
-    const isPlan = PLAN_NODES.includes(node.comfyClass);
-    if (!isPlan && !RUN_NODES.includes(node.comfyClass)) return;
-    addTimeline(node);
-    if (!isPlan) {
-      const executed = node.onExecuted;
-      node.onExecuted = function (output) {
-        executed?.apply(this, arguments);
-        if (output?.phase_plan?.length) show(this, output.phase_plan[0]);
-      };
-      return;
+    if (!PLANS.includes(node.comfyClass) && !OTHERS.includes(node.comfyClass)) return;
+    node.phasedTimeline = addBox(node, "timeline", HEIGHT, "width: 100%; overflow: hidden");
+    if (node.comfyClass === REPORT) {
+      const style = "overflow: auto; font: 12px/1.5 monospace; color: #e6e6e6; white-space: pre-wrap; user-select: text";
+      node.phasedText = addBox(node, "text", TEXT_HEIGHT, style);
     }
-    for (const widget of node.widgets ?? []) {
-      const callback = widget.callback;
-      widget.callback = function () {
-        const result = callback?.apply(this, arguments);
-        askSoon(node);
-        return result;
-      };
-    }
-    const configured = node.onConfigure;
-    node.onConfigure = function () {
-      configured?.apply(this, arguments);
-      askSoon(this);
-    };
-    askSoon(node);
+    watch(node);
+    fit(node);
+    askSoon();
+  },
+  afterConfigureGraph() {
+    for (const node of app.graph?.nodes ?? app.graph?._nodes ?? []) if (node.phasedTimeline) fit(node);
+    askSoon();
   },
 });

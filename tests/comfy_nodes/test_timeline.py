@@ -1,4 +1,4 @@
-"""The time line as data, text and picture."""
+"""The time line as data, words and picture."""
 
 from __future__ import annotations
 
@@ -9,24 +9,63 @@ import pytest
 
 from pdmd_core.phases import PhasePlan
 
-PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
+
+@pytest.fixture(scope="module")
+def plans(part):
+    """The plan classes of the pack."""
+    import importlib
+
+    name = part("timeline").PhasePlan.__module__
+    return importlib.import_module(name).PhasePlan, importlib.import_module(
+        name.replace("phases", "boundary_plan")
+    ).BoundaryPlan
 
 
-def test_the_data_covers_the_noise_range_without_gaps(part) -> None:
-    found = part("timeline").timeline(PLAN, [3.5, None])
+def plan_of(plans, steps=(2, 2), shift: float = 5.0) -> PhasePlan:
+    return plans[0].from_steps(list(steps), shift=shift)
+
+
+def test_the_data_has_a_step_for_each_cell_and_covers_the_noise_range(part, plans) -> None:
+    found = part("timeline").timeline(plan_of(plans), [3.5, (None, 2.0)], strengths=[1.0, None])
     assert json.loads(json.dumps(found)) == found
     high, low = found["phases"]
     assert (high["start"], high["end"], low["start"], low["end"]) == (1.0, 5 / 6, 5 / 6, 0.0)
-    assert (high["cfg"], low["cfg"], high["sigmas"]) == (3.5, None, [1.0, 0.9375])
-    assert high["colour"] != low["colour"]
+    assert high["colour"] != low["colour"] and (high["strength"], low["strength"]) == (1.0, None)
+    assert [step["sigma"] for step in found["steps"]] == [1.0, 0.9375, 5 / 6, 0.625]
+    assert [step["phase"] for step in found["steps"]] == [0, 0, 1, 1]
+    assert [step["cfg"] for step in found["steps"]] == [3.5, 3.5, None, 2.0]
+    assert all(step["trained"] and not step["skipped"] for step in found["steps"])
 
 
-def test_the_report_names_the_expert_of_every_step_and_the_warnings(part) -> None:
-    lines = part("timeline").report(PLAN, None, ["look out"], [None, 2.0]).splitlines()
-    assert [line.split("expert ")[1] for line in lines[:4]] == ["high_noise"] * 2 + ["low_noise  cfg 2"] * 2
-    assert lines[0].startswith("step 0  sigma 1.0000 to 0.9375  log-SNR -inf")
-    assert lines[2].startswith("step 2  sigma 0.8333 to 0.6250  log-SNR -3.22")
-    assert lines[4:] == ["2 phase(s), 4 trained step(s), shift 5", "Warning: look out"]
+def test_a_run_shows_what_it_skips_and_what_was_not_trained(part, plans) -> None:
+    timeline = part("timeline").timeline
+    found = timeline(plan_of(plans), None, [0.8333, 0.7, 0.0], [1.0, 0.9375])["steps"]
+    assert [step["skipped"] for step in found] == [True, True, False, False]
+    assert [step["trained"] for step in found] == [True, True, True, False]
+    undistilled = timeline(plans[1].at([0.875], 20, [5.0]))
+    assert undistilled["any_steps"] and len(undistilled["steps"]) == 20
+    assert all(step["trained"] for step in undistilled["steps"])
+
+
+def test_the_report_leads_with_the_warnings_and_names_the_expert_of_every_step(part, plans) -> None:
+    lines = part("timeline").report(plan_of(plans), None, ["look out"], [None, 2.0]).splitlines()
+    assert lines[0] == "Warning: look out"
+    assert lines[1].startswith("step 1  high_noise  sigma 1.0000 to 0.9375  log-SNR -inf")
+    assert lines[3].startswith("step 3  low_noise  sigma 0.8333 to 0.6250  log-SNR -3.22  cfg 2")
+    assert lines[5:] == ["2 phase(s), 4 trained step(s), shift 5"]
+    last = part("timeline").report(plans[1].at([0.875], 20, [5.0])).splitlines()[-1]
+    assert last == "2 phases, boundary 0.875, any number of steps, shift 5"
+
+
+@pytest.mark.parametrize("steps", [[1], [2, 2], [1, 1, 2], [1] * 8])
+def test_the_picture_has_cells_of_equal_width_in_the_colours_of_their_phases(part, plans, steps: list[int]) -> None:
+    timeline, plan = part("timeline"), plan_of(plans, steps, 3.0)
+    picture = np.asarray(timeline.draw(plan))
+    assert picture.shape == (220, 1600, 3)
+    row = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in picture[24]]
+    share = (1600 - 32) / sum(steps)
+    for k, count in enumerate(steps):
+        assert abs(row.count(timeline.COLOURS[k]) - count * share) <= 4 * count
 
 
 def pixels(picture) -> set[str]:
@@ -34,24 +73,10 @@ def pixels(picture) -> set[str]:
     return {f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in np.unique(flat, axis=0)}
 
 
-@pytest.mark.parametrize("steps", [[1], [2, 2], [1, 1, 2], [1] * 9])
-def test_the_picture_shows_every_phase_in_its_colour_in_proportion(part, steps: list[int]) -> None:
-    timeline, plan = part("timeline"), PhasePlan.from_steps(steps, shift=3.0)
-    picture = timeline.draw(plan, timeline.report(plan))
-    row = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.asarray(picture)[30 + 4]]
-    for k, phase in enumerate(timeline.timeline(plan)["phases"][: len(timeline.COLOURS)]):
-        share = (phase["start"] - phase["end"]) * (960 - 72)
-        same = [other for other in timeline.timeline(plan)["phases"] if other["colour"] == phase["colour"]]
-        if len(same) == 1:
-            assert abs(row.count(timeline.COLOURS[k]) - share) <= 2
-
-
-def test_sigmas_of_a_run_and_warnings_stand_out(part) -> None:
-    timeline = part("timeline")
-    assert timeline._WARNING not in pixels(timeline.draw(PLAN, "all is well"))
-    assert timeline._WARNING in pixels(timeline.draw(PLAN, "all is well", [1.0, 0.5, 0.0]))
-    long = "Warning: " + "words " * 60
-    assert timeline.draw(PLAN, long).height > timeline.draw(PLAN, "Warning: word").height
+def test_sigmas_that_were_not_trained_stand_out(part, plans) -> None:
+    timeline, plan = part("timeline"), plan_of(plans)
+    assert timeline._WARNING not in pixels(timeline.draw(plan))
+    assert timeline._WARNING in pixels(timeline.draw(plan, [1.0, 0.5, 0.0]))
 
 
 def test_names_without_room_end_in_an_ellipsis(part) -> None:

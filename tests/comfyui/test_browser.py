@@ -67,30 +67,151 @@ def test_the_templates_are_offered_to_users(ui: FrontEnd, server: Server) -> Non
         assert server.get(f"/api/workflow_templates/phased-dmd/{name}.jpg")[:2] == b"\xff\xd8"
 
 
-def test_the_time_line_follows_the_widgets(ui: FrontEnd) -> None:
+@pytest.fixture(params=[False, True], ids=["classic canvas", "Nodes 2.0"])
+def both(request: pytest.FixtureRequest, ui: FrontEnd):
+    ui.use_nodes_2(request.param)
+    yield ui, "nodes2" if request.param else "classic"
+    ui.use_nodes_2(False)
+
+
+def test_the_time_line_is_there_before_a_run_and_follows_widgets_links_and_drags(both) -> None:
+    ui, front_end = both
     ui.load(workflow("phased_wan22_t2v"))
     ui.close_dialogs()
-    plan = ui.node("PhasedDMDPlanFromSteps")
-    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline?.querySelectorAll('rect').length === 2", plan)
-    shown = ui.timeline(plan)
-    assert shown["bands"] == ["high_noise: 1.0000, 0.9375", "low_noise: 0.8333, 0.6250"]
-    assert shown["steps"] == 4 and shown["error"] is None
-    assert shown["texts"] == ["high_noise", "low_noise", "1.000", "0.938", "0.833", "0.625"]
-    assert shown["cut_off"] == []
-    ui.set_widget(plan, "steps", "1, 1, 2")
-    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('rect').length === 3", plan)
-    before = ui.timeline(plan)["widths"]
-    ui.set_widget(plan, "shift", 1.0)
-    ui.wait(
-        "([id, width]) => window.app.graph.getNodeById(id).phasedTimeline.querySelector('rect').getAttribute('width')"
-        " != width",
-        [plan, str(before[0])],
+    plan, experts, sampler, report = (
+        ui.node(f"PhasedDMD{kind}") for kind in ("PlanFromSteps", "Experts", "Sampler", "PlanReport")
     )
-    assert ui.timeline(plan)["bands"][0] == "high_noise: 1.0000"
+    for node in (plan, experts, sampler, report):
+        ui.cells(node, 4)
+        shown = ui.timeline(node)
+        assert shown["names"] == ["high_noise", "low_noise"] and shown["error"] is None and shown["shown"]
+        assert shown["sigmas"] == ["1.0000", "0.9375", "0.8333", "0.6250"]
+        assert len(set(shown["widths"])) == 1 and shown["cut_off"] == []
+        assert shown["summary"] == "4 steps, shift 5, trained sigmas"
+        assert shown["handles"] == (node == plan)
+    assert ui.timeline(sampler)["cfgs"] == ui.timeline(experts)["cfgs"] == ["cfg 1"] * 2
+    assert "step 3  low_noise  sigma 0.8333" in ui.do("(id) => window.app.graph.getNodeById(id).phasedText.innerText", report)
+    ui.fit()
+    ui.screenshot(f"timeline_{front_end}")
+    ui.set_widget(sampler, "denoise", 0.5)
+    ui.set_widget(experts, "cfg", "3.5, 2 | 1")
+    ui.wait(
+        "(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('text.cfg').length === 3", sampler
+    )
+    shown = ui.timeline(sampler)
+    assert shown["skipped"] == 2 and shown["cfgs"] == ["cfg 3.5", "cfg 2", "cfg 1"]
+    assert shown["summary"] == "2 steps, shift 5, trained sigmas"
+    ui.set_widget(plan, "steps", "1, 1, 2")
+    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('text.name').length === 3", plan)
+    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelector('.phased-dmd-error')", experts)
+    assert "cfg with | has one number for each step" in ui.timeline(experts)["error"]
     ui.set_widget(plan, "steps", "two")
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelector('.phased-dmd-error')", plan)
     assert "steps are whole numbers" in ui.timeline(plan)["error"]
+    ui.set_widget(plan, "steps", "2, 2")
+    ui.set_widget(experts, "cfg", "1")
+    ui.cells(sampler, 4)
+    _drag_the_boundary(ui, plan, -1)
+    assert ui.do("(id) => window.app.graph.getNodeById(id).widgets[0].value", plan) == "1, 3"
+    ui.cells(sampler, 4)
     assert ui.errors == []
+
+
+def _drag_the_boundary(ui: FrontEnd, node: int, steps: int) -> None:
+    box = ui.do(
+        """(id) => {
+            const node = window.app.graph.getNodeById(id);
+            window.app.canvas.centerOnNode?.(node);
+            window.app.canvas.ds.scale = 1;
+            window.app.canvas.setDirty(true, true);
+        }""",
+        node,
+    )
+    ui.page.wait_for_timeout(600)
+    box = ui.do(
+        """(id) => {
+            const box = window.app.graph.getNodeById(id).phasedTimeline;
+            const {x, y, width, height} = box.querySelector("rect.boundary").getBoundingClientRect();
+            return [x + width / 2, y + height / 2, box.querySelector("rect.step").getBoundingClientRect().width];
+        }""",
+        node,
+    )
+    ui.page.mouse.move(box[0], box[1])
+    ui.page.mouse.down()
+    ui.page.mouse.move(box[0] + steps * box[2], box[1], steps=4)
+    ui.page.mouse.up()
+    ui.page.wait_for_timeout(400)
+
+
+def test_values_from_other_nodes_are_followed_or_said(ui: FrontEnd) -> None:
+    ui.load(workflow("phased_wan22_t2v"))
+    ui.close_dialogs()
+    plan = ui.node("PhasedDMDPlanFromSteps")
+    ui.do(
+        """(id) => {
+            const graph = window.app.graph, node = graph.getNodeById(id);
+            const number = LiteGraph.createNode("PrimitiveFloat");
+            graph.add(number);
+            number.widgets[0].value = 8;
+            number.connect(0, node, node.inputs.findIndex((input) => input.name === "shift"));
+        }""",
+        plan,
+    )
+    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.includes('shift 8')", plan)
+    ui.do(
+        """(id) => {
+            const graph = window.app.graph, node = graph.getNodeById(id);
+            const text = LiteGraph.createNode("StringConcatenate");
+            graph.add(text);
+            text.connect(0, node, node.inputs.findIndex((input) => input.name === "steps"));
+        }""",
+        plan,
+    )
+    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.includes('shown after a run')", plan)
+    assert "other nodes compute steps" in ui.timeline(plan)["error"]
+
+
+def test_sockets_grow_and_the_hub_is_asked_for_when_chosen(ui: FrontEnd) -> None:
+    ui.load(workflow("phased_wan22_t2v"))
+    ui.close_dialogs()
+    experts = ui.node("PhasedDMDExperts")
+    sockets = """(id) => window.app.graph.getNodeById(id).inputs
+        .filter((input) => input.type === 'MODEL').map((input) => input.name)"""
+    assert ui.do(sockets, experts) == ["model_1", "model_2", "model_3"]
+    ui.do(
+        """(id) => {
+            const node = window.app.graph.getNodeById(id), of = (name) => node.inputs.findIndex((i) => i.name === name);
+            const link = window.app.graph.getLink(node.inputs[of("model_1")].link);
+            window.app.graph.getNodeById(link.origin_id).connect(0, node, of("model_3"));
+        }""",
+        experts,
+    )
+    assert ui.do(sockets, experts)[-1] == "model_4"
+    ui.do(
+        """(id) => {
+            const node = window.app.graph.getNodeById(id);
+            for (const k of [3, 2]) node.disconnectInput(node.inputs.findIndex((i) => i.name === `model_${k}`));
+        }""",
+        experts,
+    )
+    assert ui.do(sockets, experts) == ["model_1", "model_2"]
+    ui.load(workflow("phased_qwen_image"))
+    ui.close_dialogs()
+    load = ui.node("PhasedDMDLoadExperts")
+    hidden = "(id) => window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === 'hub_id').hidden"
+    assert ui.do(hidden, load) is True
+    ui.set_widget(load, "experts", "(Hub id)")
+    assert ui.do(hidden, load) is False
+
+
+def test_bypassed_experts_fall_through_to_the_base(ui: FrontEnd) -> None:
+    ui.load(workflow("phased_tiny_on_cpu"))
+    ui.close_dialogs()
+    load, sampler = ui.node("PhasedDMDLoadExperts"), ui.node("PhasedDMDSampler")
+    base = ui.node("PhasedDMDLoadDiffusersFolder")
+    ui.do("(id) => { window.app.graph.getNodeById(id).mode = 4; }", load)
+    prompt = ui.do("async () => (await window.app.graphToPrompt()).output")
+    assert prompt[str(sampler)]["inputs"]["model"] == [str(base), 0]
 
 
 def test_a_saved_graph_has_no_trace_of_the_time_line(ui: FrontEnd) -> None:
@@ -112,17 +233,14 @@ def test_a_user_opens_the_tiny_template_moves_a_widget_and_sees_the_picture(ui: 
     ui.do("() => window.app.queuePrompt(0, 1)")
     ui.wait(
         "(ids) => ids.every((id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth > 0)",
-        [saved, report],
+        [saved],
     )
-    shown = ui.do(
-        "([image, report]) => [image, report].map((id) => window.app.graph.getNodeById(id).imgs[0].naturalWidth)",
-        [saved, report],
-    )
-    assert shown == [256, 960]
+    assert ui.do("(id) => window.app.graph.getNodeById(id).imgs[0].naturalWidth", saved) == 256
+    assert "step 4  low_noise" in ui.do("(id) => window.app.graph.getNodeById(id).phasedText.innerText", report)
     for node in (sampler, ui.node("PhasedDMDLoadExperts")):
-        ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('rect').length === 2", node)
-        assert ui.timeline(node)["bands"][0] == "high_noise, cfg 1: 1.0000, 0.9375"
-    for steps, text in ((7, "7 step(s) here, 4 trained"), (0, "these are trained sigmas")):
+        ui.cells(node, 4)
+        assert ui.timeline(node)["cfgs"] == ["cfg 1"] * 2
+    for steps, text in ((7, "7 steps, trained for 4: use 4"), (0, "these are trained sigmas")):
         ui.set_widget(sampler, "steps", steps)
         ui.do("() => window.app.queuePrompt(0, 1)")
         ui.wait(

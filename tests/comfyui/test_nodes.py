@@ -7,8 +7,10 @@ import json
 from dataclasses import fields
 from typing import Any
 
+import pytest
 import torch
 
+from pdmd_core.noise_level import shift_sigma
 from tests.helpers.comfyui.phased_models import TWO, plan_of, sample, sigmas_of
 
 
@@ -35,6 +37,54 @@ def test_plans_from_steps_sigmas_and_folders(pack, fails) -> None:
     fails("sigmas must descend", "PhasedDMDPlanFromSigmas", sigmas="1, 0.5 | 0.7", names="")
     fails("expected one name for each of the 2 phases", "PhasedDMDPlanFromSteps", steps="2, 2", shift=5.0, names="a")
     fails("no experts folder 'gone'", "PhasedDMDPlanFromExperts", experts="gone")
+
+
+def test_presets_and_their_undistilled_steps(pack, fails) -> None:
+    node = "PhasedDMDPlanFromPreset"
+    (plan,) = pack.call(node, preset="wan2.2-lightx2v-4step", undistilled_steps=0, names="")
+    assert plan.to_dict() == TWO.to_dict()
+    (plan,) = pack.call(node, preset="wan2.2-lightx2v-4step", undistilled_steps=1, names="")
+    assert plan.sigmas == TWO.sigmas and [len(phase.sigmas) for phase in plan.phases] == [1, 1, 2]
+    assert [phase.name for phase in plan.phases] == ["undistilled", "high_noise", "low_noise"]
+    (plan,) = pack.call(node, preset="wan2.2-lightx2v-4step", undistilled_steps=5, names="a, b, c")
+    assert [len(phase.sigmas) for phase in plan.phases] == [5, 1, 2] and plan.sigmas[5:] == TWO.sigmas[1:]
+    assert plan.phases[0].sigmas == pytest.approx([shift_sigma(1 - 0.05 * n, 5.0) for n in range(5)])
+    (plan,) = pack.call(node, preset="ltx2-distilled", undistilled_steps=2, names="")
+    assert [phase.name for phase in plan.phases] == ["undistilled", "all_noise"] and len(plan.sigmas) == 9
+    fails("no preset 'none'", node, preset="none", undistilled_steps=0, names="")
+
+
+def test_a_boundary_takes_any_steps_and_runs_as_two_samplers(pack, models, caplog) -> None:
+    (plan,) = pack.call("PhasedDMDPlanFromBoundary", boundary="0.875", steps=10, shift="5", names="")
+    experts = [models.wan(0), models.wan(1)]
+    common = {"plan": plan, "cfg": "", "set_shift": True, "model_1": experts[0], "model_2": experts[1]}
+    (model,) = pack.call("PhasedDMDExperts", **common)
+    for steps in (10, 7):
+        (simple,) = pack.call("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
+        (sigmas,) = pack.call("PhasedDMDSigmas", plan=plan, steps=steps, denoise=1.0)
+        torch.testing.assert_close(simple, sigmas, atol=2e-3, rtol=0)
+        found = sample(pack, models, model, "wan", sigmas)
+        first = int((sigmas > 0.875).sum())
+        high = sample(pack, models, experts[0], "wan", sigmas[: first + 1])
+        (none,), (euler,) = pack.call("DisableNoise"), pack.call("KSamplerSelect", sampler_name="euler")
+        prompts = {"positive": models.conditioning("wan"), "negative": models.conditioning("wan", seed=8)}
+        (guider,) = pack.call("CFGGuider", model=experts[1], cfg=1.0, **prompts)
+        rest = {"noise": none, "sampler": euler, "sigmas": sigmas[first:], "latent_image": {"samples": high}}
+        expected = pack.call("SamplerCustomAdvanced", guider=guider, **rest)[0]["samples"]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not [r for r in caplog.records if "trained" in r.getMessage()]
+
+
+def test_a_cfg_for_each_step(pack, models) -> None:
+    plan, experts = plan_of(pack), [models.wan(0), models.wan(1)]
+    common = {"plan": plan, "set_shift": True, "model_1": experts[0], "model_2": experts[1]}
+    (model,) = pack.call("PhasedDMDExperts", cfg="4, 2 | 1", **common)
+    fine = {"model_1": experts[0], "model_2": experts[0], "model_3": experts[1]}
+    (expected,) = pack.call("PhasedDMDExperts", plan=plan_of(pack, "1, 1, 2"), cfg="4, 2, 1", set_shift=True, **fine)
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO), cfg=7.0) for each in (model, expected)]
+    assert torch.equal(*outputs)
+    (flat,) = pack.call("PhasedDMDExperts", cfg="4, 1", **common)
+    assert (outputs[0] - sample(pack, models, flat, "wan", sigmas_of(TWO))).abs().max() > 1e-3
 
 
 def test_sigmas_are_exact_refined_and_start_lower(pack) -> None:
@@ -92,16 +142,17 @@ def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models, fails) -
     plan = plan_of(pack)
     picture, text = pack.call("PhasedDMDPlanReport", plan=plan, sigmas=sigmas_of(TWO))
     assert picture.ndim == 4 and picture.shape[-1] == 3 and 0 <= picture.min() < picture.max() <= 1
-    assert "Warning" not in text and text.count("expert low_noise") == 2
+    assert "Warning" not in text and text.count("low_noise  sigma") == 2
     (simple,) = pack.call("BasicScheduler", model=models.wan(), scheduler="beta", steps=4, denoise=1.0)
     _, text = pack.call("PhasedDMDPlanReport", plan=plan, sigmas=simple)
+    assert text.startswith("Warning: not the trained sigmas: use scheduler `simple` with set_shift on, or Phased Sigmas")
     assert "was not trained to step" in text
     model_inputs = {"plan": plan, "cfg": "3.5, 1", "set_shift": True, "model_1": models.wan(), "model_2": models.wan()}
     (model,) = pack.call("PhasedDMDExperts", **model_inputs)
     _, text = pack.call("PhasedDMDPlanReport", model=model)
-    assert "expert high_noise  cfg 3.5" in text
+    assert "high_noise  sigma 1.0000 to 0.9375  log-SNR -inf  cfg 3.5" in text
     _, text = pack.call("PhasedDMDPlanReport", model=model, plan=plan_of(pack, "1, 1, 2"))
-    assert "Warning: the MODEL's experts follow another plan" in text
+    assert "Warning: connect the plan of the MODEL: its experts follow another one" in text
     assert pack.call("PhasedDMDPlanReport", model=models.wan(), plan=plan)[1].count("step ") == 4
     fails("connect a plan or a MODEL", "PhasedDMDPlanReport")
     fails("this MODEL carries no phased experts", "PhasedDMDPlanReport", model=models.wan())
@@ -119,10 +170,11 @@ def test_a_run_with_sigmas_that_were_not_trained_is_warned_of_once(pack, models,
 
     (beta,) = pack.call("BasicScheduler", model=model, scheduler="beta", steps=4, denoise=1.0)
     (line,) = said(beta, "heun")
-    assert "expert high_noise was not trained to step" in line and "4 step(s) here, 4 trained: Phased Sigmas" in line
+    assert "not the trained sigmas: use scheduler `simple`" in line and "expert high_noise was not trained to" in line
     (simple,) = pack.call("BasicScheduler", model=model, scheduler="simple", steps=20, denoise=1.0)
     (line,) = said(simple)
-    assert "; and 15 more, all in Phase Plan Report. 20 step(s) here, 4 trained" in line and "\n" not in line
+    assert "20 steps, trained for 4: use 4 and `simple`, or Phased Sigmas" in line and "and 15 more" in line
+    assert "\n" not in line
     (skipped,) = said(sigmas_of(TWO)[[0, 1, 4]])
     assert "jumps over the boundary 0.8333" in skipped
     for sigmas in (sigmas_of(TWO), sigmas_of(TWO)[2:], sigmas_of(TWO)[:3]):
@@ -145,14 +197,28 @@ def test_the_front_ends_question_is_answered_by_the_same_code(pack) -> None:
         response = asyncio.run(extension._plan(request))
         return response.status, json.loads(response.text)
 
-    status, data = ask({"node": "PhasedDMDPlanFromSteps", "inputs": {"steps": "2, 2", "shift": 5, "names": "", "x": 1}})
-    assert (status, data) == (200, pack.module("comfy_nodes.timeline").timeline(plan_of(pack)))
-    status, data = ask({"node": "PhasedDMDPlanFromSteps", "inputs": {"steps": "0", "shift": 5}})
-    assert status == 200 and "steps are whole numbers of at least 1" in data["error"]
-    for body in (
-        {"node": "KSampler", "inputs": {}},
-        {"inputs": {}},
-        [],
-        {"node": "PhasedDMDPlanFromSteps", "inputs": {}},
+    timeline = pack.module("comfy_nodes.timeline").timeline
+    steps = {"node": "PhasedDMDPlanFromSteps", "inputs": {"steps": "2, 2", "shift": 5, "names": "", "x": 1}}
+    assert ask(steps) == (200, timeline(plan_of(pack)))
+    experts = {"node": "PhasedDMDExperts", "inputs": {"cfg": "3.5, -", "set_shift": True}, "from": {"plan": steps}}
+    assert ask(experts) == (200, timeline(plan_of(pack), [3.5, None]))
+    loras = {f"lora_{k}": "none" if k == 1 else "x" for k in range(1, 5)} | {f"strength_{k}": 0.5 for k in range(1, 5)}
+    lora = {"node": "PhasedDMDExpertsLoRA", "inputs": {"cfg": "", **loras}, "from": {"plan": steps}}
+    assert ask(lora) == (200, timeline(plan_of(pack), [None, None], strengths=[None, 0.5]))
+    widgets = {"steps": 0, "denoise": 0.5, "cfg": 2.0}
+    status, data = ask({"node": "PhasedDMDSampler", "inputs": widgets, "from": {"model": experts}})
+    assert [(step["skipped"], step["cfg"]) for step in data["steps"]] == [(True, 3.5)] * 2 + [(False, 2.0)] * 2
+    sigmas = {"node": "PhasedDMDSigmas", "inputs": {"steps": 6, "denoise": 1.0}, "from": {"plan": steps}}
+    status, data = ask({"node": "PhasedDMDPlanReport", "inputs": {}, "from": {"model": experts, "sigmas": sigmas}})
+    assert len(data["steps"]) == 6 and data["text"].startswith("Warning: 6 steps, trained for 4: use 4 and `simple`")
+    for body, message in (
+        ({"node": "PhasedDMDPlanFromSteps", "inputs": {"steps": "0", "shift": 5}}, "steps are whole numbers of at least"),
+        ({"node": "PhasedDMDSampler", "inputs": widgets}, "connect a MODEL of phased experts"),
+        ({**experts, "from": {}}, "connect a plan"),
+        ({**steps, "unknown": ["shift"]}, "shown after a run: other nodes compute shift"),
+        ({"node": "PhasedDMDLoadExperts", "inputs": {"experts": "(Hub id)"}}, "shown after a run: the experts are on"),
     ):
+        status, data = ask(body)
+        assert status == 200 and message in data["error"], body
+    for body in ({"inputs": {}}, [], {"node": "PhasedDMDPlanFromSteps", "inputs": {}}):
         assert ask(body)[0] == 400

@@ -16,6 +16,8 @@ from tests.helpers.comfyui.server import PATIENCE, REPOSITORY
 
 ARTEFACTS = REPOSITORY / "runs/comfyui"
 """Screenshots of the last run."""
+SOON = 120
+"""Seconds in which a page has changed, on a busy machine."""
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 _ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
 _READY = "() => window.app?.graph && window.app.extensionManager && document.querySelector('canvas')"
@@ -58,32 +60,48 @@ class FrontEnd:
         )
 
     def timeline(self, node: int) -> dict[str, Any]:
-        """What the time line on a node shows: bands, number of steps, texts and those that are cut off, error."""
+        """What the time line on a node shows: cells, names, texts and those that are cut off, error, and its size."""
         return self.do(
             """(id) => {
                 const box = window.app.graph.getNodeById(id).phasedTimeline;
-                const bands = [...box.querySelectorAll("rect.phase")];
-                const texts = [...box.querySelectorAll("text")];
+                const all = (kind) => [...box.querySelectorAll(kind)];
                 const seen = box.getBoundingClientRect();
                 const outside = (text) => {
                     const {left, right, top, bottom} = text.getBoundingClientRect();
                     return left < seen.left - 1 || right > seen.right + 1
                         || top < seen.top - 1 || bottom > seen.bottom + 1;
                 };
+                const texts = all("text");
                 return {
-                    texts: texts.map((text) => text.textContent),
+                    names: all("text.name").map((text) => text.textContent),
+                    sigmas: all("text.sigma").map((text) => text.textContent),
+                    cfgs: all("text.cfg").map((text) => text.textContent),
+                    summary: box.querySelector("text.summary")?.textContent ?? null,
                     cut_off: texts.filter(outside).map((text) => text.textContent),
-                    bands: bands.map((band) => band.querySelector("title").textContent),
-                    widths: bands.map((band) => Number(band.getAttribute("width"))),
-                    steps: box.querySelectorAll("circle.step").length,
+                    widths: all("rect.step").map((cell) => Number(cell.getAttribute("width"))),
+                    skipped: all("rect.step").filter((cell) => cell.getAttribute("fill-opacity") !== "1").length,
+                    handles: all("rect.boundary").length,
                     error: box.querySelector(".phased-dmd-error")?.textContent ?? null,
+                    shown: seen.width > 0 && seen.height > 0,
                 };
             }""",
             node,
         )
 
+    def cells(self, node: int, count: int) -> None:
+        """Wait until the time line on a node has this number of cells."""
+        self.wait(
+            "([id, n]) => window.app.graph.getNodeById(id).phasedTimeline?.querySelectorAll('rect.step').length === n",
+            [node, count],
+        )
+
+    def use_nodes_2(self, on: bool) -> None:
+        """Switch between the classic canvas and Nodes 2.0."""
+        self.do("(on) => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", on)
+        self.page.wait_for_timeout(500)
+
     def wait(self, condition: str, argument: Any = None) -> None:
-        self.page.wait_for_function(condition, arg=argument, timeout=PATIENCE * 1000)
+        self.page.wait_for_function(condition, arg=argument, timeout=SOON * 1000)
 
     def fit(self) -> None:
         """The whole graph in view."""

@@ -53,7 +53,6 @@ def thumbnail(name: str, path: Path) -> None:
 
     from PIL import Image, ImageDraw, ImageFont
 
-    from pdmd_core.phases import PhasePlan
 
     spec = importlib.util.spec_from_file_location("phased_dmd_pack", REPOSITORY / "__init__.py")
     assert spec and spec.loader
@@ -61,7 +60,7 @@ def thumbnail(name: str, path: Path) -> None:
     spec.loader.exec_module(sys.modules["phased_dmd_pack"])
     timeline = importlib.import_module("phased_dmd_pack.comfy_nodes.timeline")
     _, steps, shift = WORKFLOWS[name]
-    drawn = timeline.draw(PhasePlan.from_steps(steps, shift), "").crop((0, 0, 960, 156))
+    drawn = timeline.draw(timeline.PhasePlan.from_steps(steps, shift=shift)).crop((0, 0, 1600, 180))
     picture = Image.new("RGB", THUMBNAIL, "#1f2227")
     drawn.thumbnail((THUMBNAIL[0], 120))
     picture.paste(drawn, (0, 150))
