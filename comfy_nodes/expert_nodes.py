@@ -14,6 +14,7 @@ from ..pdmd_core.experts.convert.released import open_lora, open_source
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
 from .errors import NodeError, in_words
+from .loaded import let_go
 from .loading import FROM_HUB, base_warnings, expert_model, experts_names, fingerprint, open_experts
 from .loras import Lora, apply_lora
 from .notices import warn_of_base, warn_of_loras
@@ -117,6 +118,7 @@ class LoadExperts(io.ComfyNode):
             Expert(expert_model(opened, expert, bases, each, warnings.append), value)
             for expert, value, each in zip(manifest.experts, cfgs, strengths, strict=True)
         ]
+        let_go()
         warnings += base_warnings(opened, bases)
         warn_of_base(warnings)
         model = compose(manifest.plan, entries, set_shift, warnings)

@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..pdmd_core.experts import ExpertsError
 from ..pdmd_core.phases import PhasePlanError
-from . import diffusers_folder, loading
+from . import diffusers_folder, loaded, loading
 from .errors import NodeError, worded
 
 PLAN_ROUTE = "/phased_dmd/plan"
@@ -26,6 +26,7 @@ class PhasedDMDExtension(ComfyExtension):
         server = getattr(PromptServer, "instance", None)
         if server is not None:
             server.routes.post(PLAN_ROUTE)(_plan)
+            server.add_on_prompt_handler(loaded.let_go)
         return _nodes()
 
 

@@ -22,6 +22,7 @@ from ..pdmd_core.experts.format.fingerprint import Sampler, base_warning, sample
 from ..pdmd_core.families import family
 from ..pdmd_core.hashing import sha256_of
 from .errors import NodeError
+from .loaded import hold, key_of, loaded
 from .loras import Lora, apply_lora
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,10 @@ def open_experts(name: str, hub_id: str = "") -> PhasedExperts:
 def fingerprint(name: str) -> str:
     """Return a text that changes when the manifest does, which has the hashes of all files."""
     folder = _folders().get(name)
-    return sha256_of(folder / MANIFEST_NAME) if folder else name
+    if folder is None:
+        return name
+    hold(folder)  # ComfyUI asks before it drops what the node made
+    return sha256_of(folder / MANIFEST_NAME)
 
 
 def expert_model(
@@ -166,22 +170,28 @@ def _sampler(model: Any, family_name: str) -> Sampler:
 
 
 def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) -> Any:
+    metadata = None
+    if base is not None:  # sizes that a small network's shapes do not tell
+        known = {key: value for key, value in base.model.model_config.unet_config.items() if _plain(value)}
+        metadata = json.dumps({"transformer": known})
+    key = key_of(experts.folder / expert.file, expert.sha256, metadata)
+    return loaded(key, lambda: _read_full_model(experts, expert, metadata, what))
+
+
+def _read_full_model(experts: PhasedExperts, expert: Expert, config: str | None, what: str) -> Any:
     state, base_name = experts.tensors(expert.name), experts.manifest.base.family
     try:
         rename = family(base_name).native_weight_name
         state = {rename(key): value for key, value in state.items()}
     except ValueError:
         pass  # no family of ours, native names already, or a layout that ComfyUI itself converts: as it is
-    metadata = None
-    if base is not None:  # sizes that a small network's shapes do not tell
-        known = {key: value for key, value in base.model.model_config.unet_config.items() if _plain(value)}
-        metadata = {"config": json.dumps({"transformer": known})}
+    metadata = None if config is None else {"config": config}
     try:
         model = comfy.sd.load_diffusion_model_state_dict(dict(state), metadata=metadata)
     except comfy.model_management.OOM_EXCEPTION:
         raise  # a RuntimeError for which ComfyUI frees memory
     except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        hint = "" if base is not None else "; connect the base to base_1, which tells sizes that the file does not"
+        hint = "" if config is not None else "; connect the base to base_1, which tells sizes that the file does not"
         raise NodeError(f"{what}: does not load: {' '.join(str(error).split())[:300]}{hint}") from None
     if model is None:
         raise NodeError(f"{what}: ComfyUI does not know this network ({experts.manifest.base.architecture})")

@@ -312,8 +312,8 @@ class PlanReport(io.ComfyNode):
         return schema(
             "PhasedDMDPlanReport",
             display_name="Phase Plan Report",
-            description="Which expert runs which step at which sigma and SNR, in words and as a picture, and what to do "
-            "when connected SIGMAS are not those that the experts were trained on.",
+            description="Which expert runs which step at which sigma and SNR, in words and as a picture, and what to "
+            "do when connected SIGMAS are not those that the experts were trained on.",
             search_aliases=["phased dmd", "check sigmas", "debug sigmas", "moe boundary", "which expert"],
             inputs=[
                 plan_input(optional=True),

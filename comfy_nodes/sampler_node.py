@@ -69,8 +69,8 @@ class PhasedSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan, which the time "
-                    "line shows; more steps have more places to start at.",
+                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan, which the "
+                    "time line shows; more steps have more places to start at.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The sampled latent.")],

@@ -84,7 +84,7 @@ def report(
     """
     run = list(sigmas) if sigmas is not None else sampling_sigmas(plan)
     lines = [f"Warning: {warning}" for warning in warnings]
-    for step, (sigma, after) in enumerate(pairwise(run), start=1):
+    for step, sigma in enumerate(run[:-1], start=1):
         if not 0 < sigma <= 1:
             continue
         k = plan.phase_index(sigma)
@@ -92,7 +92,7 @@ def report(
         snr = signal_to_noise(sigma)
         log = f"{math.log(snr):+.2f}" if snr > 0 else "-inf"
         guidance = "" if cfg is None else f"  cfg {cfg:g}"
-        lines.append(f"step {step}  {plan.phases[k].name}  sigma {sigma:.4f} to {after:.4f}  log-SNR {log}{guidance}")
+        lines.append(f"step {step}  {plan.phases[k].name}  sigma {sigma:.4f}  log-SNR {log}{guidance}")
     shift = f"shift {plan.shift:.4g}" if plan.shift is not None else "no single shift"
     if isinstance(plan, BoundaryPlan):
         boundaries = ", ".join(f"{boundary:.4g}" for boundary in plan.boundaries)

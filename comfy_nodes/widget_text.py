@@ -153,8 +153,8 @@ def read_cfgs(text: str, plan: PhasePlan, trained: float | None = None) -> list[
         words = words * len(names) if len(words) == 1 else words
         if len(words) != len(names):
             raise NodeError(
-                f"cfg has one number for each of the phases {', '.join(names)}, found {len(words)} in {text!r} (one for "
-                "each step has | between phases: 3.5, 2 | 1, 1)"
+                f"cfg has one number for each of the phases {', '.join(names)}, found {len(words)} in {text!r} (one "
+                "for each step has | between phases: 3.5, 2 | 1, 1)"
             )
         return [_cfg(word, text, trained) for word in words]
     groups = [_split(group, ",") for group in _split(text, "|")]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .noise_level import shift_sigma
-from .phases import MAX_STEPS, Phase, PhasePlan, PhasePlanError, default_names
+from .phases import MAX_STEPS, PhasePlan, PhasePlanError
 
 WAN22_BOUNDARIES = {"Wan2.2 text to video": 0.875, "Wan2.2 image to video": 0.9, "half the steps": None}
 """What the boundary belongs to, to its sigma; None is half of the steps, wherever the shift puts that."""
@@ -66,11 +66,8 @@ class BoundaryPlan(PhasePlan):
         if len(shifts) not in (1, phases) or not all(math.isfinite(shift) and shift > 0 for shift in shifts):
             raise PhasePlanError(f"shift is one positive number or one for each of {phases} phases, found {shifts!r}")
         starts = [1.0, *(shift_sigma(0.5, shifts[0]) if sigma is None else float(sigma) for sigma in boundaries)]
-        names = default_names(phases) if names is None else names
-        if len(names) != phases:
-            raise PhasePlanError(f"expected one name for each of the {phases} phases, found {len(names)}")
-        made = tuple(Phase(name, (start,)) for name, start in zip(names, starts, strict=True))
-        return cls(made, steps, tuple(map(float, shifts)))
+        made = PhasePlan.from_sigmas([[start] for start in starts], names)
+        return cls(made.phases, steps, tuple(map(float, shifts)))
 
     @property
     def shift(self) -> float | None:

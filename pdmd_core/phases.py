@@ -162,7 +162,7 @@ class PhasePlan:
             raise PhasePlanError(
                 f"sigmas are given as one list of numbers for each phase, found {_short(sigmas)}"
             ) from None
-        names = list(names) if names is not None else default_names(len(groups))
+        names = list(names) if names is not None else _default_names(len(groups))
         if len(names) != len(groups):
             raise PhasePlanError(f"expected one name for each of the {len(groups)} phases, found {len(names)}")
         return cls(tuple(Phase(name, group) for name, group in zip(names, groups, strict=True)))
@@ -372,8 +372,7 @@ class PhasePlan:
         return plot_plan(self)
 
 
-def default_names(count: int) -> list[str]:
-    """Name phases that have no names of their own: high_noise, low_noise ..."""
+def _default_names(count: int) -> list[str]:
     known = {1: ["all_noise"], 2: ["high_noise", "low_noise"], 3: ["high_noise", "middle_noise", "low_noise"]}
     return known.get(count, [f"phase_{k}" for k in range(count)])
 

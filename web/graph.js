@@ -4,7 +4,7 @@ const SOCKETS = ["plan", "model", "sigmas"];
 const HOPS = 100;
 const BYPASSED = 4;
 
-function source(node, input) {
+export function source(node, input) {
   const link = input.link === null || input.link === undefined ? null : node.graph?.getLink?.(input.link) ?? node.graph?.links?.[input.link];
   const origin = link ? node.graph.getNodeById(link.origin_id) : null;
   return origin ? { origin, slot: link.origin_slot } : null;
@@ -23,7 +23,7 @@ function oursBefore(node, input) {
 }
 
 // A widget whose value comes over a link: that of a primitive, or undefined where another node computes it.
-function valueOf(node, widget) {
+export function valueOf(node, widget) {
   const input = node.inputs?.find((each) => each.widget?.name === widget.name && each.link !== null && each.link !== undefined);
   if (!input) return widget.value;
   const found = source(node, input);

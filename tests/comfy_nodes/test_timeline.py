@@ -50,8 +50,8 @@ def test_a_run_shows_what_it_skips_and_what_was_not_trained(part, plans) -> None
 def test_the_report_leads_with_the_warnings_and_names_the_expert_of_every_step(part, plans) -> None:
     lines = part("timeline").report(plan_of(plans), None, ["look out"], [None, 2.0]).splitlines()
     assert lines[0] == "Warning: look out"
-    assert lines[1].startswith("step 1  high_noise  sigma 1.0000 to 0.9375  log-SNR -inf")
-    assert lines[3].startswith("step 3  low_noise  sigma 0.8333 to 0.6250  log-SNR -3.22  cfg 2")
+    assert lines[1].startswith("step 1  high_noise  sigma 1.0000  log-SNR -inf")
+    assert lines[3].startswith("step 3  low_noise  sigma 0.8333  log-SNR -3.22  cfg 2")
     assert lines[5:] == ["2 phase(s), 4 trained step(s), shift 5"]
     last = part("timeline").report(plans[1].at([0.875], 20, [5.0])).splitlines()[-1]
     assert last == "2 phases, boundary 0.875, any number of steps, shift 5"

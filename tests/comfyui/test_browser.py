@@ -90,7 +90,9 @@ def test_the_time_line_is_there_before_a_run_and_follows_widgets_links_and_drags
         assert shown["summary"] == "4 steps, shift 5, trained sigmas"
         assert shown["handles"] == (node == plan)
     assert ui.timeline(sampler)["cfgs"] == ui.timeline(experts)["cfgs"] == ["cfg 1"] * 2
-    assert "step 3  low_noise  sigma 0.8333" in ui.do("(id) => window.app.graph.getNodeById(id).phasedText.innerText", report)
+    assert "step 3  low_noise  sigma 0.8333" in ui.do(
+        "(id) => window.app.graph.getNodeById(id).phasedText.innerText", report
+    )
     ui.fit()
     ui.screenshot(f"timeline_{front_end}")
     ui.set_widget(sampler, "denoise", 0.5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +292,48 @@ def test_a_changed_folder_is_loaded_again_and_a_new_one_is_listed(pack, our_node
     for each, old in zip(kinds, before, strict=True):
         assert each.fingerprint_inputs(experts="appears") != old
     assert "(Hub id)" in listed() and "(Hub id)" not in pack.module("comfy_nodes.loading").experts_names()
+
+
+def test_another_text_in_a_widget_does_not_read_full_experts_again(pack, models, our_nodes, base: Path) -> None:
+    """As ComfyUI does it: it asks whether the node changed, drops what it made, and runs it again."""
+    folder = base / "models/phased_experts/kept"
+    names = [phase.name for phase in TWO.phases]
+    manifest = Manifest(
+        BaseModel("tiny/wan", "WanTransformer3DModel", "wan"),
+        TWO,
+        tuple(Expert(name, f"{name}.safetensors", "full", "") for name in names),
+    )
+
+    def write(first_seed: int) -> None:
+        states = {name: dict(tiny.transformer(first_seed + k).state_dict()) for k, name in enumerate(names)}
+        write_experts(folder, manifest, states)
+
+    def run(cfg: str) -> list[weakref.ref[Any]]:
+        inputs = {**LOAD, "cfg": cfg}
+        (model, _) = pack.call("PhasedDMDLoadExperts", experts="kept", base_1=models.wan(), **inputs)
+        made.append(model)
+        return [
+            weakref.ref(each.model.model) for each in pack.module("comfy_nodes.composite").composite_of(model).experts
+        ]
+
+    def asked_and_dropped() -> None:
+        our_nodes["PhasedDMDLoadExperts"].fingerprint_inputs(experts="kept")
+        made.clear()
+        gc.collect()
+
+    made: list[Any] = []
+    write(0)
+    before = run("1")
+    asked_and_dropped()
+    after = run("2")
+    assert len(after) == 2 and [each() for each in after] == [each() for each in before] and None not in after
+    assert all(each() is not None for each in after)
+    write(5)
+    asked_and_dropped()
+    assert {id(each()) for each in run("2")}.isdisjoint({id(each()) for each in after})
+    gc.collect()
+    assert all(each() is None for each in after)  # what is not used any more is not kept
+    asked_and_dropped()
+    pack.module("comfy_nodes.loaded").let_go({})
+    gc.collect()
+    assert not pack.module("comfy_nodes.loaded")._models

@@ -53,7 +53,6 @@ def thumbnail(name: str, path: Path) -> None:
 
     from PIL import Image, ImageDraw, ImageFont
 
-
     spec = importlib.util.spec_from_file_location("phased_dmd_pack", REPOSITORY / "__init__.py")
     assert spec and spec.loader
     sys.modules["phased_dmd_pack"] = importlib.util.module_from_spec(spec)

@@ -1,0 +1,149 @@
+"""Graphs with two samplers for two experts become graphs with ours, which paint the same picture."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.comfyui.browser import FrontEnd, front_end
+from tests.helpers.comfyui.graphs import Graph
+from tests.helpers.comfyui.server import Server
+
+CONVERT = """async () => {
+    const { convert } = await import("/extensions/phased-dmd/convert.js");
+    return convert();
+}"""
+
+
+@pytest.fixture(scope="module")
+def ui(server: Server):
+    with front_end(server.url) as opened:
+        yield opened
+
+
+def two_samplers(server: Server, steps: int, split: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The teacher at two strengths of guidance, as Wan2.2's templates have its two networks."""
+    graph = Graph(server.get("/object_info"))
+    model, clip, vae = graph.add("PhasedDMDLoadDiffusersFolder", (0, 0), folder="teacher", tokens=16)
+    (shifted,) = graph.add("ModelSamplingSD3", (0, 200), model=model, shift=5.0)
+    (positive,) = graph.add("CLIPTextEncode", (380, 0), clip=clip, text="a panda on a blue background")
+    (negative,) = graph.add("CLIPTextEncode", (380, 200), clip=clip, text="")
+    size = {"width": 64, "height": 64, "length": 1, "batch_size": 1}
+    (empty,) = graph.add("EmptyHunyuanLatentVideo", (380, 400), **size)
+    common = {
+        "positive": positive,
+        "negative": negative,
+        "steps": steps,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+    }
+    first = {"add_noise": "enable", "noise_seed": 17, "cfg": 3.0, "start_at_step": 0, "end_at_step": split}
+    second = {"add_noise": "disable", "cfg": 1.0, "start_at_step": split, "end_at_step": 10000, **(changes or {})}
+    leftover = {"return_with_leftover_noise": "enable"}
+    (half,) = graph.add("KSamplerAdvanced", (800, 0), model=shifted, latent_image=empty, **common, **first, **leftover)
+    (whole,) = graph.add("KSamplerAdvanced", (1200, 0), model=shifted, latent_image=half, **{**common, **second})
+    (images,) = graph.add("VAEDecode", (1600, 0), samples=whole, vae=vae)
+    graph.add("SaveImage", (1600, 200), images=images, filename_prefix="convert")
+    return graph.to_json()
+
+
+def picture(ui: FrontEnd, server: Server) -> tuple[list[str], np.ndarray]:
+    prompt = ui.do("async () => (await window.app.graphToPrompt()).output")
+    outputs = server.run(prompt)
+    (saved,) = (node for node, each in prompt.items() if each["class_type"] == "SaveImage")
+    data = server.picture(outputs[saved]["images"][0])
+    kinds = sorted(each["class_type"] for each in prompt.values())
+    return kinds, np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+@pytest.mark.parametrize(("steps", "split", "plan"), [(4, 2, "Steps"), (20, 9, "Boundary")])
+def test_a_pair_of_ksampler_advanced_becomes_one_sampler(
+    ui: FrontEnd, server: Server, steps: int, split: int, plan: str
+) -> None:
+    ui.load(two_samplers(server, steps, split))
+    kinds, before = picture(ui, server)
+    assert kinds.count("KSamplerAdvanced") == 2
+    assert ui.do(CONVERT) == {"count": 1, "left": []}
+    kinds, after = picture(ui, server)
+    assert "KSamplerAdvanced" not in kinds and f"PhasedDMDPlanFrom{plan}" in kinds and "PhasedDMDSampler" in kinds
+    assert before.std() > 5
+    # ComfyUI's table of a thousand sigmas has no twentieths and thirds; ours has
+    assert np.abs(before - after).max() <= (3 if steps == 4 else 12)
+    assert np.abs(before - after).mean() < 0.6
+    assert ui.do(CONVERT) == {"count": 0, "left": []}
+    ui.fit()
+    ui.screenshot(f"converted_{steps}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 8}, "the two samplers differ in steps"),
+        ({"scheduler": "beta"}, "the two samplers differ in scheduler"),
+        ({"start_at_step": 3}, "do not run from the first step to the last without a gap"),
+    ],
+)
+def test_what_cannot_be_converted_is_left_and_said(
+    ui: FrontEnd, server: Server, changes: dict[str, Any], message: str
+) -> None:
+    ui.load(two_samplers(server, 4, 2, changes))
+    done = ui.do(CONVERT)
+    assert done["count"] == 0 and message in done["left"][0]
+    kinds = ui.do("() => window.app.graph._nodes.map((node) => node.type)")
+    assert kinds.count("KSamplerAdvanced") == 2
+
+
+def test_a_wan_moe_ksampler_becomes_a_boundary(ui: FrontEnd, server: Server) -> None:
+    """A node of the same sockets and widgets stands in, since that pack is not here."""
+    graph = two_samplers(server, 4, 2)
+    ui.do(
+        """() => {
+            if (LiteGraph.registered_node_types["WanMoeKSampler"]) return;
+            class Moe extends LiteGraph.LGraphNode {
+                constructor(title) {
+                    super(title ?? "WanMoeKSampler");
+                    this.comfyClass = "WanMoeKSampler";
+                    for (const name of ["model_high_noise", "model_low_noise"]) this.addInput(name, "MODEL");
+                    for (const name of ["positive", "negative"]) this.addInput(name, "CONDITIONING");
+                    this.addInput("latent_image", "LATENT");
+                    this.addOutput("LATENT", "LATENT");
+                    const values = { boundary: 0.875, seed: 17, steps: 12, cfg_high_noise: 3, cfg_low_noise: 1,
+                        sampler_name: "euler", scheduler: "simple", sigma_shift: 8, denoise: 1 };
+                    for (const [name, value] of Object.entries(values))
+                        this.addWidget(typeof value === "number" ? "number" : "text", name, value, () => {});
+                }
+            }
+            LiteGraph.registerNodeType("WanMoeKSampler", Moe);
+        }"""
+    )
+    ui.load(graph)
+    ui.do(
+        """() => {
+            const graph = window.app.graph, moe = LiteGraph.createNode("WanMoeKSampler");
+            graph.add(moe);
+            const [first, second] = graph._nodes.filter((node) => node.type === "KSamplerAdvanced");
+            const from = (node, name) => graph.getLink(node.inputs.find((input) => input.name === name).link);
+            const move = (name, to) => {
+                const link = from(first, name);
+                graph.getNodeById(link.origin_id).connect(link.origin_slot, moe, to);
+            };
+            ["model", "model", "positive", "negative", "latent_image"].forEach((name, slot) => move(name, slot));
+            for (const id of [...second.outputs[0].links]) {
+                const link = graph.getLink(id);
+                moe.connect(0, graph.getNodeById(link.target_id), link.target_slot);
+            }
+            graph.remove(second);
+            graph.remove(first);
+        }"""
+    )
+    assert ui.do(CONVERT) == {"count": 1, "left": []}
+    prompt = ui.do("async () => (await window.app.graphToPrompt()).output")
+    by_class = {each["class_type"]: each["inputs"] for each in prompt.values()}
+    plan = by_class["PhasedDMDPlanFromBoundary"]
+    assert (plan["boundary"], plan["steps"], plan["shift"]) == ("0.875", 12, "8")
+    assert by_class["PhasedDMDExperts"]["cfg"] == "3, 1" and by_class["PhasedDMDSampler"]["seed"] == 17
+    server.run(prompt)

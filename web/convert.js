@@ -1,0 +1,172 @@
+// Replaces what people have built for two experts, a pair of KSamplerAdvanced or a WanMoeKSampler, by the nodes of this
+// pack, with the same seed, prompts, LoRAs, size, steps, shift and guidance.
+import { app } from "../../scripts/app.js";
+import { valueOf, source } from "./graph.js";
+
+const SHIFTS = ["ModelSamplingSD3", "ModelSamplingAuraFlow"];
+const FROM_OUTSIDE = -10; // ids of a subgraph's own sockets
+const TO_OUTSIDE = -20;
+const HOPS = 50;
+const FEW_STEPS = 8;
+
+class NotConverted extends Error {}
+
+function read(node, name) {
+  const widget = node.widgets.find((each) => each.name === name);
+  const value = widget && valueOf(node, widget);
+  if (value === undefined) throw new NotConverted(`${node.title}: ${name} comes from another node, write its number into the widget`);
+  return value;
+}
+
+function socket(node, name) {
+  return node.inputs.findIndex((input) => input.name === name);
+}
+
+function before(node, name) {
+  const input = node.inputs[socket(node, name)];
+  return input ? source(node, input) : null;
+}
+
+function same(a, b, name) {
+  const [one, other] = [a, b].map((node) => node.graph.getLink(node.inputs[socket(node, name)].link));
+  return one?.origin_id === other?.origin_id && one?.origin_slot === other?.origin_slot;
+}
+
+function shiftOf(node, name) {
+  let found = before(node, name);
+  for (let hop = 0; found && hop < HOPS; hop += 1) {
+    if (SHIFTS.includes(found.origin.type) && found.origin.mode === 0) return read(found.origin, "shift");
+    const next = found.origin.inputs?.find((input) => input.type === "MODEL" && input.link !== null);
+    found = next ? source(found.origin, next) : null;
+  }
+  return null;
+}
+
+// What a pair does, or why it cannot be said.
+function pairOf(second) {
+  const first = before(second, "latent_image")?.origin;
+  if (first?.type !== "KSamplerAdvanced" || read(first, "add_noise") !== "enable") return null;
+  if (read(second, "add_noise") !== "disable") return null;
+  for (const name of ["steps", "sampler_name", "scheduler"]) {
+    if (read(first, name) !== read(second, name)) throw new NotConverted(`the two samplers differ in ${name}`);
+  }
+  for (const name of ["positive", "negative"]) {
+    if (!same(first, second, name)) throw new NotConverted(`the two samplers differ in ${name}`);
+  }
+  const steps = read(first, "steps");
+  const split = read(first, "end_at_step");
+  if (read(first, "start_at_step") !== 0 || read(second, "end_at_step") < steps || read(second, "start_at_step") !== split) {
+    throw new NotConverted("the two samplers do not run from the first step to the last without a gap");
+  }
+  if (read(first, "scheduler") !== "simple") throw new NotConverted("only the scheduler `simple` is converted");
+  const shifts = [first, second].map((node) => shiftOf(node, "model"));
+  if (shifts[0] === null || shifts[0] !== shifts[1]) {
+    throw new NotConverted("the two MODELs need one shift: put a ModelSamplingSD3 of the same value on each");
+  }
+  const cfgs = [first, second].map((node) => read(node, "cfg"));
+  const models = [[first, "model"], [second, "model"]];
+  const common = { source: first, last: second, old: [first, second], models, cfgs, seed: read(first, "noise_seed") };
+  return { ...common, sampler: read(first, "sampler_name"), plan: planOf(steps, split, shifts[0]), denoise: 1 };
+}
+
+function planOf(steps, split, shift) {
+  if (steps <= FEW_STEPS) return ["PhasedDMDPlanFromSteps", { steps: `${split}, ${steps - split}`, shift }];
+  const raw = 1 - split / steps;
+  const boundary = (shift * raw) / (1 + (shift - 1) * raw);
+  return ["PhasedDMDPlanFromBoundary", { boundary: String(Math.ceil(boundary * 1e4 - 1e-6) / 1e4), steps, shift: String(shift) }];
+}
+
+function moeOf(node) {
+  if (read(node, "scheduler") !== "simple") throw new NotConverted("only the scheduler `simple` is converted");
+  const [steps, shift] = [read(node, "steps"), read(node, "sigma_shift")];
+  const plan = ["PhasedDMDPlanFromBoundary", { boundary: String(read(node, "boundary")), steps, shift: String(shift) }];
+  const models = [[node, "model_high_noise"], [node, "model_low_noise"]];
+  const cfgs = [read(node, "cfg_high_noise"), read(node, "cfg_low_noise")];
+  const common = { source: node, last: node, old: [node], models, cfgs, seed: read(node, "seed"), plan };
+  return { ...common, sampler: read(node, "sampler_name"), denoise: read(node, "denoise") };
+}
+
+function add(graph, type, at, values) {
+  const node = LiteGraph.createNode(type);
+  graph.add(node);
+  node.pos = at;
+  for (const [name, value] of Object.entries(values)) {
+    const widget = node.widgets.find((each) => each.name === name);
+    widget.value = value;
+    widget.callback?.(value, app.canvas, node);
+  }
+  return node;
+}
+
+function moveInput(graph, from, fromName, to, toName) {
+  const link = graph.getLink(from.inputs[socket(from, fromName)]?.link);
+  if (!link) return;
+  const slot = socket(to, toName);
+  if (link.origin_id === FROM_OUTSIDE) graph.inputNode.slots[link.origin_slot].connect(to.inputs[slot], to);
+  else graph.getNodeById(link.origin_id).connect(link.origin_slot, to, slot);
+}
+
+function moveOutputs(graph, from, to) {
+  for (const id of [...(from.outputs[0].links ?? [])]) {
+    const link = graph.getLink(id);
+    if (link.target_id === TO_OUTSIDE) graph.outputNode.slots[link.target_slot].connect(to.outputs[0], to);
+    else to.connect(0, graph.getNodeById(link.target_id), link.target_slot);
+  }
+}
+
+function replace(graph, found) {
+  const [x, y] = found.source.pos;
+  const plan = add(graph, found.plan[0], [x - 400, y - 240], found.plan[1]);
+  const cfg = found.cfgs.map(String).join(", ");
+  const experts = add(graph, "PhasedDMDExperts", [x, y - 240], { cfg });
+  const values = { seed: found.seed, steps: 0, sampler_name: found.sampler, denoise: found.denoise };
+  const sampler = add(graph, "PhasedDMDSampler", [x, y + 60], values);
+  const after = sampler.widgets.find((widget) => widget.name === "control_after_generate");
+  const old = found.source.widgets.find((widget) => widget.name === "control_after_generate");
+  if (after && old) after.value = old.value;
+  plan.connect(0, experts, socket(experts, "plan"));
+  found.models.forEach(([node, name], k) => moveInput(graph, node, name, experts, `model_${k + 1}`));
+  experts.connect(0, sampler, socket(sampler, "model"));
+  for (const name of ["positive", "negative", "latent_image"]) moveInput(graph, found.source, name, sampler, name);
+  moveOutputs(graph, found.last, sampler);
+  for (const node of found.old) graph.remove(node);
+}
+
+// Converts all that can be; returns how many, and why others were left.
+export function convert() {
+  const [left, graphs] = [[], [app.graph, ...(app.graph.subgraphs?.values?.() ?? [])]];
+  let count = 0;
+  for (const graph of graphs) {
+    graph.beforeChange?.();
+    for (const node of [...graph.nodes]) {
+      if (!graph.getNodeById(node.id) || node.mode !== 0) continue;
+      try {
+        const found = node.type === "KSamplerAdvanced" ? pairOf(node) : node.type === "WanMoeKSampler" ? moeOf(node) : null;
+        if (found) {
+          replace(graph, found);
+          count += 1;
+        }
+      } catch (error) {
+        if (!(error instanceof NotConverted)) throw error;
+        left.push(error.message);
+      }
+    }
+    graph.afterChange?.();
+  }
+  return { count, left };
+}
+
+function convertAndSay() {
+  const { count, left } = convert();
+  const detail = [count ? `${count} replaced` : "", ...left].filter(Boolean).join("; ");
+  const severity = count && !left.length ? "success" : "warn";
+  const summary = "Phased DMD";
+  const nothing = "no pair of KSamplerAdvanced and no WanMoeKSampler here";
+  app.extensionManager.toast.add({ severity, summary, detail: detail || nothing, life: 8000 });
+}
+
+app.registerExtension({
+  name: "PhasedDMD.Convert",
+  commands: [{ id: "PhasedDMD.Convert", label: "Phased DMD: one sampler in the place of two KSamplers", function: convertAndSay }],
+  menuCommands: [{ path: ["Extensions", "Phased DMD"], commands: ["PhasedDMD.Convert"] }],
+});
