@@ -30,12 +30,20 @@ def add_adapter(
 
     Returns:
         Path of each adapted module, of this and of earlier adapters, to its layer.
+
+    Raises:
+        ValueError: If there is no such module.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     inner, outer = ("|".join(map(re.escape, names)) for names in (targets, blocks))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"(?:.+\.)?(?:{outer})\.\d+\.(?:.+\.)?(?:{inner})")
+    wanted = re.compile(rf"(?:.+\.)?(?:{outer})\.\d+\.(?:.+\.)?(?:{inner})")
+    linear = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, BaseTunerLayer))]
+    found = [name for name in linear if wanted.fullmatch(name)]
+    if not found:
+        raise ValueError(f"no linear layer of the blocks {', '.join(blocks)} ends in {', '.join(targets)}")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="|".join(map(re.escape, found)))
     with warnings.catch_warnings():  # several adapters are the point
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, network, adapter_name=role)

@@ -209,7 +209,8 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
         conditioning |= base.family.encode_images(pipeline, [picture], height, width, frames)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
     size = {"height": height, "width": width, "num_frames": frames}
-    call = {"image": picture, **size, "max_sequence_length": length, **base.family.guidance_arguments(1.0)}
+    unguided = base.family.guidance_arguments(1.0, type(pipeline))
+    call = {"image": picture, **size, "max_sequence_length": length, **unguided}
     accepted = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in accepted}
     stock = _stock_sample(experts, base, pipeline, prompt=request.prompt, **call)

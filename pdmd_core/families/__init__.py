@@ -13,6 +13,7 @@ from .routing import TeacherRouting
 FAMILIES = {
     "chroma": "ChromaFamily",
     "flux": "FluxFamily",
+    "flux2": "Flux2Family",
     "ltx_video": "LtxVideoFamily",
     "qwen_image": "QwenImageFamily",
     "stable_diffusion_3": "StableDiffusion3Family",

@@ -234,7 +234,7 @@ class ModelFamily(ABC):
             Pixels in [0, 1] of shape (batch, frames, 3, height, width).
         """
 
-    def guidance_arguments(self, scale: float) -> dict[str, float]:
+    def guidance_arguments(self, scale: float, pipeline: type[DiffusionPipeline] | None = None) -> dict[str, float]:
         """Say in the words of the pipeline's call how it is to guide.
 
         Guidance that is an input of a guidance-distilled network, as FLUX's ``guidance_scale``, is not meant: it is no
@@ -242,9 +242,13 @@ class ModelFamily(ABC):
 
         Args:
             scale: The scale, counted so that 1 is none.
+            pipeline: The class whose call is meant, where the pipelines of the family differ.
 
         Returns:
             Keyword arguments of the call: for Z-Image and scale 1, ``{"guidance_scale": 0.0}``.
+
+        Raises:
+            ValueError: If the pipeline has no such guidance.
         """
         return {self.guidance_argument: scale - 1.0 + self.unguided}
 

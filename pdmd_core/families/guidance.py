@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..flow import at_least_float32
 
 if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
+    from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 
 def classifier_free_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -41,3 +41,18 @@ def embedded_guidance(network: nn.Module, scale: float, x: Tensor) -> Tensor | N
     """
     config = cast("FluxTransformer2DModel", network).config  # or any class with this setting
     return x.new_full((len(x),), scale, dtype=torch.float32) if config.guidance_embeds else None
+
+
+def pipeline_named(name: object) -> type[DiffusionPipeline] | None:
+    """Find a pipeline class by the name that a manifest or a pipeline folder has for it.
+
+    Args:
+        name: Anything.
+
+    Returns:
+        The class of diffusers; None where it has no pipeline of this name.
+    """
+    import diffusers
+
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline) else None

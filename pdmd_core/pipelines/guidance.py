@@ -47,8 +47,9 @@ def guidance_of(pipe: DiffusionPipeline) -> Guidance | None:
     arguments, network = inspect.signature(type(pipe).__call__).parameters, network_of(pipe, COMPONENT)
     family = known_family(type(network).__name__)
     if family is not None:
-        ((argument, none),) = family.guidance_arguments(1.0).items()
-        return Guidance(argument, none) if argument in arguments else None
+        for argument, none in family.guidance_arguments(1.0, type(pipe)).items():
+            return Guidance(argument, none) if argument in arguments else None
+        return None
     if "true_cfg_scale" in arguments:
         return Guidance("true_cfg_scale", 1.0)
     if "guidance_scale" not in arguments:

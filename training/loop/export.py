@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, PhasedExperts, lora_to_file, write_experts
@@ -101,6 +102,7 @@ def training_summary(
     plan: PhasePlan,
     progress: Progress,
     start: Mapping[str, Mapping[str, Any]],
+    pipeline: DiffusionPipeline,
     history: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Summarise how experts were trained, for the manifest.
@@ -110,6 +112,7 @@ def training_summary(
         plan: Its phase plan.
         progress: Where the run is; the last of the experts is that of its phase.
         start: By expert, what it is or begins from beside the teacher.
+        pipeline: The teacher's.
         history: What was changed on request since the run began.
 
     Returns:
@@ -127,7 +130,7 @@ def training_summary(
         "draws_per_rollout": config.draws_per_rollout,
         "teacher_guidance_scale": config.objective.guidance_scale,
         "negative_prompt": config.data.negative_prompt,
-        "pipeline": config.model.pipeline,
+        "pipeline": type(pipeline).__name__,
         "generator_lr": config.generator.lr,
         "fake_lr": config.fake.lr,
         "seed": config.seed,

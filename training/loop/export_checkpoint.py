@@ -72,7 +72,7 @@ def export_checkpoint(run: Path, update: int | None = None, config: DistillConfi
     load_tensors(checkpoint, tensors)
     states = {phase.name: _under(f"roles/{phase.name}/", tensors) for phase in part.phases}
     states[current] |= _under("average/", tensors)
-    summary = training_summary(config, plan, progress, values.get("start", {}), values.get("history", []))
+    summary = training_summary(config, plan, progress, values.get("start", {}), pipeline, values.get("history", []))
     folder = run / f"experts-{checkpoint.name}"
     export_experts(folder, config, part, roles, summary, values.get("fingerprints", {}), states=states)
     return folder

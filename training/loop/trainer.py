@@ -149,7 +149,8 @@ class Trainer:
 
     def _export(self, name: str) -> None:
         """Write the experts so far into a folder of the run."""
-        summary = training_summary(self.config, self.plan, self.progress, self.built.start, self.built.history)
+        built = self.built
+        summary = training_summary(self.config, self.plan, self.progress, built.start, built.pipeline, built.history)
         plan, prints = trained_part(self.plan, self.progress.phase), self.built.fingerprints
         main = self.accelerator.is_main_process
         export_experts(self.output_dir / name, self.config, plan, self.roles, summary, prints, main)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...families.guidance import pipeline_named
 from ..base_files import WEIGHTS_NAME, BaseFiles, family_of_base
 from ..errors import ExpertsError
 from ..folder import PhasedExperts, write_experts
@@ -177,7 +178,8 @@ class Conversion:
             index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], **routing}
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             _save_scheduler(folder, self.experts.manifest)
-            guidance = ", ".join(f"{k}={v}" for k, v in base.family.guidance_arguments(1.0).items())
+            arguments = base.family.guidance_arguments(1.0, pipeline_named(index.get("_class_name")))
+            guidance = ", ".join(f"{k}={v}" for k, v in arguments.items()) or "as by default"
             output = json.dumps(self.output.as_posix())
             text = _STOCK_CARD.format(output=output, table=plan.describe(), guidance=guidance)
             (folder / "README.md").write_text(text, encoding="utf-8")

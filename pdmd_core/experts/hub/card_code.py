@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 from ...families import ModelFamily, known_family
+from ...families.guidance import pipeline_named
 from ..format.manifest import Expert, Manifest
 
 _FIRST = """from pdmd_core.pipelines import load_phased_pipeline
 {imports}
 pipe = load_phased_pipeline({location})
-picture = pipe({prompt}{arguments}){output}"""
+picture = pipe(prompt={prompt}{arguments}){output}"""
 
 _STOCK = """
 ### With stock diffusers classes
@@ -27,9 +28,8 @@ scheduler = PhasedDMDScheduler.from_pretrained(experts, subfolder="scheduler")
 pipe = DiffusionPipeline.from_pretrained({base}, {revision}scheduler=scheduler)
 {switching}
 result = pipe(
-    {prompt}{arguments},
-    num_inference_steps={steps},
-    {guidance},{callback}
+    prompt={prompt}{arguments},
+    num_inference_steps={steps},{guidance}{callback}
 )
 ```
 """
@@ -147,7 +147,7 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
     if routing:
         entries = ", ".join(f"{name}={_literal(value)}" for name, value in routing.items())
         switching += f"\npipe.register_to_config({entries})"
-    guidance = family.guidance_arguments(manifest.guidance_scale)
+    guidance = family.guidance_arguments(manifest.guidance_scale, pipeline_named(manifest.training.get("pipeline")))
     return _STOCK.format(
         imports=imports,
         more_imports=_IMPORT_IMAGE if takes_image else "",
@@ -158,7 +158,7 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
         prompt=quoted(prompt),
         arguments=_arguments(manifest, family, takes_image),
         steps=len(manifest.plan.sigmas),
-        guidance=",\n    ".join(f"{name}={value:g}" for name, value in guidance.items()),
+        guidance="".join(f"\n    {name}={value:g}," for name, value in guidance.items()),
         callback=callback,
     )
 

@@ -43,11 +43,13 @@ def _as_they_are(pipeline: Any, latents: Tensor, size: tuple[int, int, int]) -> 
 
 
 @functools.cache
-def _told(build: Callable[..., Any]) -> tuple[ModelFamily | None, frozenset[str]]:
-    """The family of a pipeline, and the arguments of its call."""
+def _told(build: Callable[..., Any]) -> tuple[ModelFamily | None, frozenset[str], type[DiffusionPipeline]]:
+    """The family of a pipeline, the arguments of its call that it is given here, and its class."""
     pipe = build()
-    arguments = frozenset(inspect.signature(type(pipe).__call__).parameters)
-    return known_family(type(pipe.transformer).__name__), arguments
+    family, arguments = known_family(type(pipe.transformer).__name__), set(inspect.signature(pipe.__call__).parameters)
+    if family is not None and not family.takes_image(pipe):
+        arguments.discard("image")
+    return family, frozenset(arguments), type(pipe)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Case:
     """Pipeline, latents as its call returns them, size, to latents as the family has them."""
     picture_size: tuple[int, int] = (24, 40)
     """Width and height of the picture that the call is given, where it takes one."""
+    guided: bool = True
+    """Whether the pipeline has classifier-free guidance."""
     no_guidance: Mapping[str, float] = field(default_factory=dict)
     """Arguments of the call for no guidance, of a pipeline that is of no family."""
     name: str = ""
@@ -93,6 +97,10 @@ class Case:
         }
         return {name: value for name, value in values.items() if name in takes}
 
+    def takes(self, argument: str) -> bool:
+        """Whether the pipeline's call has an argument."""
+        return argument in _told(self.build)[1]
+
     @property
     def picture(self) -> Image.Image:
         """What the call is given, where it takes a picture."""
@@ -101,7 +109,7 @@ class Case:
     @property
     def unguided(self) -> Mapping[str, float]:
         """Arguments of the call for no guidance."""
-        return self.family.guidance_arguments(1.0) if self.family else self.no_guidance
+        return self.family.guidance_arguments(1.0, _told(self.build)[2]) if self.family else self.no_guidance
 
     def noise(self, seed: int = 5) -> Tensor:
         """Normal noise of the shape of the call's latents."""

@@ -101,7 +101,7 @@ def sampled(
     found = sampler.with_experts([(1, 7)], progress=None)
     steps = len(experts.manifest.plan.sigmas)
     teachers_own = sampler.with_teacher([(1, 7)], steps, 5.0, 1.0, progress=None)
-    call = {**case.call, **sampler.family.guidance_arguments(1.0), "prompt": example.prompt}
+    call = {**case.call, **case.unguided, "prompt": example.prompt}
     call |= {"num_inference_steps": steps, "output_type": "latent"}
     if example.image is not None:
         call["image"] = cut(Image.open(example.image).convert("RGB"), width, height)

@@ -231,8 +231,8 @@ def test_the_first_code_is_three_lines_and_has_the_trained_size() -> None:
         "from pdmd_core.pipelines import load_phased_pipeline",
         "",
         'pipe = load_phased_pipeline("user/experts")',
-        'picture = pipe("a panda on a blue background", width=16, height=32, num_frames=5, max_sequence_length=12)'
-        ".frames[0]",
+        'picture = pipe(prompt="a panda on a blue background", width=16, height=32, num_frames=5, '
+        "max_sequence_length=12).frames[0]",
     ]
     pictures = manifest_of(architecture="QwenImageTransformer2DModel", size=[64, 32, 1])
     assert python_blocks(card_text(pictures, "x"))[0].endswith(", width=64, height=32).images[0]\n")

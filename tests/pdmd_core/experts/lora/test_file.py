@@ -15,7 +15,7 @@ from tests.helpers.lora_layouts import LAYOUTS, RANK, Deltas, deltas_of, pairs_o
 from tests.helpers.tiny import randn
 
 WAN = family("wan")
-UNTOLD = {"chroma", "flux", "ltx_video", "stable_diffusion_3"}
+UNTOLD = {"chroma", "flux", "flux2", "ltx_video", "stable_diffusion_3"}
 """Families whose names in LoRA files are those of other models too."""
 
 
