@@ -1,0 +1,83 @@
+"""The choices of the method that are compared at equal network evaluations of training."""
+
+from __future__ import annotations
+
+from benchmarks.claims.common.methods import METHODS, Method, Run
+from pdmd_core.evaluations import evaluations_per_update
+from pdmd_core.method import Objective
+from pdmd_core.phases import PhasePlan
+
+_OWN = {"fake_rollouts": "whole", "expert_rollouts": "own_increment"}
+_THROUGH = {"fake_rollouts": "whole", "expert_rollouts": "through"}
+_STEP = {"fake_rollouts": "per_step"}
+_BEFORE = {"expert_start": "previous"}
+_TWO, _FOUR, _ONES = (2, 2), (4,), (1, 1, 1, 1)
+
+VARIANTS = {
+    method.key: method
+    for method in (
+        METHODS["dmd_sgts"],
+        METHODS["phased_2x2"],
+        METHODS["phased_4x1"],
+        Method("2x2_step", "2 x 2, a fake for each step", _TWO, _STEP),
+        Method("2x2_own", "2 x 2, whole rollouts, own increments", _TWO, _OWN),
+        Method("2x2_through", "2 x 2, whole rollouts, gradient through the phase", _TWO, _THROUGH),
+        Method("2x2_whole", "2 x 2, fake of whole rollouts, truncated steps", _TWO, {"fake_rollouts": "whole"}),
+        Method("4_step", "one phase of 4, a fake for each step", _FOUR, _STEP),
+        Method("4_own", "one phase of 4, whole rollouts, own increments", _FOUR, _OWN),
+        Method("4_through", "one phase of 4, whole rollouts, gradient through the phase", _FOUR, _THROUGH),
+        Method("4x1_previous", "4 x 1, experts begin as the one before", _ONES, _BEFORE),
+        Method("4x1_none", "4 x 1, no normaliser", _ONES, {"generator_weighting": "none"}),
+        Method("4x1_draws", "4 x 1, four draws of t", _ONES, {"score_draws": 4}),
+        Method("2x2_step_previous", "2 x 2, a fake for each step, experts begin as the one before", _TWO, _STEP | _BEFORE),
+        Method("2x2_own_previous", "2 x 2, own increments, experts begin as the one before", _TWO, _OWN | _BEFORE),
+        METHODS["dmd_one_step"],
+        Method("2_step", "one phase of 2, a fake for each step", (2,), _STEP),
+        Method("2x1", "2 x 1", (1, 1)),
+        Method("2x4_step", "2 x 4, a fake for each step", (4, 4), _STEP),
+        Method("4x2_step", "4 x 2, a fake for each step", (2, 2, 2, 2), _STEP),
+        Method("8x1", "8 x 1", (1,) * 8),
+    )
+}
+"""By key, those of four evaluations first."""
+
+
+def cost_of_updates(
+    plan: PhasePlan, objective: Objective, fake_updates: int, draws: int, guidance: bool
+) -> tuple[float, float]:
+    """Network evaluations of an update on average over the phases of a plan: forward, and those that run backward.
+
+    Args:
+        plan: The phase plan.
+        objective: The choices of the method.
+        fake_updates: Rollouts that the fake learns from, for each generator update.
+        draws: Gradient steps of the fake on one rollout.
+        guidance: Whether the teacher is guided, which is two evaluations.
+    """
+    counts = [evaluations_per_update(plan, k, objective, fake_updates, draws) for k in range(len(plan))]
+    forward = sum(sum(count.values()) + guidance * count["teacher"] for count in counts)
+    backward = sum(count["fake"] + count["generator"] for count in counts)
+    return forward / len(plan), backward / len(plan)
+
+
+def equal_updates(method: Method, cost: float, baseline: float, updates: int) -> int:
+    """Updates over all phases that cost what ``updates`` of the baseline do; a backward pass counts as two forward ones.
+
+    Args:
+        method: Whose phases share them equally.
+        cost: Of an update of the method.
+        baseline: Of an update of the baseline.
+        updates: Of the baseline.
+    """
+    phases = len(method.steps)
+    return phases * max(1, round(updates * baseline / cost / phases))
+
+
+def weight_of(forward: float, backward: float) -> float:
+    """What evaluations cost in units of a forward one."""
+    return forward + 2 * backward
+
+
+def selecting(method: Method, lrs: tuple[float, ...], seeds: tuple[int, ...], updates: int) -> list[Run]:
+    """The runs that decide on the learning rate; their seeds are not reported."""
+    return [Run(method, lr, seed, updates) for seed in seeds for lr in lrs]
