@@ -18,6 +18,7 @@ from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
 from training.config.schema import DistillConfig, parse_config
+from training.loop.batches import Batches
 from training.loop.optimizers import lr_factor
 from training.loop.phase import PhaseTraining, TrainableRoles
 
@@ -129,9 +130,6 @@ class Distilled:
 def distil(problem: Problem, run: Run, recipe: Recipe, progress: Callable[[], object] = lambda: None) -> Distilled:
     """Train all experts of a run. Equal runs give equal experts.
 
-    Every phase gets the same number of updates, ``run.updates`` in all. One phase is trained after the other; a joint
-    method takes one update of each in turn.
-
     Args:
         problem: The teacher and the untrained networks.
         run: Method, learning rate, seed and updates.
@@ -143,15 +141,42 @@ def distil(problem: Problem, run: Run, recipe: Recipe, progress: Callable[[], ob
     """
     config = recipe.config(run, problem.plan, problem.objective)
     batches = StudyBatches(problem, recipe.batch_size, torch.Generator().manual_seed(run.seed))
+    return distil_with(problem, run.method.joint, config, batches, PhaseTraining, progress)
+
+
+def distil_with(
+    problem: Problem,
+    joint: bool,
+    config: DistillConfig,
+    batches: Batches,
+    make_training: Callable[[DistillConfig, PhasePlan, int, TrainableRoles, Accelerator], PhaseTraining],
+    progress: Callable[[], object] = lambda: None,
+) -> Distilled:
+    """Train all experts of a configuration.
+
+    Every phase gets the same number of updates. One phase is trained after the other; a joint
+    method takes one update of each in turn.
+
+    Args:
+        problem: The teacher and the untrained networks.
+        joint: Whether phases are trained in turn.
+        config: What the updates take.
+        batches: Where they get everything that is random.
+        make_training: Makes the training of a phase.
+        progress: Called after each update.
+
+    Returns:
+        The experts, and what their training took.
+    """
     phases, accelerator, skipped = range(len(problem.plan)), Accelerator(cpu=True), 0
-    for together in [list(phases)] if run.method.joint else [[phase] for phase in phases]:
+    for together in [list(phases)] if joint else [[phase] for phase in phases]:
         trainings = [
-            PhaseTraining(config, problem.plan, phase, problem.networks(phase), accelerator) for phase in together
+            make_training(config, problem.plan, phase, problem.networks(phase), accelerator) for phase in together
         ]
         updates = config.updates_of(together[0])
         for done in range(updates):
             for training in trainings:
-                update = training.update(batches, lr_factor(done, updates, recipe.lr_decay_share))
+                update = training.update(batches, lr_factor(done, updates, config.lr_decay_share))
                 skipped += sum(not math.isfinite(step.grad_norm) for step in (update.generator, *update.fake))
                 progress()
         for training in trainings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.common.methods import METHODS, Method, Run
+from benchmarks.claims.common.methods import METHODS, Method
 from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
@@ -29,7 +29,9 @@ VARIANTS = {
         Method("4x1_previous", "4 x 1, experts begin as the one before", _ONES, _BEFORE),
         Method("4x1_none", "4 x 1, no normaliser", _ONES, {"generator_weighting": "none"}),
         Method("4x1_draws", "4 x 1, four draws of t", _ONES, {"score_draws": 4}),
-        Method("2x2_step_previous", "2 x 2, a fake for each step, experts begin as the one before", _TWO, _STEP | _BEFORE),
+        Method(
+            "2x2_step_previous", "2 x 2, a fake for each step, experts begin as the one before", _TWO, _STEP | _BEFORE
+        ),
         Method("2x2_own_previous", "2 x 2, own increments, experts begin as the one before", _TWO, _OWN | _BEFORE),
         METHODS["dmd_one_step"],
         Method("2_step", "one phase of 2, a fake for each step", (2,), _STEP),
@@ -76,8 +78,3 @@ def equal_updates(method: Method, cost: float, baseline: float, updates: int) ->
 def weight_of(forward: float, backward: float) -> float:
     """What evaluations cost in units of a forward one."""
     return forward + 2 * backward
-
-
-def selecting(method: Method, lrs: tuple[float, ...], seeds: tuple[int, ...], updates: int) -> list[Run]:
-    """The runs that decide on the learning rate; their seeds are not reported."""
-    return [Run(method, lr, seed, updates) for seed in seeds for lr in lrs]

@@ -1,4 +1,4 @@
-"""A mixture of two-dimensional Gaussians with unequal weights: a teacher without error and a truth known exactly.
+"""A mixture of Gaussians with unequal weights: a teacher without error and a truth known exactly.
 
 ``GaussianMixture`` is data and teacher at once: the velocity of its marginals has a closed form at every sigma, and so
 has the distance of samples to it (the samples' side is the only one that is estimated).
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pdmd_core.flow import Sigma, like
 
 BANDWIDTHS = (0.8, 0.4, 0.2, 0.1)
-"""Of the Gaussian kernels in the kernel distance: from between modes to within one. Each is half the one before."""
+"""Of the Gaussian kernels in the kernel distance: from between modes to within one. Each is half the one before. In more
+than two dimensions they grow as distances do, with the root of the dimension."""
 _ROWS = 200
 """Rows of the kernel matrix at a time."""
 OFF_MODE = 4.0
@@ -25,7 +26,7 @@ OFF_MODE = 4.0
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Isotropic Gaussians: weights (modes,), centres (modes, 2), standard deviations (modes,)."""
+    """Isotropic Gaussians: weights (modes,), centres (modes, dimensions), standard deviations (modes,)."""
 
     weights: Tensor
     centres: Tensor
@@ -40,24 +41,32 @@ class GaussianMixture:
         deviations = torch.tensor([0.08, 0.12, 0.08, 0.12, 0.08, 0.12, 0.08, 0.12])
         return cls(weights, centres, deviations)
 
+    @property
+    def dimensions(self) -> int:
+        """Of the space."""
+        return self.centres.shape[1]
+
     def marginal(self, sigma: float) -> GaussianMixture:
         """The distribution of ``x_sigma = (1 - sigma) x_0 + sigma noise``: a mixture again."""
         deviations = ((1 - sigma) ** 2 * self.deviations.square() + sigma**2).sqrt()
         return GaussianMixture(self.weights, (1 - sigma) * self.centres, deviations)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Exact samples, shape (count, 2)."""
+        """Exact samples, shape (count, dimensions)."""
         modes = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        return self.centres[modes] + self.deviations[modes, None] * torch.randn(count, 2, generator=generator)
+        return self.centres[modes] + self.deviations[modes, None] * torch.randn(
+            count, self.dimensions, generator=generator
+        )
 
     def velocity(self, x: Tensor, sigma: Sigma) -> Tensor:
-        """``E[noise - x_0 | x_sigma = x]`` of x (batch, 2), exactly; sigma in (0, 1], a number or (batch,)."""
+        """``E[noise - x_0 | x_sigma = x]`` of x (batch, dimensions), exactly; sigma in (0, 1], a number or (batch,)."""
         sigma = like(sigma, x)
         alpha = 1 - sigma
         # shapes (batch, modes): variance of x_sigma in each mode, and how likely each mode is
         variance = alpha.square() * self.deviations.square() + sigma.square()
         offset = x[:, None] - alpha.reshape(-1, 1, 1) * self.centres
-        share = (self.weights.log() - variance.log() - offset.square().sum(-1) / (2 * variance)).softmax(-1)
+        half = self.dimensions / 2
+        share = (self.weights.log() - half * variance.log() - offset.square().sum(-1) / (2 * variance)).softmax(-1)
         slope = (sigma - alpha * self.deviations.square()) / variance
         return (share[..., None] * (slope[..., None] * offset - self.centres)).sum(1)
 
@@ -69,7 +78,7 @@ class GaussianMixture:
 
 
 def kernel_distance_to_exact(samples: Tensor, mixture: GaussianMixture) -> float:
-    """Squared maximum mean discrepancy between samples (count, 2) and the mixture itself, unbiased.
+    """Squared maximum mean discrepancy between samples (count, dimensions) and the mixture itself, unbiased.
 
     ``E k(x, x') - 2 E k(x, y) + E k(y, y')`` with k the mean of Gaussian kernels ``exp(-|x - y|^2 / (2 h^2))``, h in
     BANDWIDTHS (Gretton et al. 2012, JMLR 13). Terms with the mixture are integrals of Gaussians, hence exact; 0 in
@@ -79,18 +88,20 @@ def kernel_distance_to_exact(samples: Tensor, mixture: GaussianMixture) -> float
     variance = mixture.deviations.double().square()
     between = torch.cdist(centres, centres).square()
     to_centres = torch.cdist(samples.double(), centres).square()
-    among = _mean_kernels(samples.float())
+    half = mixture.dimensions / 2
+    bandwidths = [h * half**0.5 for h in BANDWIDTHS]
+    among = _mean_kernels(samples.float(), bandwidths[0])
     total = 0.0
-    for h, kernel in zip(BANDWIDTHS, among, strict=True):
+    for h, kernel in zip(bandwidths, among, strict=True):
         both = h**2 + variance[:, None] + variance
-        truth = weights @ (h**2 / both * (-between / (2 * both)).exp()) @ weights
+        truth = weights @ ((h**2 / both) ** half * (-between / (2 * both)).exp()) @ weights
         one = h**2 + variance
-        cross = ((h**2 / one * (-to_centres / (2 * one)).exp()) @ weights).mean()
+        cross = (((h**2 / one) ** half * (-to_centres / (2 * one)).exp()) @ weights).mean()
         total += kernel + float(truth - 2 * cross)
     return total / len(BANDWIDTHS)
 
 
-def _mean_kernels(samples: Tensor) -> list[float]:
+def _mean_kernels(samples: Tensor, widest: float) -> list[float]:
     """Mean of the kernel of each bandwidth over pairs of different samples."""
     count = len(samples)
     lengths = samples.square().sum(1)
@@ -100,7 +111,7 @@ def _mean_kernels(samples: Tensor) -> list[float]:
         rows = samples[start : start + _ROWS]
         kernel = torch.matmul(rows, samples.T, out=buffer[: len(rows)])
         kernel.mul_(-2).add_(lengths).add_(lengths[start : start + _ROWS, None])
-        kernel.clamp_(min=0).div_(-2 * BANDWIDTHS[0] ** 2).exp_().diagonal(start).zero_()
+        kernel.clamp_(min=0).div_(-2 * widest**2).exp_().diagonal(start).zero_()
         for i in range(len(BANDWIDTHS)):
             if i:  # half the bandwidth is the fourth power
                 kernel.square_().square_()
@@ -123,12 +134,12 @@ def share_off_modes(samples: Tensor, mixture: GaussianMixture) -> float:
 def variance_in_modes(samples: Tensor, mixture: GaussianMixture) -> float:
     """Variance of the samples about their nearest centre in units of that mode's own, of samples on a mode.
 
-    1 for exact samples (0.997, as OFF_MODE cuts the tails off); less when modes shrink, the loss of diversity that the
+    1 for exact samples (0.997 in the plane, as OFF_MODE cuts the tails off); less when modes shrink, the loss of diversity that the
     shares of the modes do not show.
     """
     _, away = mixture.nearest_mode(samples)
     on = away <= OFF_MODE
-    return float(away[on].square().mean() / 2) if bool(on.any()) else math.nan
+    return float(away[on].square().mean() / mixture.dimensions) if bool(on.any()) else math.nan
 
 
 class VelocityNetwork(nn.Module):
@@ -136,13 +147,13 @@ class VelocityNetwork(nn.Module):
 
     FREQUENCIES = (1.0, 2.0, 4.0)
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, dimensions: int = 2) -> None:
         super().__init__()
-        inputs = 2 + 1 + 2 * len(self.FREQUENCIES)
+        inputs = dimensions + 1 + 2 * len(self.FREQUENCIES)
         self.body = nn.Sequential(
             nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
-        self.head = nn.Linear(width, 2)
+        self.head = nn.Linear(width, dimensions)
 
     def forward(self, x: Tensor, sigma: Sigma) -> Tensor:
         column = like(sigma, x).expand(len(x), 1)

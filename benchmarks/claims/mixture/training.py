@@ -138,7 +138,7 @@ class MixtureProblem:
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """Noise alone."""
-        return Batch(torch.randn(count, 2, generator=generator), NOTHING, NOTHING)
+        return Batch(torch.randn(count, self.mixture.dimensions, generator=generator), NOTHING, NOTHING)
 
     def experts(self) -> dict[str, dict[str, Tensor]]:
         """The weights of each expert."""
@@ -149,12 +149,14 @@ def fit_initial_network(mixture: GaussianMixture, settings: Settings) -> Velocit
     """The network that every expert and fake starts from: a regression of the exact velocity."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    network = VelocityNetwork(settings.width)
+    network = VelocityNetwork(settings.width, mixture.dimensions)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.initial_updates)
     for _ in range(settings.initial_updates):
         sigma = torch.rand(512, 1, generator=generator).clamp(min=1e-3)
-        x = (1 - sigma) * mixture.sample(512, generator) + sigma * torch.randn(512, 2, generator=generator)
+        x = (1 - sigma) * mixture.sample(512, generator) + sigma * torch.randn(
+            512, mixture.dimensions, generator=generator
+        )
         loss = (network(x, sigma[:, 0]) - mixture.velocity(x, sigma[:, 0])).square().mean()
         optimizer.zero_grad()
         loss.backward()
