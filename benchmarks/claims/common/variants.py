@@ -26,13 +26,11 @@ VARIANTS = {
         Method("4_step", "one phase of 4, a fake for each step", _FOUR, _STEP),
         Method("4_own", "one phase of 4, whole rollouts, own increments", _FOUR, _OWN),
         Method("4_through", "one phase of 4, whole rollouts, gradient through the phase", _FOUR, _THROUGH),
-        Method("4x1_previous", "4 x 1, experts begin as the one before", _ONES, _BEFORE),
+        Method("4x1_previous", "4 x 1, begin as the one before", _ONES, _BEFORE),
         Method("4x1_none", "4 x 1, no normaliser", _ONES, {"generator_weighting": "none"}),
         Method("4x1_draws", "4 x 1, four draws of t", _ONES, {"score_draws": 4}),
-        Method(
-            "2x2_step_previous", "2 x 2, a fake for each step, experts begin as the one before", _TWO, _STEP | _BEFORE
-        ),
-        Method("2x2_own_previous", "2 x 2, own increments, experts begin as the one before", _TWO, _OWN | _BEFORE),
+        Method("2x2_step_previous", "2 x 2, a fake for each step, begin as the one before", _TWO, _STEP | _BEFORE),
+        Method("2x2_own_previous", "2 x 2, own increments, begin as the one before", _TWO, _OWN | _BEFORE),
         METHODS["dmd_one_step"],
         Method("2_step", "one phase of 2, a fake for each step", (2,), _STEP),
         Method("2x1", "2 x 1", (1, 1)),
@@ -63,7 +61,7 @@ def cost_of_updates(
 
 
 def equal_updates(method: Method, cost: float, baseline: float, updates: int) -> int:
-    """Updates over all phases that cost what ``updates`` of the baseline do; a backward pass counts as two forward ones.
+    """Updates over all phases that cost what ``updates`` of the baseline do; a backward evaluation counts as two.
 
     Args:
         method: Whose phases share them equally.

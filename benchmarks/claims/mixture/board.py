@@ -83,8 +83,8 @@ class Board:
 
     def updates(self, method: Method, baseline: int = UPDATES) -> int:
         """Updates of a method that cost what those of the baseline do."""
-        costs = [weight_of(*self.cost(one)) for one in (method, VARIANTS[BASELINE])]
-        return equal_updates(method, *costs, baseline)
+        own, whole = (weight_of(*self.cost(one)) for one in (method, VARIANTS[BASELINE]))
+        return equal_updates(method, own, whole, baseline)
 
     def runs(self, method: Method, lrs: Sequence[float], seeds: Sequence[int]) -> list[Run]:
         """Of a method, at these learning rates with these seeds."""

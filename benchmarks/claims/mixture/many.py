@@ -66,7 +66,8 @@ class StackedProblem(MixtureProblem):
     ) -> None:
         stacked = StackedNetworks(initial, len(runs))
         super().__init__(runs[0].method, mixture, stacked, settings)
-        self.own = {phase.name: copy.deepcopy(stacked) for phase in self.plan.phases}
+        self.stacks = {phase.name: copy.deepcopy(stacked) for phase in self.plan.phases}
+        self.own = dict(self.stacks)
 
 
 class StackedBatches:
@@ -84,7 +85,8 @@ class StackedBatches:
 
     def step(self, distiller: PhasedDistiller) -> int:
         """Draw the step that trains."""
-        return [distiller.draw_step(generator) for generator in self.generators.values()][0]
+        first, *_ = [distiller.draw_step(generator) for generator in self.generators.values()]  # all of them draw
+        return first
 
     def renoising(self, distiller: PhasedDistiller, like: Tensor) -> Renoising:
         """Draw where scores are compared."""
@@ -160,7 +162,7 @@ def distil_many(
 
     batches = StackedBatches(runs, settings.batch_size, mixture.dimensions)
     done = distil_with(problem, first.method.joint, config, batches, make)
-    states = {name: network.states() for name, network in problem.own.items()}
+    states = {name: network.states() for name, network in problem.stacks.items()}
     evaluations = dict(Counter(done.evaluations))
     return [
         Distilled({name: own[i] for name, own in states.items()}, evaluations, done.skipped) for i in range(len(runs))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pdmd_core.flow import Sigma, like
 
 BANDWIDTHS = (0.8, 0.4, 0.2, 0.1)
-"""Of the Gaussian kernels in the kernel distance: from between modes to within one. Each is half the one before. In more
-than two dimensions they grow as distances do, with the root of the dimension."""
+"""Of the Gaussian kernels in the kernel distance: from between modes to within one. Each is half the one before.
+In more than two dimensions they grow as distances do, with the root of the dimension."""
 _ROWS = 200
 """Rows of the kernel matrix at a time."""
 OFF_MODE = 4.0
@@ -134,8 +134,8 @@ def share_off_modes(samples: Tensor, mixture: GaussianMixture) -> float:
 def variance_in_modes(samples: Tensor, mixture: GaussianMixture) -> float:
     """Variance of the samples about their nearest centre in units of that mode's own, of samples on a mode.
 
-    1 for exact samples (0.997 in the plane, as OFF_MODE cuts the tails off); less when modes shrink, the loss of diversity that the
-    shares of the modes do not show.
+    1 for exact samples (0.997 in the plane, as OFF_MODE cuts the tails off); less when modes shrink, the loss of
+    diversity that the shares of the modes do not show.
     """
     _, away = mixture.nearest_mode(samples)
     on = away <= OFF_MODE

@@ -128,7 +128,7 @@ class MixtureProblem:
     def __init__(self, method: Method, mixture: GaussianMixture, initial: nn.Module, settings: Settings) -> None:
         self.plan, self.objective = settings.plan(method), settings.objective(method)
         self.mixture, self.initial = mixture, initial
-        self.own = {phase.name: copy.deepcopy(initial) for phase in self.plan.phases}
+        self.own: dict[str, nn.Module] = {phase.name: copy.deepcopy(initial) for phase in self.plan.phases}
         self.evaluations: Counter[str] = Counter()
 
     def networks(self, phase: int) -> MixtureNetworks:

@@ -1,0 +1,53 @@
+"""The leaderboard: what decides is not what is reported, and nothing is trained twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import leaderboard
+from benchmarks.claims.common.variants import VARIANTS
+from benchmarks.claims.mixture import board as board_module
+from benchmarks.claims.mixture.board import REPORTED, SELECTING, Board
+from benchmarks.claims.mixture.training import Settings
+
+TINY = Settings(batch_size=16, width=8, fake_updates=1, initial_updates=20, ema_decay=0.5)
+RATES = (1e-3, 3e-3)
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+    monkeypatch.setattr(board_module, "LRS", RATES)
+    monkeypatch.setattr(Board.updates, "__defaults__", (8,))
+    return Board(tmp_path, "ring", TINY, samples=200)
+
+
+def test_seeds_that_decide_are_not_reported_and_a_cut_off_board_goes_on(small: Board) -> None:
+    methods = [VARIANTS["phased_2x2"], VARIANTS["2x1"]]
+    work = small.work(methods)
+    rows = [next(work) for _ in range(2 * len(SELECTING))]
+    assert {(row.lr, row.seed) for row in rows} == {(lr, seed) for lr in RATES for seed in SELECTING}
+    assert small.reported(methods[0]) == []
+    work.close()
+    rest = list(small.work(methods))
+    assert len(rest) == len(REPORTED) + 2 * len(SELECTING) + len(REPORTED)
+    assert list(small.work(methods)) == []
+    best = small.chosen(methods[0])
+    scores = {lr: sum(row.score for row in rows if row.lr == lr) for lr in RATES}
+    assert best == min(RATES, key=lambda lr: scores[lr])
+    found = small.reported(methods[0])
+    assert [(row.seed, row.lr) for row in found] == [(seed, best) for seed in REPORTED]
+    assert found[0].extra["refined_8"] != found[0].score
+    assert "refined_8" not in small.reported(methods[1])[0].extra
+    assert found[0].extra["evaluations"] / found[0].updates == pytest.approx(sum(small.cost(methods[0])[:1]), rel=0.2)
+
+
+def test_the_report_has_a_line_for_each_variant_that_is_there_best_first(small: Board) -> None:
+    methods = [VARIANTS["phased_2x2"], VARIANTS["phased_4x1"]]
+    list(small.work(methods))
+    lines = [line for line in leaderboard.report([small]).splitlines() if line.startswith("| ")]
+    scores = {m.title: sum(row.score for row in small.reported(m)) / len(REPORTED) for m in methods}
+    titles = [line.split(" | ")[0].removeprefix("| ") for line in lines]
+    assert titles[2:] == ["exact samples", *sorted(scores, key=lambda title: scores[title])]
+    assert all(len(line.split(" | ")) == len(leaderboard.HEADER) for line in lines)
