@@ -73,8 +73,8 @@ def report(boards: Sequence[Board]) -> str:
         "",
         f"Variants at equal network evaluations, those of {UPDATES} updates of {VARIANTS[BASELINE].title} (a backward "
         "pass counts as two forward ones). The learning rate, of "
-        f"{', '.join(f'{lr:g}' for lr in LRS)}, is the best on two seeds that are not reported; mean ± standard "
-        "deviation over the others. Written by `python benchmarks/leaderboard.py --stages report`.",
+        f"{', '.join(f'{lr:g}' for lr in LRS)}, is the best on two seeds that are not reported, and the next on both sides "
+        "were tried; mean ± standard deviation over the others. Written by `python benchmarks/leaderboard.py --stages report`.",
         "",
     ]
     for board in boards:

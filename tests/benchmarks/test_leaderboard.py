@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import leaderboard
+from benchmarks.claims.common.evidence import Row
+from benchmarks.claims.common.methods import Run
 from benchmarks.claims.common.variants import VARIANTS
 from benchmarks.claims.mixture import board as board_module
 from benchmarks.claims.mixture.board import REPORTED, SELECTING, Board
 from benchmarks.claims.mixture.training import Settings
 
 TINY = Settings(batch_size=16, width=8, fake_updates=1, initial_updates=20, ema_decay=0.5)
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 
 
 @pytest.fixture
@@ -26,12 +28,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
 def test_seeds_that_decide_are_not_reported_and_a_cut_off_board_goes_on(small: Board) -> None:
     methods = [VARIANTS["phased_2x2"], VARIANTS["2x1"]]
     work = small.work(methods)
-    rows = [next(work) for _ in range(2 * len(SELECTING))]
+    rows = [next(work) for _ in range(len(RATES) * len(SELECTING))]
     assert {(row.lr, row.seed) for row in rows} == {(lr, seed) for lr in RATES for seed in SELECTING}
     assert small.reported(methods[0]) == []
     work.close()
     rest = list(small.work(methods))
-    assert len(rest) == len(REPORTED) + 2 * len(SELECTING) + len(REPORTED)
+    assert len(rest) == len(REPORTED) + len(RATES) * len(SELECTING) + len(REPORTED)
     assert list(small.work(methods)) == []
     best = small.chosen(methods[0])
     scores = {lr: sum(row.score for row in rows if row.lr == lr) for lr in RATES}
@@ -41,6 +43,21 @@ def test_seeds_that_decide_are_not_reported_and_a_cut_off_board_goes_on(small: B
     assert found[0].extra["refined_8"] != found[0].score
     assert "refined_8" not in small.reported(methods[1])[0].extra
     assert found[0].extra["evaluations"] / found[0].updates == pytest.approx(sum(small.cost(methods[0])[:1]), rel=0.2)
+
+
+def test_learning_rates_are_tried_until_the_best_is_not_at_an_end(
+    small: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board_module, "LRS", (1e-8, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1.0))
+    monkeypatch.setattr(Board, "_measured", lambda board, run, done: measured(run, abs(run.lr - 3e-3)))
+    method = VARIANTS["2x1"]
+    tried = [row.lr for row in small.work([method])]
+    assert tried == [3e-4, 1e-3, 3e-3] * 2 + [1e-2] * 2 + [3e-3] * 5
+    assert small.chosen(method) == 3e-3
+
+
+def measured(run: Run, score: float) -> Row:
+    return Row("ring", run.method.key, run.seed, 2, 0.0, 0.0, None, run.lr, run.updates, score)
 
 
 def test_the_report_has_a_line_for_each_variant_that_is_there_best_first(small: Board) -> None:

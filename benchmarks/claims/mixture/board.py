@@ -35,7 +35,8 @@ from pdmd_core.rollout import route, sample
 
 SELECTING, REPORTED = (100, 101), (0, 1, 2, 3, 4)
 """Seeds."""
-LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+LRS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""Learning rates: the middle three are tried first, then the next beyond the best until that is not at an end."""
 BASELINE, UPDATES = "phased_2x2", 1200
 """What an equal number of evaluations is that of."""
 REFINED = (8, 16)
@@ -92,10 +93,19 @@ class Board:
         return [Run(method, lr, seed, updates) for seed in seeds for lr in lrs]
 
     def chosen(self, method: Method) -> float | None:
-        """The learning rate that was best on the seeds that decide; None before all of them are there."""
-        rows = [self.row(run) for run in self.runs(method, LRS, SELECTING)]
-        found = [row for row in rows if row is not None]
-        return best_lr(found, method.key, self.updates(method)) if len(found) == len(rows) else None
+        """The learning rate that was best on the seeds that decide; None before that is known."""
+        lr, undecided = self._best(method)
+        return None if undecided else lr
+
+    def _best(self, method: Method) -> tuple[float | None, list[float]]:
+        """The best learning rate so far, and those that must be tried yet."""
+        found = [row for row in map(self.row, self.runs(method, LRS, SELECTING)) if row is not None]
+        tried = {lr for lr in LRS if sum(row.lr == lr for row in found) == len(SELECTING)}
+        middle = len(LRS) // 2
+        lr = best_lr([row for row in found if row.lr in tried], method.key, self.updates(method))
+        place = middle if lr is None else LRS.index(lr)
+        wanted = {*LRS[middle - 1 : middle + 2], *LRS[max(place - 1, 0) : place + 2]}
+        return lr, [lr for lr in LRS if lr in wanted - tried]
 
     def reported(self, method: Method) -> list[Row]:
         """The rows of a method that are there, of the seeds that did not decide."""
@@ -106,7 +116,8 @@ class Board:
     def work(self, methods: Sequence[Method]) -> Iterator[Row]:
         """Train and measure what is not there yet, method by method."""
         for method in methods:
-            yield from self._done(self.runs(method, LRS, SELECTING))
+            while undecided := self._best(method)[1]:
+                yield from self._done(self.runs(method, undecided, SELECTING))
             lr = self.chosen(method)
             assert lr is not None
             yield from self._done(self.runs(method, [lr], REPORTED))
