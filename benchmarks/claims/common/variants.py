@@ -40,6 +40,8 @@ VARIANTS = {
     )
 }
 """By key, those of four evaluations first."""
+BASELINE = "phased_2x2"
+"""What an equal number of evaluations is that of."""
 
 
 def cost_of_updates(
@@ -71,8 +73,3 @@ def equal_updates(method: Method, cost: float, baseline: float, updates: int) ->
     """
     phases = len(method.steps)
     return phases * max(1, round(updates * baseline / cost / phases))
-
-
-def weight_of(forward: float, backward: float) -> float:
-    """What evaluations cost in units of a forward one."""
-    return forward + 2 * backward

@@ -1,4 +1,4 @@
-"""Variants on the mixtures at equal network evaluations: chosen on seeds that are not reported, reported on others."""
+"""Variants on the mixtures at equal network evaluations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.claims.common.board import Board
 from benchmarks.claims.common.distilling import Distilled
-from benchmarks.claims.common.evidence import Row, best_lr
+from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.files import identity_of, read_row, write_row, write_tensors, write_text
 from benchmarks.claims.common.methods import Method, Run
-from benchmarks.claims.common.variants import VARIANTS, cost_of_updates, equal_updates, weight_of
+from benchmarks.claims.common.variants import cost_of_updates
 from benchmarks.claims.mixture.kinds import KINDS
 from benchmarks.claims.mixture.many import distil_many
 from benchmarks.claims.mixture.mixture import (
@@ -33,23 +34,21 @@ from pdmd_core.noise_level import shift_sigma
 from pdmd_core.phases import PhasePlan
 from pdmd_core.rollout import route, sample
 
-SELECTING, REPORTED = (100, 101), (0, 1, 2, 3, 4)
-"""Seeds."""
-LRS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""Learning rates: the middle three are tried first, then the next beyond the best until that is not at an end."""
-BASELINE, UPDATES = "phased_2x2", 1200
-"""What an equal number of evaluations is that of."""
 REFINED = (8, 16)
 """Steps to which plans of four steps are refined."""
 _NOISE_SEED, _EXACT_SEED = 1000, 2000
 _FEW = 2000
 
 
-class Board:
+class MixtureBoard(Board):
     """Files of one mixture, in a folder named after its settings: other settings never meet these results."""
 
+    baseline_updates = 1200
+    lrs = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    selecting = (100, 101)
+
     def __init__(self, work_dir: Path, kind: str, settings: Settings | None = None, samples: int = 5000) -> None:
-        self.kind, self.samples = kind, samples
+        self.kind, self.samples, self.title = kind, samples, KINDS[kind].title
         self.mixture = KINDS[kind].mixture
         self.settings = replace(settings or Settings(width=64), shift=KINDS[kind].shift)
         self.folder = work_dir / f"{kind}-{identity_of(self.describe())}"
@@ -73,60 +72,16 @@ class Board:
         network.load_state_dict(state)
         return network
 
-    # --- which runs ------------------------------------------------------------
+    # --- runs ------------------------------------------------------------
 
     def cost(self, method: Method) -> tuple[float, float]:
         """Network evaluations of an update: forward, and those that run backward."""
-        settings = self.settings
-        return cost_of_updates(
-            settings.plan(method), settings.objective(method), settings.fake_updates, draws=1, guidance=False
-        )
+        plan, objective = self.settings.plan(method), self.settings.objective(method)
+        return cost_of_updates(plan, objective, self.settings.fake_updates, draws=1, guidance=False)
 
-    def updates(self, method: Method, baseline: int = UPDATES) -> int:
-        """Updates of a method that cost what those of the baseline do."""
-        own, whole = (weight_of(*self.cost(one)) for one in (method, VARIANTS[BASELINE]))
-        return equal_updates(method, own, whole, baseline)
-
-    def runs(self, method: Method, lrs: Sequence[float], seeds: Sequence[int]) -> list[Run]:
-        """Of a method, at these learning rates with these seeds."""
-        updates = self.updates(method)
-        return [Run(method, lr, seed, updates) for seed in seeds for lr in lrs]
-
-    def chosen(self, method: Method) -> float | None:
-        """The learning rate that was best on the seeds that decide; None before that is known."""
-        lr, undecided = self._best(method)
-        return None if undecided else lr
-
-    def _best(self, method: Method) -> tuple[float | None, list[float]]:
-        """The best learning rate so far, and those that must be tried yet."""
-        found = [row for row in map(self.row, self.runs(method, LRS, SELECTING)) if row is not None]
-        tried = {lr for lr in LRS if sum(row.lr == lr for row in found) == len(SELECTING)}
-        middle = len(LRS) // 2
-        lr = best_lr([row for row in found if row.lr in tried], method.key, self.updates(method))
-        place = middle if lr is None else LRS.index(lr)
-        wanted = {*LRS[middle - 1 : middle + 2], *LRS[max(place - 1, 0) : place + 2]}
-        return lr, [lr for lr in LRS if lr in wanted - tried]
-
-    def reported(self, method: Method) -> list[Row]:
-        """The rows of a method that are there, of the seeds that did not decide."""
-        lr = self.chosen(method)
-        rows = [] if lr is None else [self.row(run) for run in self.runs(method, [lr], REPORTED)]
-        return [row for row in rows if row is not None]
-
-    def work(self, methods: Sequence[Method]) -> Iterator[Row]:
-        """Train and measure what is not there yet, method by method."""
-        for method in methods:
-            while undecided := self._best(method)[1]:
-                yield from self._done(self.runs(method, undecided, SELECTING))
-            lr = self.chosen(method)
-            assert lr is not None
-            yield from self._done(self.runs(method, [lr], REPORTED))
-
-    def _done(self, runs: Sequence[Run]) -> Iterator[Row]:
-        missing = [run for run in runs if self.row(run) is None]
-        if not missing:
-            return
-        for run, done in zip(missing, distil_many(missing, self.mixture, self.initial, self.settings), strict=True):
+    def measure(self, runs: Sequence[Run]) -> Iterator[Row]:
+        """Train runs of one method at once, and measure them."""
+        for run, done in zip(runs, distil_many(runs, self.mixture, self.initial, self.settings), strict=True):
             row = self._measured(run, done)
             write_row(self._path(run), row)
             yield row
@@ -141,10 +96,13 @@ class Board:
 
     # --- measures ------------------------------------------------------------
 
-    def exact(self, seed: int) -> Row:
-        """The noise floor."""
-        samples = self.mixture.sample(self.samples, torch.Generator().manual_seed(_EXACT_SEED + 1 + seed))
-        return self._row(Run(Method("exact", "exact samples", ()), 0.0, seed, 0), samples, {})
+    def references(self) -> list[Row]:
+        """The noise floor: exact samples."""
+        exact, rows = Method("exact", "exact samples", ()), []
+        for seed in range(3):
+            samples = self.mixture.sample(self.samples, torch.Generator().manual_seed(_EXACT_SEED + 1 + seed))
+            rows.append(self._row(Run(exact, 0.0, seed, 0), samples, {}))
+        return rows
 
     def teacher(self, noise: Tensor, steps: int = 50) -> Tensor:
         """The teacher's sample of the same noise."""

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.claims.common.distilling import distil
 from benchmarks.claims.common.methods import METHODS, Run
-from benchmarks.claims.common.variants import VARIANTS
-from benchmarks.claims.mixture.board import BASELINE, Board
+from benchmarks.claims.common.variants import BASELINE, VARIANTS
+from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.claims.mixture.kinds import KINDS
 from benchmarks.claims.mixture.many import StackedNetworks, distil_many
 from benchmarks.claims.mixture.mixture import GaussianMixture, VelocityNetwork, kernel_distance_to_exact
@@ -81,7 +81,7 @@ def test_exact_samples_and_many_steps_of_the_teacher_are_at_the_floor_on_every_m
 
 @pytest.mark.parametrize("key", list(VARIANTS))
 def test_every_variant_costs_what_the_baseline_does(key: str, tmp_path: Path) -> None:
-    board, method = Board(tmp_path, "ring"), VARIANTS[key]
+    board, method = MixtureBoard(tmp_path, "ring"), VARIANTS[key]
     forward, backward = board.cost(method)
     assert (board.cost(VARIANTS[BASELINE]), board.updates(VARIANTS[BASELINE])) == ((22.0, 6.0), 1200)
     assert board.updates(method) * (forward + 2 * backward) == pytest.approx(1200 * (22 + 2 * 6), rel=0.01)

@@ -1,0 +1,86 @@
+"""Variants at equal network evaluations on one teacher: chosen on seeds that are not reported, reported on others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from benchmarks.claims.common.evidence import Row, best_lr
+from benchmarks.claims.common.methods import Method, Run
+from benchmarks.claims.common.variants import BASELINE, VARIANTS, equal_updates
+
+REPORTED = (0, 1, 2, 3, 4)
+"""Seeds of the rows that are reported."""
+
+
+class Board(ABC):
+    """Which runs are made, and which of them are reported."""
+
+    title: str
+    baseline_updates: int
+    """Updates of the baseline; other methods have as many network evaluations."""
+    lrs: tuple[float, ...]
+    """Learning rates: the middle three are tried first, then the next beyond the best until that is not at an end."""
+    selecting: tuple[int, ...]
+    """Seeds that decide on the learning rate."""
+
+    @abstractmethod
+    def cost(self, method: Method) -> tuple[float, float]:
+        """Network evaluations of an update: forward, and those that run backward."""
+
+    @abstractmethod
+    def row(self, run: Run) -> Row | None:
+        """What was measured of a run; None before."""
+
+    @abstractmethod
+    def measure(self, runs: Sequence[Run]) -> Iterator[Row]:
+        """Train and measure runs of one method that differ in learning rate and seed alone."""
+
+    @abstractmethod
+    def references(self) -> list[Row]:
+        """Rows of what needs no training."""
+
+    def updates(self, method: Method) -> int:
+        """Updates of a method, over all phases, that cost what those of the baseline do."""
+        (forward, backward), (all_forward, all_backward) = self.cost(method), self.cost(VARIANTS[BASELINE])
+        own, whole = forward + 2 * backward, all_forward + 2 * all_backward
+        return equal_updates(method, own, whole, self.baseline_updates)
+
+    def runs(self, method: Method, lrs: Sequence[float], seeds: Sequence[int]) -> list[Run]:
+        """Of a method, at these learning rates with these seeds."""
+        updates = self.updates(method)
+        return [Run(method, lr, seed, updates) for seed in seeds for lr in lrs]
+
+    def chosen(self, method: Method) -> float | None:
+        """The learning rate that was best on the seeds that decide; None before that is known."""
+        lr, undecided = self._best(method)
+        return None if undecided else lr
+
+    def reported(self, method: Method) -> list[Row]:
+        """The rows of a method that are there, of the seeds that did not decide."""
+        lr = self.chosen(method)
+        rows = [] if lr is None else [self.row(run) for run in self.runs(method, [lr], REPORTED)]
+        return [row for row in rows if row is not None]
+
+    def work(self, methods: Sequence[Method]) -> Iterator[Row]:
+        """Train and measure what is not there yet, method by method."""
+        for method in methods:
+            while undecided := self._best(method)[1]:
+                yield from self._missing(self.runs(method, undecided, self.selecting))
+            lr = self.chosen(method)
+            assert lr is not None
+            yield from self._missing(self.runs(method, [lr], REPORTED))
+
+    def _missing(self, runs: Sequence[Run]) -> Iterator[Row]:
+        if missing := [run for run in runs if self.row(run) is None]:
+            yield from self.measure(missing)
+
+    def _best(self, method: Method) -> tuple[float | None, list[float]]:
+        """The best learning rate so far, and those that must be tried yet."""
+        found = [row for row in map(self.row, self.runs(method, self.lrs, self.selecting)) if row is not None]
+        tried = {lr for lr in self.lrs if sum(row.lr == lr for row in found) == len(self.selecting)}
+        middle = len(self.lrs) // 2
+        lr = best_lr([row for row in found if row.lr in tried], method.key, self.updates(method))
+        place = middle if lr is None else self.lrs.index(lr)
+        wanted = {*self.lrs[middle - 1 : middle + 2], *self.lrs[max(place - 1, 0) : place + 2]}
+        return lr, [lr for lr in self.lrs if lr in wanted - tried]

@@ -1,0 +1,44 @@
+"""Variants on pictures or clips at equal network evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.claims.common.board import Board
+from benchmarks.claims.common.evidence import Row
+from benchmarks.claims.common.methods import Method, Run
+from benchmarks.claims.common.variants import cost_of_updates
+from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
+
+
+class EmbeddedBoard(Board):
+    """The board of one kind of samples, on the files of its study."""
+
+    baseline_updates = EmbeddedStudy.updates
+    lrs = (3e-4, 1e-3, 3e-3, 1e-2)
+    selecting = (100,)
+
+    def __init__(self, work_dir: Path, teacher: str, study: EmbeddedStudy | None = None) -> None:
+        self.title = teacher
+        self.study = study or EmbeddedStudy(work_dir, teacher, SETTINGS[teacher])
+
+    def cost(self, method: Method) -> tuple[float, float]:
+        """Network evaluations of an update: forward, and those that run backward."""
+        settings = self.study.settings
+        recipe, guided = settings.recipe, settings.guidance_scale != 1
+        plan, objective = settings.plan(method), settings.objective(method)
+        return cost_of_updates(plan, objective, recipe.fake_updates, recipe.draws_per_rollout, guided)
+
+    def row(self, run: Run) -> Row | None:
+        """What was measured of a run; None before."""
+        return self.study.row(run) if self.study.has_row(run) else None
+
+    def measure(self, runs: Sequence[Run]) -> Iterator[Row]:
+        """Train and measure runs."""
+        self.study.prepare()
+        yield from map(self.study.row, runs)
+
+    def references(self) -> list[Row]:
+        """Rows of the teacher, where they are there."""
+        return [self.study.reference_row(name, 0) for name in self.study.references if name != "data"]
