@@ -123,6 +123,8 @@ def test_shards_divide_the_base_and_full_copies_and_nothing_else(
         return role_bytes(describe(changed(settings_of_run, **changes), gpus=gpus))
 
     alone = on(1)
+    each = on(1, **{"objective.fake_rollouts": "per_step"})
+    assert each["fake"] == each["fake_2"] == alone["fake"] and each["gradients"] == alone["gradients"]
     assert on(8) == alone, "without sharding every GPU holds everything"
     for gpus, shards, changes in (
         (8, 8, {"parallel.sharding": "fsdp"}),
