@@ -28,10 +28,11 @@ def test_the_archive_has_all_that_nodes_need_and_no_training(archive: set[str]) 
     for folder in ("web", "web/docs", "locales/en", "locales/zh", "workflows", "pdmd_core/experts"):
         needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).iterdir() if path.is_file()}
     needed |= {"__init__.py", "pyproject.toml", "LICENSE", "pdmd_core/phases.py"}
-    assert needed <= archive
-    assert not [
-        path for path in archive if path.startswith(("training/", "tests/", "benchmarks/", "docs/", ".github/"))
-    ]
+    models = {path for path in archive if path.startswith("training/embedded/models/")}
+    assert needed <= archive and {path.split("/")[3] for path in models} >= {"teacher", "experts"}
+    others = archive - models
+    assert not [path for path in others if path.startswith(("training/", "tests/", "benchmarks/", "docs/", ".github/"))]
+    assert sum((ROOT / path).stat().st_size for path in archive) < 25e6
 
 
 def test_nothing_is_run_or_installed_on_users_machines(archive: set[str]) -> None:

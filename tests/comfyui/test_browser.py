@@ -197,7 +197,7 @@ def test_sockets_grow_and_the_hub_is_asked_for_when_chosen(ui: FrontEnd) -> None
         experts,
     )
     assert ui.do(sockets, experts) == ["model_1", "model_2"]
-    ui.load(workflow("phased_qwen_image"))
+    ui.load(workflow("phased_tiny_on_cpu"))
     ui.close_dialogs()
     load = ui.node("PhasedDMDLoadExperts")
     hidden = "(id) => window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === 'hub_id').hidden"

@@ -12,7 +12,8 @@ import pytest
 
 from tests.comfyui import install
 from tests.comfyui.conftest import VERSION
-from tests.helpers.comfyui.server import REPOSITORY
+from tests.helpers.comfyui.browser import front_end
+from tests.helpers.comfyui.server import REPOSITORY, running
 
 ABSENT = ("diffusers", "peft", "accelerate", "matplotlib")
 LOAD = """
@@ -64,13 +65,37 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def test_the_archive_holds_help_words_and_templates_and_no_training(packed: Path) -> None:
+def test_the_archive_holds_help_words_templates_and_tiny_models_and_no_training(packed: Path) -> None:
     pack = packed / "custom_nodes/phased-dmd"
     for folder in ("web/docs", "locales/en", "locales/zh", "workflows", "comfy_nodes", "web"):
         names = {path.name for path in (REPOSITORY / folder).iterdir() if path.is_file()}
         assert names == {path.name for path in (pack / folder).iterdir() if path.is_file()}, folder
-    assert {path.name for path in pack.iterdir()}.isdisjoint({"training", "tests", "docs", "benchmarks"})
-    assert sum(path.stat().st_size for path in pack.rglob("*") if path.is_file()) < 2**20
+    assert {path.name for path in pack.iterdir()}.isdisjoint({"tests", "docs", "benchmarks"})
+    assert [path.relative_to(pack).as_posix() for path in pack.glob("training/*/*")] == ["training/embedded/models"]
+    assert sum(path.stat().st_size for path in pack.rglob("*") if path.is_file()) < 25e6
+
+
+@pytest.mark.skipif(VERSION != install.NEWEST, reason="old versions cannot load the tiny teacher")
+def test_the_tiny_template_of_the_archive_runs_in_an_empty_comfyui(packed: Path) -> None:
+    """As its template browser fetches it, without a clone and without a download."""
+    for name in ("diffusion_models", "loras", "diffusers", "vae", "text_encoders"):
+        (packed / "models" / name).mkdir(parents=True, exist_ok=True)
+    for name in ("input", "output"):
+        (packed / name).mkdir(exist_ok=True)
+    with running(install.tree(VERSION), packed) as server, front_end(server.url) as ui:
+        assert "phased_tiny_on_cpu" in server.get("/workflow_templates")["phased-dmd"]
+        ui.do(
+            """async () => {
+                const answer = await fetch("/api/workflow_templates/phased-dmd/phased_tiny_on_cpu.json");
+                await window.app.loadGraphData(await answer.json(), true, true, "phased_tiny_on_cpu");
+            }"""
+        )
+        ui.close_dialogs()
+        saved = ui.node("SaveImage")
+        ui.do("() => window.app.queuePrompt(0, 1)")
+        ui.wait("(id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth === 256", saved)
+        ui.screenshot("archive")
+        assert ui.errors == []
 
 
 def test_the_archive_loads_with_diffusers_peft_and_accelerate_absent(packed: Path) -> None:

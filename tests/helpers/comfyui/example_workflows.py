@@ -56,11 +56,13 @@ def _plan(graph: Graph, at: tuple[int, int], steps: str, shift: float, names: st
     return graph.add("PhasedDMDPlanFromSteps", at, (360, 190), steps=steps, shift=shift, names=names)[0]
 
 
+def _preset(graph: Graph, at: tuple[int, int], preset: str) -> Output:
+    return graph.add("PhasedDMDPlanFromPreset", at, (360, 220), preset=preset)[0]
+
+
 def _sampler(graph: Graph, at: tuple[int, int], model: Output, **inputs: Any) -> Output:
-    (latent,) = graph.add(
-        "PhasedDMDSampler", at, (340, 560), model=model, seed=1, steps=0, cfg=1.0, sampler_name="euler", **inputs
-    )
-    return latent
+    usual = {"seed": 1, "steps": 0, "cfg": 1.0, "sampler_name": "euler"}
+    return graph.add("PhasedDMDSampler", at, (340, 560), model=model, **{**usual, **inputs})[0]
 
 
 def _video(graph: Graph, at: tuple[int, int], latent: Output, vae: Output, prefix: str) -> None:
@@ -70,7 +72,7 @@ def _video(graph: Graph, at: tuple[int, int], latent: Output, vae: Output, prefi
 
 
 def _report(graph: Graph, at: tuple[int, int], model: Output) -> None:
-    graph.add("PhasedDMDPlanReport", at, (360, 300), model=model)
+    graph.add("PhasedDMDPlanReport", at, (460, 340), model=model)
 
 
 def _wan22(graph: Graph, task: str, version: str, plain_first: bool = False) -> Output:
@@ -126,6 +128,46 @@ def wan22_t2v(graph: Graph, plain_first: bool = False) -> None:
     graph.note(f"## Wan2.2 text to video, 4 steps\n\n{first if plain_first else usual}", (380, 240), (360, 340))
 
 
+def wan22_boundary(graph: Graph) -> None:
+    parts = [f"wan2.2_t2v_{part}_noise_14B_fp8_scaled.safetensors" for part in ("high", "low")]
+    high, low = (_network(graph, name, (0, 150 * n), _WAN22) for n, name in enumerate(parts))
+    plan = graph.add("PhasedDMDPlanFromBoundary", (380, 0), (360, 250), boundary="0.875", steps=20, shift="8")[0]
+    common = {"plan": plan, "cfg": "3.5", "set_shift": True, "model_1": high, "model_2": low}
+    (model,) = graph.add("PhasedDMDExperts", (800, 0), (340, 300), **common)
+    positive, negative = _text(graph, "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan", _WAN21, (0, 620))
+    vae = _vae(graph, "wan_2.1_vae.safetensors", _WAN22, (0, 800))
+    (empty,) = graph.add("EmptyHunyuanLatentVideo", (800, 760), (340, 160), width=640, height=640, length=81)
+    sampled = _sampler(graph, (1190, 0), model, positive=positive, negative=negative, latent_image=empty)
+    _video(graph, (1580, 0), sampled, vae, "phased/wan22")
+    _report(graph, (1190, 620), model)
+    graph.note(
+        "## Wan2.2 as it was released\n\nNo few-step LoRAs: 20 steps with guidance 3.5. The networks hand over at "
+        "sigma **0.875**, where they were trained to (image to video: 0.9), whatever steps and shift are.\n\nDrag the "
+        "line on the plan's time line to move the hand-over.",
+        (380, 290),
+        (360, 260),
+    )
+
+
+def wan22_first_last_frame(graph: Graph) -> None:
+    model = _wan22(graph, "i2v", "v1")
+    positive, negative = _text(graph, "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan", _WAN21, (0, 620))
+    vae = _vae(graph, "wan_2.1_vae.safetensors", _WAN22, (0, 800))
+    frames = [graph.add("LoadImage", (380 * n, 920), (330, 320), title)[0] for n, title in enumerate(("First", "Last"))]
+    size = {"width": 640, "height": 640, "length": 81, "batch_size": 1}
+    inputs = {"positive": positive, "negative": negative, "vae": vae, "start_image": frames[0], "end_image": frames[1]}
+    ready = graph.add("WanFirstLastFrameToVideo", (800, 660), (340, 230), **inputs, **size)
+    sampled = _sampler(graph, (1190, 0), model, positive=ready[0], negative=ready[1], latent_image=ready[2])
+    _video(graph, (1580, 0), sampled, vae, "phased/wan22_flf2v")
+    _report(graph, (1190, 620), model)
+    graph.note(
+        "## Wan2.2, from a first to a last frame, 4 steps\n\nChoose both frames below. Both networks are one MODEL; "
+        "the hand-over is at sigma 0.8333, exactly where the 4-step LoRAs were trained to hand over.",
+        (380, 240),
+        (360, 260),
+    )
+
+
 def wan22_undistilled_first_step(graph: Graph) -> None:
     wan22_t2v(graph, plain_first=True)
 
@@ -149,92 +191,120 @@ def wan22_i2v(graph: Graph) -> None:
     )
 
 
-def _qwen_image(graph: Graph, model: Output, prefix: str, note: str) -> None:
+def _picture(graph: Graph, model: Output, prefix: str, note: str, **inputs: Any) -> None:
     """From the MODEL with its experts to a saved picture."""
-    positive, negative = _text(graph, "qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image", _QWEN, (0, 560))
-    vae = _vae(graph, "qwen_image_vae.safetensors", _QWEN, (0, 740))
-    (empty,) = graph.add("EmptySD3LatentImage", (800, 560), (340, 120), width=1328, height=1328)
-    sampled = _sampler(graph, (1190, 0), model, positive=positive, negative=negative, latent_image=empty)
+    vae = inputs.pop("vae")
+    sampled = _sampler(graph, (1190, 0), model, **inputs)
     (images,) = graph.add("VAEDecode", (1580, 0), (240, 60), samples=sampled, vae=vae)
     graph.add("SaveImage", (1580, 120), (340, 340), images=images, filename_prefix=f"phased/{prefix}")
     _report(graph, (1190, 620), model)
-    graph.note(note, (380, 240), (360, 280))
+    graph.note(note, (380, 250), (360, 280))
 
 
-def qwen_image(graph: Graph) -> None:
-    base = _network(graph, "qwen_image_fp8_e4m3fn.safetensors", (0, 0), _QWEN)
-    model, _ = graph.add("PhasedDMDLoadExperts", (800, 0), (340, 300), experts="qwen_image_phased", base_1=base)
-    _qwen_image(
-        graph,
-        model,
-        "qwen_image",
-        "## Qwen-Image, two phase experts, 4 steps\n\nPut your experts folder (`phased_experts.json` and its files) "
-        "into `models/phased_experts/qwen_image_phased`, or pick another one in **Load Phased Experts**, or choose "
-        "`(Hub id)` and write `user/name`. Plan, guidance and base are read from the folder, so nothing else has to be "
-        "set.\n\nThe recipe `qwen_image_phased` of this repository trains such experts; none come with it. To try a "
-        "released few-step LoRA instead, open *qwen image lightning*.",
-    )
+def _lightning(graph: Graph, base: Output, repository: str, lora: str, preset: str) -> Output:
+    """A released LoRA of one network on the sigmas that it was trained on."""
+    models = [{"name": lora, "url": f"{_HUB}/lightx2v/{repository}/resolve/main/{lora}", "directory": "loras"}]
+    plan = _preset(graph, (380, 0), preset)
+    chosen = {"models": models, "model": base, "plan": plan, "cfg": "1", "lora_1": lora}
+    return graph.add("PhasedDMDExpertsLoRA", (800, 0), (340, 500), **chosen)[0]
+
+
+_QWEN_TEXT = ("qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image", _QWEN)
+
+
+def _qwen_image_lightning(graph: Graph, version: str, base: str, lora: str, note: str) -> None:
+    repository = f"Qwen-Image{version}-Lightning"
+    preset = f"qwen-image{version}-lightning-4step"
+    model = _lightning(graph, _network(graph, base, (0, 0), _QWEN), repository, lora, preset)
+    positive, negative = _text(graph, *_QWEN_TEXT, (0, 620))
+    vae = _vae(graph, "qwen_image_vae.safetensors", _QWEN, (0, 800))
+    (empty,) = graph.add("EmptySD3LatentImage", (800, 620), (340, 120), width=1328, height=1328)
+    inputs = {"positive": positive, "negative": negative, "latent_image": empty, "vae": vae}
+    _picture(graph, model, f"qwen_image{version.replace('-', '_')}", note, **inputs)
 
 
 def qwen_image_lightning(graph: Graph) -> None:
-    lora = "Qwen-Image-Lightning-4steps-V1.0.safetensors"
-    base = _network(graph, "qwen_image_fp8_e4m3fn.safetensors", (0, 0), _QWEN)
-    plan = _plan(graph, (380, 0), "4", 3.0)
-    models = [{"name": lora, "url": f"{_HUB}/lightx2v/Qwen-Image-Lightning/resolve/main/{lora}", "directory": "loras"}]
-    (model,) = graph.add(
-        "PhasedDMDExpertsLoRA", (800, 0), (340, 400), models=models, model=base, plan=plan, cfg="1", lora_1=lora
-    )
-    _qwen_image(
+    _qwen_image_lightning(
         graph,
-        model,
-        "qwen_image_lightning",
+        "",
+        "qwen_image_fp8_e4m3fn.safetensors",
+        "Qwen-Image-Lightning-4steps-V1.0.safetensors",
         "## Qwen-Image-Lightning, 4 steps\n\nThis released LoRA was distilled without phases: one LoRA for all steps, "
         "a plan of **one phase**. What the nodes add is that it runs on exactly the sigmas it was trained on (shift 3, "
-        "whatever the resolution).\n\nThe file for 8 steps: steps `8` in the plan, and the LoRA of that name.\n\nWith "
-        "an expert for each phase: steps `2, 2` and a second LoRA, or *qwen image*.",
+        "whatever the resolution).\n\nThe file for 8 steps: preset `qwen-image-lightning-8step`, and the LoRA of that "
+        "name.\n\nExperts of your own from a folder or the Hub: **Load Phased Experts** in the place of plan and LoRA; "
+        "it reads the plan from the folder.",
     )
 
 
-def _wan21_loras(graph: Graph, steps: str, names: str, loras: list[str], text: str) -> None:
-    base = _network(graph, "wan2.1_t2v_1.3B_fp16.safetensors", (0, 0), _WAN21)
-    plan = _plan(graph, (380, 0), steps, 5.0, names)
-    chosen = {f"lora_{k + 1}": name for k, name in enumerate(loras)}
-    (model,) = graph.add("PhasedDMDExpertsLoRA", (800, 0), (340, 400), model=base, plan=plan, cfg="1", **chosen)
-    positive, negative = _text(graph, "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan", _WAN21, (0, 620))
-    vae = _vae(graph, "wan_2.1_vae.safetensors", _WAN22, (0, 800))
-    (empty,) = graph.add("EmptyHunyuanLatentVideo", (800, 620), (340, 160), width=832, height=480, length=81)
-    sampled = _sampler(graph, (1190, 0), model, positive=positive, negative=negative, latent_image=empty)
-    _video(graph, (1580, 0), sampled, vae, "phased/wan21")
-    _report(graph, (1190, 620), model)
-    graph.note(text, (380, 240), (360, 340))
-
-
-def lora_on_one_base(graph: Graph) -> None:
-    _wan21_loras(
+def qwen_image_2512_lightning(graph: Graph) -> None:
+    _qwen_image_lightning(
         graph,
-        "2, 2",
-        "high_noise, low_noise",
-        ["high_noise.safetensors", "low_noise.safetensors"],
-        "## A LoRA for each phase on one base\n\nThe base is in memory once; at the boundary one LoRA goes and "
-        "the next "
-        "comes.\n\nPut the two files of your experts folder (the `experts/` that a distillation writes) into "
-        "`models/loras`. Or put the whole folder into `models/phased_experts` and use **Load Phased Experts** "
-        "in place of "
-        "plan and LoRAs: it reads the plan from the folder.",
+        "-2512",
+        "qwen_image_2512_fp8_e4m3fn.safetensors",
+        "Qwen-Image-2512-Lightning-4steps-V1.0-fp32.safetensors",
+        "## Qwen-Image-2512, 4 steps\n\nThe Lightning LoRA of the December version, on exactly the sigmas it was "
+        "trained on: shift 3, 4 steps, no guidance.",
     )
 
 
-def three_experts(graph: Graph) -> None:
-    names = ["high_noise", "middle_noise", "low_noise"]
-    _wan21_loras(
+def qwen_image_edit_2511_lightning(graph: Graph) -> None:
+    base = "qwen_image_edit_2511_fp8mixed.safetensors"
+    network = _network(graph, base, (0, 0), f"{_HUB}/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files")
+    lora = "Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors"
+    preset = "qwen-image-edit-2511-lightning-4step"
+    model = _lightning(graph, network, "Qwen-Image-Edit-2511-Lightning", lora, preset)
+    encoder, kind, source = _QWEN_TEXT
+    vae = _vae(graph, "qwen_image_vae.safetensors", _QWEN, (0, 160))
+    (clip,) = graph.add(
+        "CLIPLoader",
+        (0, 300),
+        clip_name=encoder,
+        type=kind,
+        device="default",
+        **_file(source, "text_encoders", encoder),
+    )
+    image, _ = graph.add("LoadImage", (0, 480), (330, 320))
+    (scaled,) = graph.add("FluxKontextImageScale", (380, 600), (330, 60), image=image)
+    prompts = []
+    for n, text in enumerate(("Make it a watercolour painting.", "")):
+        inputs = {"clip": clip, "vae": vae, "image1": scaled, "prompt": text}
+        (encoded,) = graph.add("TextEncodeQwenImageEditPlus", (380, 720 + 200 * n), (360, 160), **inputs)
+        method = {"conditioning": encoded, "reference_latents_method": "index_timestep_zero"}
+        prompts += graph.add("FluxKontextMultiReferenceLatentMethod", (800, 720 + 200 * n), (340, 80), **method)
+    (latent,) = graph.add("VAEEncode", (800, 600), (240, 60), pixels=scaled, vae=vae)
+    _picture(
         graph,
-        "1, 1, 2",
-        ", ".join(names),
-        [f"{name}.safetensors" for name in names],
-        "## Three experts\n\nAs many phases as you like: here one step, one step, two steps. Each LoRA was "
-        "distilled for "
-        "its phase of this plan.\n\nThe report at the lower right says which expert runs which step; connect SIGMAS of "
-        "another scheduler to it to see what would go wrong.",
+        model,
+        "qwen_image_edit",
+        "## Qwen-Image-Edit 2511, 4 steps\n\nChoose an image at the lower left and say what to change. The Lightning "
+        "LoRA runs on exactly the sigmas it was trained on: shift 3, 4 steps, no guidance.",
+        positive=prompts[0],
+        negative=prompts[1],
+        latent_image=latent,
+        vae=vae,
+    )
+
+
+def z_image_turbo(graph: Graph) -> None:
+    source = f"{_HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files"
+    network = _network(graph, "z_image_turbo_bf16.safetensors", (0, 0), source)
+    plan = _preset(graph, (380, 0), "z-image-turbo")
+    common = {"plan": plan, "cfg": "1", "model_1": network}
+    (model,) = graph.add("PhasedDMDExperts", (800, 0), (340, 300), **common)
+    positive, negative = _text(graph, "qwen_3_4b.safetensors", "lumina2", source, (0, 560))
+    vae = _vae(graph, "ae.safetensors", source, (0, 740))
+    (empty,) = graph.add("EmptySD3LatentImage", (800, 560), (340, 120), width=1024, height=1024)
+    _picture(
+        graph,
+        model,
+        "z_image_turbo",
+        "## Z-Image-Turbo, 8 steps\n\nA whole model that was distilled without phases: a plan of **one phase**, shift "
+        "3, no guidance. LoRAs of your own go between Phased Experts and the sampler.",
+        positive=positive,
+        negative=negative,
+        latent_image=empty,
+        vae=vae,
     )
 
 
@@ -257,9 +327,8 @@ def tiny_on_cpu(graph: Graph) -> None:
     _report(graph, (790, 620), experts)
     graph.note(
         "## Tiny, on a CPU\n\nThe teacher that the Phased DMD repository ships, with its phase experts: four "
-        "pictures of 64 "
-        "pixels (shown four times as large) in 4 steps, in seconds, without a GPU. Needs a clone of the repository in "
-        "`custom_nodes`.\n\nPrompts: *a "
+        "pictures of 64 pixels (shown four times as large) in 4 steps, in seconds, without a GPU and a download."
+        "\n\nPrompts: *a "
         "rocket on a black background*, *a cat moves left on a white background* (length 9 for a clip) ...",
         (0, 540),
         (740, 200),
@@ -270,10 +339,12 @@ WORKFLOWS: dict[str, tuple[Callable[[Graph], None], list[int], float]] = {
     "phased_tiny_on_cpu": (tiny_on_cpu, [2, 2], 5.0),
     "phased_wan22_t2v": (wan22_t2v, [2, 2], 5.0),
     "phased_wan22_i2v": (wan22_i2v, [2, 2], 5.0),
+    "phased_wan22_first_last_frame": (wan22_first_last_frame, [2, 2], 5.0),
     "phased_wan22_undistilled_first_step": (wan22_undistilled_first_step, [1, 1, 2], 5.0),
-    "phased_qwen_image": (qwen_image, [2, 2], 3.0),
+    "phased_wan22_boundary": (wan22_boundary, [5, 5], 8.0),
     "phased_qwen_image_lightning": (qwen_image_lightning, [4], 3.0),
-    "phased_lora_on_one_base": (lora_on_one_base, [2, 2], 5.0),
-    "phased_three_experts": (three_experts, [1, 1, 2], 5.0),
+    "phased_qwen_image_2512_lightning": (qwen_image_2512_lightning, [4], 3.0),
+    "phased_qwen_image_edit_2511_lightning": (qwen_image_edit_2511_lightning, [4], 3.0),
+    "phased_z_image_turbo": (z_image_turbo, [8], 3.0),
 }
 """File name to its graph and the plan on its thumbnail: steps of each phase and shift."""
