@@ -324,7 +324,7 @@ def tiny_on_cpu(graph: Graph) -> None:
         "ImageScaleBy", (1180, 110), (340, 110), image=images, upscale_method="nearest-exact", scale_by=4.0
     )
     graph.add("SaveImage", (1180, 270), (340, 430), images=large, filename_prefix="phased/tiny")
-    _report(graph, (790, 620), experts)
+    _report(graph, (790, 740), experts)
     graph.note(
         "## Tiny, on a CPU\n\nThe teacher that the Phased DMD repository ships, with its phase experts: four "
         "pictures of 64 pixels (shown four times as large) in 4 steps, in seconds, without a GPU and a download."
