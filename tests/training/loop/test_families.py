@@ -17,8 +17,8 @@ from pdmd_core.pipelines import attach_experts
 from pdmd_core.roles import FAKE
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.configs import changed
-from tests.helpers.families.cases import BY_FAMILY
 from tests.helpers.families.cases import OF_FAMILIES as CASES
+from tests.helpers.families.cases import RESUMED, STOPPED
 from tests.helpers.families.wan import wan_5b
 from tests.helpers.interrupted import run_and_stop
 from tests.helpers.prompt_files import write_prompts
@@ -40,8 +40,6 @@ def has_two(name: str) -> bool:
 
 
 TWO = [name for name in CASES if has_two(name)]
-ONE_EACH = ["wan_two", *(next(iter(cases)) for family, cases in BY_FAMILY.items() if family != "wan")]
-"""A case of each family."""
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
     assert (found - teachers_own).abs().max() > 0.02, "experts are not the teacher"
 
 
-@pytest.mark.parametrize(("name", "stop_after"), [("wan_two_image_to_video", 1), *((name, 3) for name in ONE_EACH)])
+@pytest.mark.parametrize(("name", "stop_after"), STOPPED.items())
 def test_a_stopped_run_resumes_to_the_same_numbers(
     name: str, stop_after: int, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -232,7 +230,7 @@ def test_a_fake_of_one_network_is_asked_at_all_sigmas(teachers: dict[str, Path],
     assert [row["bad_updates"] for row in metrics(tmp_path / "run")] == [0, 0]
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", RESUMED)
 def test_full_copies_train_and_reset(name: str, teachers: dict[str, Path], tmp_path: Path) -> None:
     role = {"kind": "full", "lr": 1e-4}
     config = config_of(name, teachers[name], tmp_path, generator=role, fake=role, updates=1)
