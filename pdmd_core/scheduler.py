@@ -7,7 +7,8 @@ Pass it where the experts are used; a stock flow scheduler does not reproduce a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -44,6 +45,12 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sampler: "euler" is deterministic. "renoise" jumps to sigma 0, then adds fresh noise up to the next sigma.
         renoise_seed: The seed of the noise of "renoise", which every ``set_timesteps`` starts again, since pipelines
             give ``step`` no generator.
+        base_image_seq_len: Pipelines read it, as the next three, to compute a shift, which the plan has already.
+        max_image_seq_len: See there.
+        base_shift: See there.
+        max_shift: See there.
+        needs_switching: In a saved pipeline whose experts do not switch by themselves: the function that loads it. A
+            scheduler that says so refuses to sample.
 
     Raises:
         ValueError: If ``sampler`` has another value.
@@ -75,6 +82,11 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         refine: bool = False,
         sampler: Literal["euler", "renoise"] = "euler",
         renoise_seed: int = 0,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        needs_switching: str | None = None,
     ) -> None:
         if sampler not in ("euler", "renoise"):
             raise ValueError(f"sampler is euler or renoise, found {sampler!r}")
@@ -82,6 +94,7 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.num_inference_steps: int | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._counts_only = False
         self._use(self.plan, None)
 
     @classmethod
@@ -118,36 +131,80 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Many pipelines pass uniform ``sigmas`` (raw times) and ``mu`` for stock flow schedulers to shift; the plan takes
         their place.
 
+        A number of steps that the experts were not distilled for is refused when it comes to ``step``: noise can be
+        added to samples with any.
+
         Args:
             num_inference_steps: The number of steps; None takes the plan's own.
             device: Where ``timesteps`` lie.
             sigmas: Uniform raw times, which are ignored but for their number, or the plan's own sigmas, in (0, 1].
             mu: Ignored: the shift is in the plan already.
-            timesteps: The plan's own timesteps, ``sigma * num_train_timesteps``.
+            timesteps: The plan's own timesteps, ``sigma * num_train_timesteps``; beside ``sigmas`` uniform ones, too.
 
         Raises:
-            ValueError: If the experts were not distilled for this number of steps, if ``sigmas`` or ``timesteps`` are
-                neither uniform nor the plan's, or if the scheduler has no plan.
+            ValueError: If ``sigmas`` or ``timesteps`` are neither uniform nor the plan's, or if the scheduler has no
+                plan or ``needs_switching``.
         """
         if self.plan is None:
             raise ValueError(
                 "this PhasedDMDScheduler has no phase plan: make it with PhasedDMDScheduler.from_plan(plan) or "
                 'PhasedDMDScheduler.from_pretrained(experts, subfolder="scheduler")'
             )
+        if self.config.needs_switching is not None:
+            raise ValueError(
+                "these experts do not switch by themselves in a pipeline of diffusers: load the folder with "
+                f"{self.config.needs_switching}"
+            )
         given = next((len(values) for values in (timesteps, sigmas) if values is not None), num_inference_steps)
         trained = len(self.plan.sigmas)
         steps = trained if given is None else int(given)
-        if steps < trained or (steps > trained and not self.config.refine):
-            more = "that or more" if self.config.refine else f"{trained}, or allow more with refine=True"
-            raise ValueError(f"these experts were distilled for {trained} steps, found {steps}: ask for {more}")
-        walked = self.plan.refined(steps)
-        if timesteps is not None:
-            _check_same("timesteps", np.asarray(timesteps, dtype=np.float64) / self.config.num_train_timesteps, walked)
-        elif sigmas is not None and not _uniform(np.asarray(sigmas, dtype=np.float64)):
-            _check_same("sigmas", np.asarray(sigmas, dtype=np.float64), walked)
+        walked = self.plan.refined(max(steps, trained))
+        if (steps == trained or self.config.refine) and not self._counts_only:
+            self._check_given(sigmas, timesteps, walked)
         self.num_inference_steps = steps
         self._use(walked, device)
         self._step_index = self._begin_index = None
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a number of steps that the experts were not distilled for.
+
+        Args:
+            steps: The number of steps.
+
+        Raises:
+            ValueError: If it is another one than the plan's, or with ``refine`` a lower one.
+        """
+        trained = steps if self.plan is None else len(self.plan.sigmas)
+        if steps < trained or (steps > trained and not self.config.refine):
+            more = "that or more" if self.config.refine else f"{trained}, or allow more with refine=True"
+            raise ValueError(f"these experts were distilled for {trained} steps, found {steps}: ask for {more}")
+
+    @contextmanager
+    def counting_only(self) -> Iterator[None]:
+        """Take only the number of whatever sigmas and timesteps a pipeline computes, within a block.
+
+        Yields:
+            Nothing.
+        """
+        before, self._counts_only = self._counts_only, True
+        try:
+            yield
+        finally:
+            self._counts_only = before
+
+    def _check_given(
+        self,
+        sigmas: Sequence[float] | np.ndarray | None,
+        timesteps: Sequence[float] | np.ndarray | None,
+        walked: PhasePlan,
+    ) -> None:
+        own = None if sigmas is None else np.asarray(sigmas, dtype=np.float64)
+        if timesteps is not None:
+            times = np.asarray(timesteps, dtype=np.float64) / self.config.num_train_timesteps
+            if own is None or not _uniform(times, atol=1e-3):
+                _check_same("timesteps", times, walked)
+        if own is not None and not _uniform(own, atol=1e-6 if timesteps is None else 1e-3):
+            _check_same("sigmas", own, walked)
 
     @property
     def step_index(self) -> int | None:
@@ -221,6 +278,7 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
     ) -> PhasedDMDSchedulerOutput | tuple[Tensor]:
         """Take one step from the current sigma to the plan's next one.
 
@@ -230,13 +288,20 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             sample: Samples at the current sigma, of the same shape.
             generator: The source of fresh noise for the sampler "renoise"; None uses the config's ``renoise_seed``.
             return_dict: Whether to return a ``PhasedDMDSchedulerOutput`` rather than a tuple.
+            per_token_timesteps: The timestep of each token, of shape (batch, tokens) or (batch, 1), as pipelines give
+                it that hold some tokens at another noise level. ``model_output`` is then ``x_0 - noise``, the samples
+                are of shape (batch, tokens, features), and each token goes to the plan's next lower sigma.
 
         Returns:
             The samples at the next sigma, in the dtype of ``model_output``.
 
         Raises:
-            ValueError: If all steps of the run are taken, or if the first timestep is not one of the plan's.
+            ValueError: If all steps of the run are taken, if the experts were not distilled for this number of steps,
+                if the first timestep is not one of the plan's, or if tokens with timesteps of their own are to be
+                renoised.
         """
+        if self.num_inference_steps is not None:
+            self.check_steps(self.num_inference_steps)
         if self._step_index is None:
             begin = self._begin_index
             self._step_index = begin if begin is not None else self.index_for_timestep(timestep)
@@ -245,7 +310,13 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"all {len(self.timesteps)} steps are taken: call set_timesteps before another run")
         sigma, following = float(self.sigmas[i]), float(self.sigmas[i + 1])
         x, velocity = sample.float(), model_output.float()
-        if self.config.sampler == "renoise" and following > 0:
+        if per_token_timesteps is not None:
+            if self.config.sampler == "renoise":
+                raise ValueError("tokens with timesteps of their own are not renoised: use sampler='euler'")
+            own = per_token_timesteps.float()[..., None] / self.config.num_train_timesteps
+            lower = self.sigmas.to(own.device).expand(*own.shape[:-1], -1)
+            moved = x + (own - (lower * (lower < own - 1e-6)).amax(-1, keepdim=True)) * velocity
+        elif self.config.sampler == "renoise" and following > 0:
             noise = randn_tensor(x.shape, generator or self._renoise, x.device, x.dtype)
             x0 = euler_step(x, velocity, sigma, 0.0)
             moved = (1 - following) * x0 + following * noise
@@ -260,18 +331,17 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             sample: Clean samples of shape (batch, ...).
-            timestep: One of the plan's timesteps, or one for each sample, of shape (batch,).
+            timestep: A timestep, or one for each sample, of shape (batch,). One that is a rounded timestep of the plan
+                stands for the plan's own.
             noise: Standard normal noise of the same shape as the samples.
 
         Returns:
             Noisy samples of the same shape and dtype.
-
-        Raises:
-            ValueError: If a timestep is not one of the plan's.
         """
-        values = torch.as_tensor(timestep).reshape(-1)
-        indices = [self.index_for_timestep(value) for value in values]
-        sigma = like(self.sigmas[indices].to(sample.device).expand(len(sample)), sample)
+        values = torch.as_tensor(timestep).reshape(-1).float().cpu() / self.config.num_train_timesteps
+        distance, nearest = (values[:, None] - self.sigmas).abs().min(dim=1)
+        sigmas = torch.where(distance <= 1e-3, self.sigmas[nearest], values)
+        sigma = like(sigmas.to(sample.device).expand(len(sample)), sample)
         return ((1 - sigma) * sample + sigma * noise).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -280,7 +350,7 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             original_samples: Clean samples of shape (batch, ...).
             noise: Standard normal noise of the same shape.
-            timesteps: The plan's timesteps, of shape (batch,).
+            timesteps: Timesteps of shape (batch,).
 
         Returns:
             Noisy samples of the same shape and dtype.
@@ -296,9 +366,9 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int(self.config.num_train_timesteps)
 
 
-def _uniform(sigmas: np.ndarray) -> bool:
+def _uniform(sigmas: np.ndarray, atol: float = 1e-6) -> bool:
     """Whether these are the raw times that pipelines pass by default: from 1 down in equal steps."""
-    return len(sigmas) > 0 and np.allclose(sigmas, np.linspace(1, sigmas[-1], len(sigmas)), atol=1e-6)
+    return len(sigmas) > 0 and np.allclose(sigmas, np.linspace(1, sigmas[-1], len(sigmas)), atol=atol)
 
 
 def _check_same(what: str, sigmas: np.ndarray, plan: PhasePlan) -> None:

@@ -72,6 +72,18 @@ def known_family(architecture: str) -> ModelFamily | None:
     return next((each for each in _all() if each.architecture == architecture), None)
 
 
+def lora_family(architecture: str) -> ModelFamily | None:
+    """Find the family whose LoRA files a network of a given diffusers class takes.
+
+    Args:
+        architecture: Name of the class.
+
+    Returns:
+        The family, or None.
+    """
+    return next((e for e in _all() if architecture in (e.architecture, *e.extensions)), None)
+
+
 def family_of_lora(modules: Sequence[str]) -> ModelFamily | None:
     """Find the family that a LoRA file is of.
 
@@ -99,4 +111,5 @@ __all__ = [
     "family_of",
     "family_of_lora",
     "known_family",
+    "lora_family",
 ]

@@ -42,6 +42,8 @@ class ModelFamily(ABC):
     """What the model is called in messages."""
     architecture: str
     """Class name of the network in diffusers."""
+    extensions: tuple[str, ...] = ()
+    """Other network classes that have this one's blocks beside their own, and take its LoRA files."""
 
     blocks: tuple[str, ...]
     """Names of the network's lists of blocks, whose linear layers LoRA experts adapt."""

@@ -86,6 +86,7 @@ class WanFamily(ModelFamily):
     name = "wan"
     title = "Wan"
     architecture = "WanTransformer3DModel"
+    extensions = ("WanVACETransformer3DModel", "WanAnimateTransformer3DModel")
     blocks = ("blocks",)
     modules = _MODULES
     lora_targets = tuple(_MODULES)

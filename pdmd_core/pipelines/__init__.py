@@ -7,6 +7,7 @@ Three lines:
     pictures = pipe("a panda on a blue background").images
 """
 
-from .attach import attach_experts, detach_experts, load_phased_pipeline
+from .attach import attach_experts, detach_experts
+from .load import load_phased_pipeline
 
 __all__ = ["attach_experts", "detach_experts", "load_phased_pipeline"]

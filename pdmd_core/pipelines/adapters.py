@@ -43,6 +43,8 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
         raise ExpertsError(f"a {type(pipe).__name__} loads no LoRA files: convert the experts to full ones")
     networks = {name: network_of(pipe, name) for name in dict.fromkeys(e.component for e in experts.manifest.experts)}
     for network in networks.values():
+        if not hasattr(network, "delete_adapters"):
+            raise ExpertsError(f"a {type(network).__name__} takes no adapters: convert the experts to full ones")
         _check_usable(network)
     active = {name: _active_adapters(network) for name, network in networks.items()}
     adapters: dict[str, dict[int, str | None]] = {name: {} for name in networks}

@@ -1,8 +1,7 @@
-"""Loading phased experts into a pipeline, and taking them out again."""
+"""Phased experts in a pipeline that is there already, and out again."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,83 +11,27 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from ..experts import MANIFEST_NAME, BaseModel, ExpertsError, Manifest, PhasedExperts
-from ..experts.convert.released import UNKNOWN
+from ..experts import BaseModel, ExpertsError, Manifest, PhasedExperts
 from ..experts.format.fingerprint import base_warning, network_weights, sampler_of
 from ..experts.format.untrusted import shown
-from ..families import known_family
+from ..families import known_family, lora_family
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import load_adapters, remove_adapters
+from .guidance import guiders_of
 from .networks import (
     COMPONENT,
     component_names,
     empty_like,
-    empty_network,
     full_networks,
-    load_index,
     network_of,
-    no_base,
-    pipeline_class,
 )
 from .offload import disk_files, is_offloaded_in_parts, offloaded_again
-from .phased import GUIDANCE, MISSING, SCHEDULER_FOLDER, Attachment, Original, phased_class, restore
+from .phased import MISSING, Attachment, Original, phased_class, restore
+from .refusals import refuse_pipeline
 from .routing import Route, guard_networks
 
 logger = logging.get_logger(__name__)
-
-_EXPERTS_ARGUMENTS = ("token", "cache_dir", "local_files_only")
-_HUB_ARGUMENTS = (*_EXPERTS_ARGUMENTS, "revision", "force_download", "proxies")
-
-
-def load_phased_pipeline(
-    experts: str | Path | PhasedExperts,
-    base: str | Path | None = None,
-    experts_revision: str | None = None,
-    **kwargs: Any,
-) -> DiffusionPipeline:
-    """Load a pipeline that samples with phased experts.
-
-    Full experts take the place of the base's network, which is not loaded.
-
-    Args:
-        experts: An experts folder, a Hub id ``user/name``, opened experts, or a pipeline that was saved with its
-            experts.
-        base: The model folder or Hub id of the base; None takes the one that the manifest names.
-        experts_revision: A branch, tag or commit of experts on the Hub.
-        **kwargs: Arguments of ``DiffusionPipeline.from_pretrained`` for the base, such as ``dtype``, ``device_map``,
-            ``variant`` and its ``revision``. ``token``, ``cache_dir`` and ``local_files_only`` serve for the experts
-            too.
-
-    Returns:
-        A pipeline of the base's own class, whose steps and guidance default to what the experts were distilled for.
-
-    Raises:
-        ExpertsError: If the experts or the base cannot be loaded, or do not fit each other.
-
-    Examples:
-        >>> pipe = load_phased_pipeline("training/embedded/models/experts")
-        >>> call = {"width": 32, "height": 32, "num_frames": 1, "max_sequence_length": 16}
-        >>> pipe("a panda on a blue background", output_type="np", **call).frames.shape
-        (1, 1, 32, 32, 3)
-    """
-    if isinstance(experts, PhasedExperts):
-        return _load(experts, base, PhasedDMDScheduler.from_plan(experts.manifest.plan), **kwargs)
-    folder = Path(experts)
-    if (folder / "model_index.json").is_file():
-        if not (folder / MANIFEST_NAME).is_file():
-            return _load_stock(str(folder), **kwargs)
-        saved = PhasedDMDScheduler.from_pretrained(folder, subfolder=SCHEDULER_FOLDER)
-        return _load(PhasedExperts.open(folder), folder if base is None else base, saved, **kwargs)
-    try:
-        hub = {name: kwargs[name] for name in _EXPERTS_ARGUMENTS if name in kwargs}
-        opened = PhasedExperts.from_pretrained(experts, revision=experts_revision, **hub)
-    except ExpertsError:
-        at = {} if experts_revision is None else {"revision": experts_revision}
-        if folder.is_dir() or not _is_phased_index(str(experts), kwargs | at):
-            raise
-        return _load_stock(str(experts), **(kwargs | at))
-    return load_phased_pipeline(opened, base, **kwargs)
 
 
 def attach_experts(
@@ -124,7 +67,9 @@ def attach_experts(
         raise ExpertsError("this pipeline already has phased experts: call detach_experts first")
     if isinstance(experts, DiffusionPipeline):
         return _share(pipe, experts)
-    return _attach(pipe, experts if isinstance(experts, PhasedExperts) else PhasedExperts.from_pretrained(experts))
+    return attach_opened(
+        pipe, experts if isinstance(experts, PhasedExperts) else PhasedExperts.from_pretrained(experts)
+    )
 
 
 def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -168,54 +113,33 @@ def _follow(network: Any, expert: Any) -> None:
         network.to(expert.dtype)
 
 
-def _load(
-    experts: PhasedExperts, base: str | Path | None, scheduler: PhasedDMDScheduler, **kwargs: Any
-) -> DiffusionPipeline:
-    manifest, kind = experts.manifest, DiffusionPipeline
-    if base is None and manifest.base.model == UNKNOWN:
-        raise ExpertsError("these LoRA files do not tell their base: pass its Hub id or folder as base=")
-    source = str(base if base is not None else manifest.base.model)
-    if base is None and manifest.base.revision:
-        kwargs.setdefault("revision", manifest.base.revision)
-    networks = None
-    if _kind(manifest) == "full":
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        index = load_index(source, hub)
-        taken = [name for name in component_names(2) if isinstance(index.get(name), list)]
-        dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device_map")
-        if isinstance(dtype, dict):
-            dtype = dtype.get(COMPONENT, dtype.get("default"))
-        if device == "balanced":
-            raise ExpertsError("device_map='balanced' cannot place full experts: use a device, or offloading")
-        networks = full_networks(
-            experts, functools.partial(empty_network, manifest.base.architecture, source, hub), dtype
-        )
-        networks = [network.to(device) for network in networks]
-        kwargs |= dict(zip(taken, [*networks, None], strict=False))
-        # DiffusionPipeline itself would load components that are optional in this class although they are given
-        if "custom_pipeline" not in kwargs:
-            kind = pipeline_class(source, index)
-    try:
-        pipe = kind.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise no_base(source, error) from None
-    return _attach(pipe, experts, networks, scheduler)
-
-
-def _attach(
+def attach_opened(
     pipe: DiffusionPipeline,
     experts: PhasedExperts,
     loaded: Sequence[nn.Module] | None = None,
     scheduler: PhasedDMDScheduler | None = None,
 ) -> DiffusionPipeline:
-    """Attach opened experts; ``loaded`` are full experts that the pipeline was loaded with in the base's place."""
+    """Attach opened experts.
+
+    Args:
+        pipe: The pipeline.
+        experts: The experts.
+        loaded: Full experts that the pipeline was loaded with in the base's place.
+        scheduler: A scheduler that walks the experts' plan; None takes the pipeline's own where it does, or a new one.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ExpertsError: If experts and pipeline do not fit. The pipeline is then as it was.
+    """
     network = network_of(pipe, COMPONENT)
     experts = experts.on_network(type(network).__name__) if network is not None else experts
     manifest = experts.manifest
     _check_fits(pipe, experts)
     scheduler = scheduler or _scheduler_of(pipe, manifest.plan)
     attachment = Attachment(manifest.plan, manifest.guidance_scale, Route(scheduler), experts)
-    if _kind(manifest) == "lora":
+    if kind_of(manifest) == "lora":
         switches = load_adapters(pipe, experts, attachment.route)
         for component in switches:
             _warn_of_other_weights(pipe, component, manifest.base)
@@ -258,7 +182,7 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeli
         own = [network_of(pipe, name) for name in component_names(2)]
         if not all(switch.network in own for switch in shared.switches.values()):
             assert shared.experts is not None  # LoRA experts come from a folder
-            return _attach(pipe, shared.experts)
+            return attach_opened(pipe, shared.experts)
     elif type(network_of(pipe, COMPONENT)) is not type(shared.networks[0]):
         raise ExpertsError(
             f"the experts to share are of a {type(shared.networks[0]).__name__}, the pipeline has a "
@@ -267,7 +191,10 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeli
     attachment = Attachment(
         shared.plan, shared.guidance_scale, shared.route, shared.experts, shared.networks, shared.switches
     )
-    _install(pipe, attachment, _scheduler_of(pipe, shared.plan))
+    scheduler = _scheduler_of(pipe, shared.plan)
+    if scheduler is owner.scheduler:  # as from_pipe has it; two calls at a time need one each
+        scheduler = PhasedDMDScheduler.from_config(scheduler.config)
+    _install(pipe, attachment, scheduler)
     return pipe
 
 
@@ -291,6 +218,9 @@ def _install(pipe: DiffusionPipeline, attachment: Attachment, scheduler: PhasedD
             original.components[name] = pipe.__dict__.get(name, MISSING)
             pipe.register_modules(**{name: network})
         pipe.register_to_config(**routing)
+        for name, guider in guiders_of(pipe, attachment.guidance_scale).items():
+            original.components[name] = pipe.__dict__[name]
+            pipe.register_modules(**{name: guider})
         pipe.register_modules(scheduler=scheduler)
         attachment.original = original
         pipe.__dict__["phased"] = attachment
@@ -307,13 +237,23 @@ def _routing(pipe: DiffusionPipeline, attachment: Attachment) -> dict[str, Any]:
     for name, switch in attachment.switches.items():
         for phase in switch.phases:
             components[phase] = name
-    found = known_family(type(network_of(pipe, COMPONENT)).__name__)
+    found = lora_family(type(network_of(pipe, COMPONENT)).__name__)
     routing = found.stock_routing(plan, components) if found else {}
     return {key: value for key, value in routing.items() if key in pipe.config}
 
 
-def _kind(manifest: Manifest) -> str:
-    """Whether the experts are "lora" or "full"; a mixture is refused."""
+def kind_of(manifest: Manifest) -> str:
+    """Tell which kind all experts are of.
+
+    Args:
+        manifest: The experts' manifest.
+
+    Returns:
+        "lora" or "full".
+
+    Raises:
+        ExpertsError: If they are of both kinds.
+    """
     kinds = {expert.kind for expert in manifest.experts}
     if len(kinds) > 1:
         raise ExpertsError("these experts are partly LoRA, partly full: convert them to one kind for a pipeline")
@@ -326,7 +266,10 @@ def _check_fits(pipe: DiffusionPipeline, experts: PhasedExperts) -> None:
     network = network_of(pipe, COMPONENT)
     if network is None:
         raise ExpertsError(f"a {kind} without a {COMPONENT} cannot take phased experts")
-    if type(network).__name__ != manifest.base.architecture:
+    refuse_pipeline(pipe)
+    family = lora_family(type(network).__name__)
+    extended = family is not None and family.name == manifest.base.family and kind_of(manifest) == "lora"
+    if type(network).__name__ != manifest.base.architecture and not extended:
         raise ExpertsError(
             f"these experts are of a {manifest.base.architecture} ({manifest.base.model}), the pipeline has a "
             f"{type(network).__name__}"
@@ -363,34 +306,3 @@ def _warn_of_other_weights(pipe: DiffusionPipeline, component: str, origin: Base
     found = f"the {component} of {shown(where) if where else 'this pipeline'}"
     if text := base_warning(origin, component, sampler_of(network_weights(network)), found):
         logger.warning(text)
-
-
-def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a Hub repository holds a saved pipeline of full experts."""
-    try:
-        return GUIDANCE in load_index(source, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
-    except ExpertsError:
-        return False
-
-
-def _load_stock(source: str, **kwargs: Any) -> DiffusionPipeline:
-    """Load a stock pipeline of full experts, as ``save_pretrained`` of a phased pipeline writes it."""
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    index = load_index(source, hub)
-    names = [name for name in component_names(99) if isinstance(index.get(name), list) and index[name][0]]
-    scheduler = PhasedDMDScheduler.from_pretrained(source, subfolder="scheduler", **hub)
-    kind = pipeline_class(source, index)
-    if scheduler.plan is None or len(names) != len(scheduler.plan) or kind is DiffusionPipeline:
-        found = f"a plan of {len(scheduler.plan)} phases" if scheduler.plan else "no phase plan in scheduler/"
-        raise ExpertsError(f"{source}: no {MANIFEST_NAME}, {len(names)} network(s) and {found}: not phased experts")
-    pipe = phased_class(kind, len(names)).from_pretrained(source, scheduler=scheduler, **kwargs)
-    networks, route = tuple(network_of(pipe, name) for name in names), Route(scheduler)
-    pipe.__dict__["phased"] = Attachment(
-        scheduler.plan,
-        float(index.get(GUIDANCE, 1.0)),
-        route,
-        None,
-        networks,
-        handles=guard_networks(networks, route),
-    )
-    return pipe

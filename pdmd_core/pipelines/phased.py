@@ -7,9 +7,10 @@ import inspect
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from diffusers import DiffusionPipeline
@@ -20,7 +21,7 @@ from ..experts import MANIFEST_NAME, ExpertsError, PhasedExperts
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import without_adapters
-from .guidance import guidance_of
+from .guidance import guidances_of
 from .networks import COMPONENT, component_names, network_of
 from .offload import check_disk_files, offload_groups
 from .routing import AdapterSwitch, Route
@@ -75,6 +76,13 @@ class Attachment:
     """The pipeline before the experts; None for one that was loaded from a stock folder of full experts."""
     running: bool = False
     """Whether the pipeline is inside a call, when ``pipe.transformer`` is the expert of the current phase."""
+    own_lock: RLock = field(default_factory=RLock)
+    """Held by a call of this pipeline, which has one scheduler."""
+
+    @property
+    def lock(self) -> RLock:
+        """What a call holds: LoRA experts take turns on their network, also among pipelines that share it."""
+        return self.route.lock if self.switches else self.own_lock
 
     def on_turn(self, component: str, components: Mapping[str, Any]) -> Any:
         """Look up what a component of a running pipeline is in the current phase; LoRA experts are switched.
@@ -142,14 +150,18 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attachment(self)
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        attachment.check(self, given)
-        attachment.route.scheduler = self.scheduler
-        kwargs |= _defaults(self, signature, given)
-        attachment.running = attachment.route.switched = True
-        try:
-            return base.__call__(self, *args, **kwargs)
-        finally:
-            attachment.running = attachment.route.switched = False
+        with attachment.lock:
+            attachment.check(self, given)
+            kwargs |= _defaults(self, signature, given)
+            if (steps := given.get("num_inference_steps")) is not None:
+                self.scheduler.check_steps(steps)
+            asked = any(given.get(name) is not None for name in ("sigmas", "timesteps"))
+            outer, attachment.running = attachment.running, True
+            try:
+                with attachment.route.call(self.scheduler), nullcontext() if asked else self.scheduler.counting_only():
+                    return base.__call__(self, *args, **kwargs)
+            finally:
+                attachment.running = outer
 
     def maybe_free_model_hooks(self: Any) -> None:
         if "phased" in self.__dict__:
@@ -158,8 +170,11 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
 
     def get_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = base.get_timesteps(self, *args, **kwargs)
+        steps = len(self.scheduler.timesteps)
+        if steps and not len(found[0]):
+            raise ExpertsError(f"this strength leaves none of the {steps} steps: ask for at least {1 / steps:.3g}")
         if self.scheduler.begin_index is None:  # not every pipeline says that it starts midway
-            self.scheduler.set_begin_index(len(self.scheduler.timesteps) - len(found[0]))
+            self.scheduler.set_begin_index(steps - len(found[0]))
         return found
 
     def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -266,17 +281,17 @@ def _defaults(pipe: Any, signature: inspect.Signature, given: Mapping[str, Any])
     defaults: dict[str, Any] = {}
     if "num_inference_steps" in known and not {"num_inference_steps", "sigmas", "timesteps"} & set(given):
         defaults["num_inference_steps"] = len(attachment.plan.sigmas)
-    guidance = guidance_of(pipe)
-    if guidance is None:
-        return defaults
-    name, wanted = guidance.argument, guidance.of(attachment.guidance_scale)
-    if name not in given:
-        defaults[name] = wanted
-    elif given[name] is not None and float(given[name]) > max(wanted, guidance.none):
-        logger.warning(
-            f"{name}={given[name]}: these experts were distilled with the teacher's guidance in them. Guidance on top "
-            f"applies it twice and doubles the work; leave it at {wanted:g}."
-        )
+    for guidance in guidances_of(pipe):
+        name, wanted = guidance.argument, guidance.of(attachment.guidance_scale)
+        if name not in given:
+            defaults[name] = wanted
+        elif given[name] is not None and float(given[name]) > max(wanted, guidance.none):
+            logger.warning(
+                f"{name}={given[name]}: these experts were distilled with the teacher's guidance in them. Guidance on "
+                f"top applies it twice and doubles the work; leave it at {wanted:g}."
+            )
+    if "guidance_schedule" in known and "guidance_schedule" not in given and "guidance_scale" in defaults:
+        defaults["guidance_schedule"] = None  # it excludes a scale
     return defaults
 
 

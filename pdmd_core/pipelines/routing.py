@@ -7,7 +7,10 @@ bfloat16 it may lie on the other side of a boundary, and its units differ from m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +23,75 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
+_CALL: ContextVar[tuple[Route, PhasedDMDScheduler] | None] = ContextVar("phased_call", default=None)
+"""The call of a phased pipeline in which the current thread is."""
+
+
 class Route:
     """The source of the current phase: the scheduler that the hooks of one set of experts look at.
 
+    Pipelines that share experts share their route. Each call has the scheduler of its own pipeline, in whatever thread
+    it runs.
+
     Args:
-        scheduler: The scheduler of the pipeline that runs.
+        scheduler: The scheduler of the pipeline to which the experts were attached, which counts outside of calls.
     """
 
     def __init__(self, scheduler: PhasedDMDScheduler) -> None:
-        self.scheduler = scheduler
+        self._latest = scheduler
+        self._calls = 0
+        self._counting = RLock()
+        self.lock = RLock()
+        """Held by a call that changes the networks, as LoRA experts do."""
         self.switched = False
         """A phased pipeline is running; it switches experts whenever it takes its network."""
         self.attached = True
+
+    @property
+    def scheduler(self) -> PhasedDMDScheduler:
+        """The scheduler of the call in which the current thread is, of the latest call outside of any."""
+        call = _CALL.get()
+        return call[1] if call is not None and call[0] is self else self._latest
+
+    @contextmanager
+    def call(self, scheduler: PhasedDMDScheduler) -> Iterator[None]:
+        """Route by a scheduler within a block, in the current thread.
+
+        Args:
+            scheduler: The scheduler of the pipeline that runs.
+
+        Yields:
+            Nothing.
+        """
+        with self._counting:
+            self._latest = scheduler
+            self._calls += 1
+            self.switched = True
+        token = _CALL.set((self, scheduler))
+        try:
+            yield
+        finally:
+            _CALL.reset(token)
+            with self._counting:
+                self._calls -= 1
+                self.switched = self._calls > 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy what a route is without its locks and calls.
+
+        Returns:
+            The state for ``pickle`` and ``copy``.
+        """
+        return {"scheduler": self._latest, "attached": self.attached}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a route of a copied state.
+
+        Args:
+            state: What ``__getstate__`` gave.
+        """
+        Route.__init__(self, state["scheduler"])
+        self.attached = state["attached"]
 
 
 class PhaseGuard:
@@ -186,13 +246,17 @@ def guard_networks(networks: Sequence[nn.Module], route: Route) -> list[Removabl
     ]
 
 
+TIMESTEPS = ("timestep", "t", "timesteps")
+"""What networks call the argument."""
+
+
 def _timestep(network: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     """The timestep argument of a call, whatever it is called."""
-    for name in ("timestep", "t"):
+    for name in TIMESTEPS:
         if name in kwargs:
             return torch.as_tensor(kwargs[name])
     names = list(inspect.signature(type(network).forward).parameters)[1:]
-    for name in ("timestep", "t"):
+    for name in TIMESTEPS:
         if name in names and names.index(name) < len(args):
             return torch.as_tensor(args[names.index(name)])
     raise RuntimeError(f"a {type(network).__name__} was called without a timestep: phased experts are routed by it")

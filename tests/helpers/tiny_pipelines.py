@@ -94,7 +94,8 @@ def lora_experts(
 
 
 def random_lora(network: nn.Module, rank: int, seed: int, targets: tuple[str, ...] = TARGETS) -> dict[str, Tensor]:
-    """``<module>.lora_A`` and ``.lora_B`` for the linear layers with these names."""
+    """``<module>.lora_A`` and ``.lora_B`` for the linear layers with these names (Kandinsky has others)."""
+    targets = (*targets, "to_query", "to_value")
     linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and n.endswith(targets)}
     state = {}
     for index, (name, module) in enumerate(linear.items()):

@@ -24,7 +24,7 @@ CENTRAL = (
     "noise_level.shift_sigma",
     "phases.PhasePlan",
     "pipelines.attach.attach_experts",
-    "pipelines.attach.load_phased_pipeline",
+    "pipelines.load.load_phased_pipeline",
     "sampling.sampling_sigmas",
     "scheduler.PhasedDMDScheduler",
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...families import FAMILIES, ModelFamily, family, family_of_lora, known_family
+from ...families import FAMILIES, ModelFamily, family, family_of_lora, lora_family
 from ...hashing import sha256_of
 from ...phases import PhasePlan
 from ..errors import ExpertsError
@@ -126,7 +126,7 @@ def on_network(manifest: Manifest, architecture: str) -> Manifest:
     """
     if RELEASED not in manifest.training or GIVEN in manifest.training or manifest.base.architecture == architecture:
         return manifest
-    kind = known_family(architecture)
+    kind = lora_family(architecture)
     base = replace(manifest.base, architecture=architecture, family=kind.name if kind else architecture)
     return replace(manifest, base=base)
 

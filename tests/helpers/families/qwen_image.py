@@ -111,8 +111,18 @@ class PictureProcessor(Qwen2VLProcessor):
         return cls(Qwen2VLImageProcessorPil.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder))
 
 
-def _picture_processor() -> PictureProcessor:
-    return PictureProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56), qwen_tokenizer())
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{m['role']}}\n{% if m['content'] is string %}{{m['content']}}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{c['text']}}{% else %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+
+
+def picture_processor() -> PictureProcessor:
+    """A processor of pictures up to 56x56."""
+    pictures = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
+    return PictureProcessor(pictures, qwen_tokenizer(), chat_template=_TEMPLATE)
 
 
 def qwen_image() -> QwenImagePipeline:
@@ -130,13 +140,13 @@ def qwen_image_edit() -> QwenImageEditPipeline:
 
     Edit pipelines scale every picture to a million pixels: the latents are 32 times smaller.
     """
-    return quiet(QwenImageEditPipeline(**_qwen_parts(levels=6), processor=_picture_processor()))
+    return quiet(QwenImageEditPipeline(**_qwen_parts(levels=6), processor=picture_processor()))
 
 
 def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
     """As Qwen-Image-Edit-2511: another template, and the given picture's tokens have a timestep of their own."""
     parts = _qwen_parts(levels=6, zero_cond_t=True)
-    return quiet(QwenImageEditPlusPipeline(**parts, processor=_picture_processor()))
+    return quiet(QwenImageEditPlusPipeline(**parts, processor=picture_processor()))
 
 
 _EDIT_SIZE, _EDIT_LATENTS = (64, 128, 1), (1, 2, 16)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxControlPipeline
+from diffusers import FluxControlPipeline, WanVideoToVideoPipeline
 from torch import nn
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
@@ -20,7 +20,17 @@ from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.case import Case
 from tests.helpers.families.cases import CASES
 from tests.helpers.families.flux import flux
-from tests.helpers.tiny_pipelines import GIVEN, KINDS, PLAN, THREE, first_call, full_experts, lora_experts, networks_of
+from tests.helpers.tiny_pipelines import (
+    GIVEN,
+    KINDS,
+    PLAN,
+    THREE,
+    euler,
+    first_call,
+    full_experts,
+    lora_experts,
+    networks_of,
+)
 
 
 def test_the_scheduler_must_walk_the_plan(kind: str, tmp_path: Path) -> None:
@@ -210,3 +220,36 @@ def euler_in_bfloat16(case: Case, plan: PhasePlan, networks: list[nn.Module]) ->
             velocity = case.velocity(networks[i // 2], args, kwargs, x.bfloat16(), sigmas[i : i + 1] * 1000)
             x = x + (sigmas[i + 1] - sigmas[i]) * velocity.float()
     return x
+
+
+def test_sigmas_that_a_pipeline_computes_are_only_counted_and_the_user_s_are_checked(tmp_path: Path) -> None:
+    """CogView4, LTX and others compute sigmas that are not uniform and give them to the scheduler."""
+    case = CASES["qwen_image"]
+    pipe = case.build()
+    folder = full_experts(tmp_path, pipe, PLAN)
+    kind = type(pipe)
+
+    class Computing(kind):
+        def __call__(self, *args: Any, sigmas: Any = None, num_inference_steps: int = 50, **kwargs: Any) -> Any:
+            sigmas = [1.0, 0.9, 0.5, 0.1][:num_inference_steps] if sigmas is None else sigmas
+            return kind.__call__(self, *args, sigmas=sigmas, num_inference_steps=num_inference_steps, **kwargs)
+
+    pipe.__class__ = Computing
+    attach_experts(pipe, folder)
+    assert torch.equal(case.sample(pipe), euler(case, PLAN, networks_of(case, folder)))
+    with pytest.raises(ValueError, match="the sigmas given are not the plan's"):
+        case.sample(pipe, sigmas=[1.0, 0.9, 0.5, 0.1])
+
+
+def test_a_strength_that_leaves_no_step_is_one_line(kind: str, tmp_path: Path) -> None:
+    case = CASES["wan"]
+    text = case.build()
+    pipe = WanVideoToVideoPipeline(**{k: v for k, v in text.components.items() if k != "transformer_2"})
+    pipe.set_progress_bar_config(disable=True)
+    attach_experts(pipe, KINDS[kind](tmp_path, pipe, PLAN))
+    call = {k: v for k, v in case.call.items() if k != "num_frames"}
+    with pytest.raises(ExpertsError, match=r"this strength leaves none of the 4 steps: ask for at least 0\.25$"):
+        pipe(strength=0.2, latents=case.noise(), output_type="latent", **call)
+    assert (
+        pipe(strength=0.25, latents=case.noise(), output_type="latent", return_dict=False, **call)[0].isfinite().all()
+    )

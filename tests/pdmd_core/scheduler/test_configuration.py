@@ -93,7 +93,9 @@ def test_compatible_schedulers_are_named_and_can_be_made_from_its_config() -> No
     scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
     assert set(scheduler.compatibles) == {FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler}
     for kind in scheduler.compatibles:
-        assert isinstance(kind.from_config(scheduler.config), kind)
+        other = kind.from_config(scheduler.config)
+        assert isinstance(other, kind)
+        assert PhasedDMDScheduler.from_config(other.config).config == scheduler.config
 
 
 def test_it_survives_copy_and_pickle_in_the_middle_of_a_run() -> None:
@@ -105,3 +107,9 @@ def test_it_survives_copy_and_pickle_in_the_middle_of_a_run() -> None:
         moved = copied.step(randn(1, 3, seed=2), 937.5, x).prev_sample
         assert copied.phase == 1
         torch.testing.assert_close(moved, x + (1 / 1.2 - 0.9375) * randn(1, 3, seed=2))
+
+
+def test_a_scheduler_of_a_pipeline_that_needs_switching_refuses_to_sample_alone(tmp_path: Path) -> None:
+    PhasedDMDScheduler.from_plan(PLANS["two phases"], needs_switching="load_it()").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"do not switch by themselves in a pipeline of diffusers: .* load_it\(\)$"):
+        PhasedDMDScheduler.from_pretrained(tmp_path).set_timesteps(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from pdmd_core.phases import PhasePlan
@@ -126,3 +127,21 @@ def test_half_precision_is_renoised_in_float32() -> None:
     noise, following = torch.randn(2, 64, generator=torch.Generator().manual_seed(3)), plan.sigmas[1]
     expected = (1 - following) * (x.float() - velocity.float()) + following * noise
     assert torch.equal(found, expected.bfloat16())
+
+
+def test_tokens_with_timesteps_of_their_own_go_where_stock_schedulers_take_them() -> None:
+    """As LTX pipelines hold the tokens of given frames."""
+    plan = PLANS["two phases"]
+    stock, own = FlowMatchEulerDiscreteScheduler(), PhasedDMDScheduler.from_plan(plan)
+    stock.set_timesteps(sigmas=list(plan.sigmas))
+    own.set_timesteps(4)
+    x = y = randn(2, 5, 3)
+    held = torch.tensor([[1.0, 0.2, 0.0, 1.0, 0.9]]) * 1000
+    for timestep in own.timesteps:
+        times, velocity = torch.minimum(timestep.expand(2, 5), held), randn(2, 5, 3, seed=int(timestep))
+        x = own.step(velocity, timestep, x, per_token_timesteps=times, return_dict=False)[0]
+        y = stock.step(velocity, timestep, y, per_token_timesteps=times, return_dict=False)[0]
+        torch.testing.assert_close(x, y)
+    own = PhasedDMDScheduler.from_plan(plan, sampler="renoise")
+    with pytest.raises(ValueError, match="not renoised"):
+        own.step(velocity, 1000.0, x, per_token_timesteps=times)

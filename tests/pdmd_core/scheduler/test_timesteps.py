@@ -54,8 +54,11 @@ def test_however_a_pipeline_asks_the_plan_s_steps_are_prepared(arguments: dict[s
 def test_a_wrong_number_of_steps_is_an_error_that_names_the_right_one(wrong: int) -> None:
     scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
     for arguments in ({"num_inference_steps": wrong}, {"sigmas": [0.5] * wrong}, {"timesteps": [1.0] * wrong}):
-        with pytest.raises(ValueError, match=f"distilled for 4 steps, found {wrong}: ask for 4, or allow more with"):
-            scheduler.set_timesteps(**arguments)
+        scheduler.set_timesteps(**arguments)
+        with pytest.raises(ValueError, match=f"for 4 steps, found {wrong}: ask for 4, or allow more with refine"):
+            scheduler.step(randn(1, 2), 1000.0, randn(1, 2))
+    scheduler.set_timesteps(4)
+    assert scheduler.step(randn(1, 2), 1000.0, randn(1, 2)).prev_sample.shape == (1, 2)
     with pytest.raises(ValueError, match="ask for 4"):
         run(wan_pipeline(scheduler), steps=wrong)
 
@@ -69,6 +72,9 @@ def test_sigmas_of_the_caller_s_own_that_are_not_the_plan_s_are_refused(argument
     scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
     with pytest.raises(ValueError, match=r"given are not the plan's: expected sigmas 1.0000, 0.9375, 0.8333, 0.6250"):
         scheduler.set_timesteps(**arguments)
+    with scheduler.counting_only():
+        scheduler.set_timesteps(**arguments)
+    assert torch.equal(scheduler.sigmas, torch.tensor([*scheduler.plan.sigmas, 0.0]))
 
 
 @pytest.mark.parametrize("steps", [4, 5, 8, 13])
@@ -82,8 +88,9 @@ def test_refinement_walks_more_steps_when_it_is_asked_for(steps: int) -> None:
         phases.append(scheduler.phase)
         scheduler.step(torch.zeros(1, 2), timestep, torch.zeros(1, 2))
     assert phases == [plan.phase_index(sigma) for sigma in plan.refined(steps).sigmas]
+    scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="found 3: ask for that or more"):
-        scheduler.set_timesteps(3)
+        scheduler.step(torch.zeros(1, 2), 1000.0, torch.zeros(1, 2))
     pipeline = wan_pipeline(scheduler)
     torch.testing.assert_close(run(pipeline, steps), euler(pipeline, plan.refined(steps)), rtol=1e-5, atol=1e-5)
 
@@ -125,3 +132,23 @@ def test_scale_noise_mixes_sample_and_noise_at_the_sigma_of_each_timestep() -> N
         )
     assert torch.equal(scheduler.scale_noise(sample, scheduler.timesteps[:1], noise), noise)
     assert scheduler.scale_noise(sample.bfloat16(), scheduler.timesteps, noise.bfloat16()).dtype == torch.bfloat16
+
+
+def test_noise_can_be_added_at_any_timestep_after_any_number_of_steps() -> None:
+    """As diffusers' common tests of schedulers do it; an inpainting pipeline may add noise between the plan's steps."""
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    scheduler.set_timesteps(50)
+    sample, noise = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1)
+    assert scheduler.add_noise(sample, noise, scheduler.timesteps[5][None]).shape == sample.shape
+    torch.testing.assert_close(
+        scheduler.scale_noise(sample, torch.tensor([300.0]), noise), 0.7 * sample + 0.3 * noise, rtol=0, atol=1e-6
+    )
+    assert torch.equal(scheduler.scale_noise(sample, torch.tensor([0.0]), noise), sample)
+
+
+def test_uniform_timesteps_beside_uniform_sigmas_are_counted() -> None:
+    """CogView4 gives both, with timesteps in integers."""
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    timesteps = np.linspace(1000, 1, 4).astype(np.int64)
+    scheduler.set_timesteps(timesteps=timesteps, sigmas=timesteps / 1000, mu=0.5)
+    assert scheduler.timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
