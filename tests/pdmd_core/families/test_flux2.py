@@ -11,7 +11,7 @@ from pdmd_core.experts import BaseModel, Expert, Manifest
 from pdmd_core.experts.hub.card_code import stock_code
 from pdmd_core.families.flux2 import Flux2Family
 from pdmd_core.phases import PhasePlan
-from pdmd_core.pipelines.guidance import Guidance, guidance_of
+from pdmd_core.pipelines.guidance import Guidance, guidances_of
 from pdmd_core.roles import Roles, RoleSpec
 from tests.helpers.families.flux2 import flux2, flux2_klein
 from tests.helpers.tiny import randn
@@ -36,9 +36,9 @@ def test_a_target_that_no_block_has_is_one_line() -> None:
 
 
 def test_guidance_of_dev_is_an_input_and_of_klein_a_second_evaluation() -> None:
-    assert FLUX2.guidance_arguments(1.0, Flux2Pipeline) == {} and guidance_of(flux2()) is None
+    assert FLUX2.guidance_arguments(1.0, Flux2Pipeline) == {} and guidances_of(flux2()) == []
     assert FLUX2.guidance_arguments(3.0, Flux2KleinPipeline) == {"guidance_scale": 3.0}
-    assert guidance_of(flux2_klein()) == Guidance("guidance_scale", 1.0)
+    assert guidances_of(flux2_klein()) == [Guidance("guidance_scale", 1.0)]
     seen: list[Tensor | None] = []
     for network in (flux2().transformer, flux2_klein().transformer):
         network.register_forward_pre_hook(lambda n, a, k: seen.append(k["guidance"]), with_kwargs=True)
