@@ -246,6 +246,7 @@ def distill(config: DistillConfig, resume: Resume | None, push_to_hub: str | Non
 
 def train(config: DistillConfig, resume: Resume | None, push_to_hub: str | None = None, private: bool = False) -> int:
     """What each process of a run does, the first one with ``push_to_hub``; returns the exit status."""
+    from training.loop.best import StoppedEarly
     from training.loop.build import build_run
     from training.loop.signals import Stopped
     from training.loop.trainer import Trainer
@@ -258,7 +259,7 @@ def train(config: DistillConfig, resume: Resume | None, push_to_hub: str | None 
         print(trainer.plan.describe())
     try:
         experts = trainer.run()
-    except Stopped as stop:
+    except (Stopped, StoppedEarly) as stop:
         if main:
             print(f"distill.py: {stop}", file=sys.stderr)
         return stop.exit_status

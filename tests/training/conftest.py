@@ -36,7 +36,7 @@ def settings_of_run(teacher: Path, tmp_path: Path) -> dict[str, Any]:
         "lr_decay_share": 0.5,
         "output_dir": str(tmp_path / "run"),
         "checkpoints": {"every": 1, "keep": 2},
-        "validation": {"every": None, "seeds": 2},
+        "validation": {"every": None, "seeds": 2, "teacher_steps": 2},
         "monitoring": {"tracker": None, "log_every": 1},
     }
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.config.keys import fields_of, suggestion
-from training.config.schema import ConfigError, DistillConfig, leaves_of, with_defaults
+from training.config.problems import leaves_of
+from training.config.schema import ConfigError, DistillConfig, with_defaults
 
 FREE = (
     "output_dir",

@@ -7,8 +7,7 @@ nearest known name.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +20,9 @@ from pdmd_core.method import Objective, fake_roles
 from pdmd_core.phases import Phase, PhasePlanError
 from pdmd_core.roles import RoleSpec
 from training.config.command_line import UserError
-from training.config.keys import fields_of, is_text, kind_of, suggestion, takes_null
+from training.config.keys import fields_of, is_text, kind_of, takes_null
 from training.config.moved import MOVED, moved_keys, with_todays_keys
+from training.config.problems import in_quotes, leaves_of, lines_of
 from training.config.sections import (
     CheckpointsSection,
     Count,
@@ -148,6 +148,23 @@ class DistillConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _best_is_measured(self) -> DistillConfig:
+        best, validation = self.checkpoints.best, self.validation
+        if best is not None and validation.teacher_steps is None:
+            raise ValueError(
+                "checkpoints.best: compared with the teacher, which validation.teacher_steps null leaves out"
+            )
+        if best == "frechet" and validation.features is None:
+            raise ValueError("checkpoints.best: frechet is measured with validation.features: name a network there")
+        interval = validation.features_every if best == "frechet" and validation.features_every else validation.every
+        if best is not None and (interval is None or interval % self.checkpoints.every):
+            raise ValueError(
+                f"checkpoints.best: measured every {interval} updates, checkpoints are every {self.checkpoints.every}: "
+                "set checkpoints.every so that it divides that"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_number_for_each_phase(self) -> DistillConfig:
         phases = len(self.plan.build())
         if isinstance(self.updates, list) and len(self.updates) != phases:
@@ -246,7 +263,7 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"override {key!r}: {value!r} is not a YAML value") from None
+            raise ConfigError(f"override {key!r}: {value!r} is not a YAML value{in_quotes(value)}") from None
     return with_values(data, values)
 
 
@@ -285,7 +302,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: not a file that can be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        text = " ".join(str(error).split())
+        hint = in_quotes(": ") if "mapping values" in text else ""
+        raise ConfigError(f"{path}: not YAML: {text}{hint}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(data).__name__}")
     return data
@@ -321,7 +340,12 @@ def parse_config(data: Mapping[str, Any], source: str) -> DistillConfig:
     except PhasePlanError as error:
         raise ConfigError(f"{source}: plan: {error}") from None
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in _lines(error.errors()))) from None
+        raise ConfigError(
+            "\n".join(
+                f"{source}: {line}"
+                for line in lines_of(error.errors(), [key for key, _, _ in fields_of(DistillConfig)])
+            )
+        ) from None
     understood = leaves_of(config.model_dump())
     for key, value in leaves_of(data).items():  # pydantic takes true for 1
         if isinstance(value, bool) and not isinstance(understood.get(key), bool):
@@ -343,55 +367,3 @@ def with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(DistillConfig.model_validate(renamed).model_dump_json())
     except (ValidationError, PhasePlanError):
         return renamed
-
-
-def leaves_of(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration as dotted keys and their values.
-
-    Args:
-        data: Keys and values; sections are mappings.
-        prefix: What stands before the keys.
-    """
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        found |= leaves_of(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
-
-
-def _lines(problems: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong, a line for each key.
-
-    A value that may be of several types has a problem with each of them: those with what is inside it say the most.
-    """
-    by_name: dict[str, list[Mapping[str, Any]]] = {}
-    for problem in problems:
-        by_name.setdefault(_name(problem["loc"]), []).append(problem)
-    outer = {name for name in by_name for other in by_name if name and other.startswith((f"{name}.", f"{name}["))}
-    return [line for name, found in by_name.items() if name not in outer for line in _lines_of(name, found)]
-
-
-def _name(place: Sequence[int | str]) -> str:
-    """The dotted key of a place, without the types among which a value chooses, such as ``list[int]``."""
-    keys = [part for part in place if isinstance(part, int) or not (part == "int" or "[" in part)]
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
-
-
-def _lines_of(name: str, problems: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    first = problems[0]
-    found = repr(first["input"]) if len(repr(first["input"])) < 60 else f"{first['input']!r:.57}..."
-    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = [key for key, _, _ in fields_of(DistillConfig)]
-        for unknown in leaves_of({name: first["input"]}):
-            yield f"unknown key {unknown!r}, {suggestion(unknown, known)}"
-    elif first["type"] == "missing":
-        yield f"{name} is required"
-    elif first["type"] == "value_error":  # of a section: those of the library start with the name of a field
-        separator = "." if re.match(r"[a-z_]+: ", messages[0]) else ": "
-        yield f"{name}{separator}{messages[0]}" if name else messages[0]
-    elif first["type"] in ("model_type", "dataclass_type"):
-        yield f"{name}: expected a section with keys, found {found}"
-    else:
-        types = " or ".join(message.partition(", unable")[0] for message in messages)
-        wanted = types.replace("or Input should be", "or").replace("tuple", "list")
-        yield f"{name}: {wanted}, found {found}"

@@ -20,6 +20,8 @@ from training.data.examples import ExampleSource
 
 Count = Annotated[int, Field(ge=1)]
 Optimizer = Literal["adamw", "adamw_8bit"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
+"""Those that accelerate knows."""
 
 
 class Section(BaseModel):
@@ -182,6 +184,10 @@ class CheckpointsSection(Section):
     """How many of the newest checkpoints stay on disk; that of the end of each phase stays too."""
     keep_every: Count | None = None
     """Checkpoints of updates that are multiples of this stay for good."""
+    best: Literal["teacher_distance", "frechet"] | None = None
+    """Measure of validations by which the best checkpoint of each phase stays too; null is without."""
+    patience: Count | None = None
+    """Validations in a row without a better one after which the run stops; null is never."""
 
     @model_validator(mode="after")
     def _keeps_what_is_written(self) -> CheckpointsSection:
@@ -189,6 +195,8 @@ class CheckpointsSection(Section):
             raise ValueError(
                 f"keep_every: expected a multiple of checkpoints.every, {self.every}, found {self.keep_every}"
             )
+        if self.patience is not None and self.best is None:
+            raise ValueError("patience: by which measure is better? give checkpoints.best, or leave it out")
         return self
 
 
@@ -201,13 +209,31 @@ class ValidationSection(Section):
     """Prompts of the grids; the first training prompts if null."""
     seeds: Count = 4
     """Seeds for each prompt of the grids."""
+    teacher_steps: Count | None = 40
+    """Steps of the teacher's own samples of the same prompts and noise, which are made once; null is without."""
+    features: Literal["emoji", "efflite0"] | None = None
+    """Network in whose features Frechet distance to the teacher and diversity are measured; null is without."""
+    features_every: Count | None = None
+    """Updates between these; at every validation if null."""
+    features_prompts: Count = 16
+    """First training prompts that are sampled for these, with the seeds of the grids."""
+
+    @model_validator(mode="after")
+    def _measures_what_is_sampled(self) -> ValidationSection:
+        if self.features is not None and self.teacher_steps is None:
+            raise ValueError("features: compared with the teacher, which teacher_steps null leaves out: give steps")
+        if self.features_every is not None and (self.every is None or self.features_every % self.every):
+            raise ValueError(
+                f"features_every: expected a multiple of validation.every, {self.every}, found {self.features_every}"
+            )
+        return self
 
 
 class MonitoringSection(Section):
     """Numbers, warnings and the page of a run."""
 
-    tracker: str | None = "tensorboard"
-    """A tracker that accelerate knows, or null."""
+    tracker: Tracker | None = "tensorboard"
+    """Where numbers and samples are shown beside the page, or null; all but tensorboard take a package of that name."""
     log_every: Count = 10
     """Updates between lines of metrics.jsonl and tracker points."""
     page: bool = True
@@ -218,6 +244,18 @@ class MonitoringSection(Section):
     """Warn when seeds differ by less than this part of what they differed by."""
     saturation_rise: Annotated[float, Field(gt=1)] = 1.5
     """Warn when saturation or contrast is this many times that of the phase's first samples."""
+    above_teacher: Annotated[float, Field(gt=1)] = 1.25
+    """Warn when saturation, contrast or motion is this many times that of the teacher's samples."""
+    below_teacher: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Warn when these or the difference between seeds, in the last phase, are less than this part of the teacher's."""
+    teacher_distance_rise: Annotated[float, Field(gt=1)] = 1.5
+    """Warn when samples are this many times as far from the teacher's own as they were at best."""
+    score_distance_rise: Annotated[float, Field(gt=1)] = 1.4
+    """Warn when fake and teacher are this many times as far apart as when the phase began."""
+    frechet_rise: Annotated[float, Field(gt=1)] = 2.0
+    """Warn when the Frechet distance to the teacher is this many times what it was at best."""
+    stop_when_broken: bool = False
+    """Stop a run whose samples and scores both leave the teacher's."""
     fake_loss_rise: Annotated[float, Field(gt=1)] = 1.5
     """Warn when the fake's loss is this many times what it was."""
     grad_norm_rise: Annotated[float, Field(gt=1)] = 10.0

@@ -83,6 +83,11 @@ class Encoder:
 
         return self._in_batches(examples, encode)
 
+    def longer(self, examples: Sequence[Example]) -> int:
+        """How many prompts have more tokens than ``max_sequence_length``: their ends are cut off."""
+        tokens = self.pipeline.tokenizer([example.prompt for example in examples], padding=False, truncation=False)
+        return sum(len(row) > self.max_sequence_length for row in tokens["input_ids"])
+
     @property
     def _text_sees_images(self) -> bool:
         return self.takes_image and self.family.prompts_see_images(self.pipeline)

@@ -1,7 +1,7 @@
 """What a model is distilled on: prompts, with an image and a size where the data has them, read from where they lie.
 
 Files of text, CSV and JSON lines are read line by line, everything else by the library ``datasets``; nothing is ever
-held in memory as a whole.
+held in memory as a whole but a JSON list, whose size is limited.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, AnyStr, ClassVar
@@ -21,10 +21,16 @@ from training.config.command_line import UserError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-FORMATS = "a text file with one prompt a line, .csv, .tsv, .jsonl, .parquet, a dataset's folder or its Hub id"
+FORMATS = (
+    "a text file (.txt) with one prompt a line, .csv, .tsv, .jsonl, .json, .parquet, a dataset's folder or its Hub id"
+)
 LONGEST_LINE = 2**20
-_FILES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet"}
+LONGEST_LIST = 2**28
+"""Bytes of a JSON list, which is read as a whole."""
+_FILES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"}
 """Names that end in one of these are files, and no ids of the Hub, which may have dots too."""
+_FURTHER = "\0further"
+"""The key of values beyond the header, which no column has."""
 
 
 class PromptError(UserError):
@@ -50,7 +56,7 @@ class ExampleSource:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     prompts: str
-    """Training prompts: text, one a line; .csv, .tsv, .jsonl, .parquet; a dataset's folder or Hub id."""
+    """Training prompts: .txt, one a line; .csv, .tsv, .jsonl, .json, .parquet; a dataset's folder or Hub id."""
     prompt_column: str = "prompt"
     """Column or key of the prompt."""
     image_column: str = "image"
@@ -90,10 +96,13 @@ class ExampleSource:
         """Place and values of every row."""
         path = Path(self.prompts)
         self._check_unheard(path)
-        if path.is_file() and path.suffix != ".parquet":
-            reader = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}.get(path.suffix)
-            return reader(path) if reader else _text_lines(path, self.prompt_column)
-        if path.exists() or (is_hub_id(self.prompts) and path.suffix not in _FILES):
+        suffix = path.suffix.lower()
+        if path.is_file() and suffix != ".parquet":
+            reader = _READERS.get(suffix)
+            if reader is None:
+                raise PromptError(f"{self.prompts}: expected {FORMATS}, found a file that ends in {path.suffix!r}")
+            return reader(path, self.prompt_column)
+        if path.exists() or (is_hub_id(self.prompts) and suffix not in _FILES):
             return self._dataset_rows(path)
         raise PromptError(f"{self.prompts}: no such prompt file; expected {FORMATS}")
 
@@ -222,7 +231,7 @@ def _text_lines(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any
         yield f"{path}, line {number}", {column: line}
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _json_lines(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, line in _lines(path):
         try:
             row = json.loads(line)
@@ -236,21 +245,69 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"{path}, line {number}", row
 
 
-def _table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a file of comma or tab separated values with a header."""
+def _json_list(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a file that is one list of objects or of prompts; of one with an object a line, those."""
+    with path.open("rb") as file:
+        if not file.read(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from _json_lines(path, column)
+            return
+    if (size := path.stat().st_size) > LONGEST_LIST:
+        raise PromptError(
+            f"{path}: a list of {size / 2**20:,.0f} MiB is not read as a whole: write one object a line, as .jsonl"
+        )
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path}: expected a JSON list in UTF-8: {' '.join(str(error).split())[:200]}") from None
+    for number, row in enumerate(rows):
+        if isinstance(row, str):
+            row = {column: row}
+        if not isinstance(row, dict):
+            raise PromptError(f"{path}, entry {number}: expected a prompt or an object, found {row!r:.60}")
+        yield f"{path}, entry {number}", row
+
+
+def _table(path: Path, column: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a file of separated values with a header, which tells the separator.
+
+    A column without a name, as pandas writes its index, is left out.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        reader = csv.DictReader(_bounded(path, file), delimiter=delimiter, restkey="", strict=True)
+        reader = csv.DictReader(_bounded(path, file), delimiter=_separator(path, column), restkey=_FURTHER, strict=True)
         try:
             for row in reader:
-                if "" in row or None in row.values():
+                if _FURTHER in row or None in row.values():
                     raise PromptError(
                         f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} values as in the "
                         "header; a prompt with commas or line breaks stands in double quotes"
                     )
-                yield f"{path}, line {reader.line_num}", row
+                yield f"{path}, line {reader.line_num}", {name: value for name, value in row.items() if name}
         except (csv.Error, UnicodeDecodeError) as error:
             raise PromptError(f"{path}, after line {reader.line_num}: not CSV in UTF-8 ({error})") from None
+
+
+def _separator(path: Path, column: str) -> str:
+    """That of the file's suffix, or the other with which its header has the column."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header = next(_bounded(path, file), "")
+        names = {mark: next(csv.reader([header], delimiter=mark), []) for mark in (usual, ",", ";", "\t")}
+    except (csv.Error, UnicodeDecodeError):  # which reading the rows says with its place
+        return usual
+    return next((mark for mark, found in names.items() if column in found), usual)
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Mapping[str, Any]]]]] = {
+    "": _text_lines,
+    ".txt": _text_lines,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_list,
+    ".csv": _table,
+    ".tsv": _table,
+}
+"""Suffix to what reads the rows of such a file, given the column of prompts."""
 
 
 def read_examples(location: str | Path) -> list[Example]:

@@ -16,28 +16,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pdmd_core.experts.errors import ExpertsError
 from pdmd_core.experts.format.header import read_header
 from pdmd_core.experts.format.mapped import MappedFile
 from pdmd_core.families import ModelFamily
-from pdmd_core.hashing import sha256_of, sha256_of_bytes
-from training.config.command_line import UserError
 from training.data.buckets import ANY, Bucket, SampleSize, bucket_of
 from training.data.encoder import Encoder
 from training.data.examples import Example, PromptError
+from training.data.prompt_identity import CHUNK, identity
 from training.data.teacher import TeacherSource
+from training.distributed.processes import of_first_process, process_number
+from training.monitoring.bars import progress_bar
 
-T = TypeVar("T")
-CHUNK = 128
-"""Examples in a file: some 100 MB for the prompts of a large model."""
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
 DIGEST = "sha256"
 OF_NEGATIVE = "negative."
@@ -55,6 +51,8 @@ class PromptCache:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         self.identity: str = folder.name
         self.widths: dict[str, int] = index["widths"]
+        self.longer: int = index.get("longer", 0)
+        """Prompts that were cut off at ``max_sequence_length``."""
         chunks = index["chunks"]
         self._buckets = torch.tensor([bucket for bucket, rows in chunks for _ in rows], dtype=torch.int16)
         places = torch.tensor([[chunk, row] for chunk, (_, rows) in enumerate(chunks) for row in range(len(rows))])
@@ -173,12 +171,12 @@ def open_prompt_cache(
     the network loses nothing, since it takes them in no other. check: told the identity before anything is encoded. All
     processes call this together. Raises PromptError.
     """
-    folder = cache_dir / _of_first_process(lambda: identity(examples, negative_prompt, encoder, buckets, dtype))
+    folder = cache_dir / of_first_process(lambda: identity(examples, negative_prompt, encoder, buckets, dtype))
     if check is not None:
         check(folder.name)
-    found = _of_first_process(lambda: examined(folder))
+    found = of_first_process(lambda: examined(folder))
     for name, problem in found.items():
-        if problem and _process()[0] == 0:
+        if problem and process_number()[0] == 0:
             print(f"warning: {folder / name} is damaged ({problem}): it is encoded again", file=sys.stderr)
     if INDEX not in found or any(found.values()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,11 +202,11 @@ def _problem(path: Path) -> str | None:
     try:
         if path.name == INDEX:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return None if values.pop(DIGEST, None) == _digest(path, {}, values) else "not what was written"
+            return None if values.pop(DIGEST, None) == digest_of_tensors(path, {}, values) else "not what was written"
         file = MappedFile(path)
         metadata = dict(file.header.metadata)
         digest = metadata.pop(DIGEST, None)
-        found = _digest(path, {name: file.tensor(name) for name in file.header.specs}, metadata)
+        found = digest_of_tensors(path, {name: file.tensor(name) for name in file.header.specs}, metadata)
     except (OSError, ValueError, AttributeError) as error:  # ValueError: of JSON, and ExpertsError
         return " ".join(str(error).removeprefix(f"{path}: ").split())[:100] or type(error).__name__
     if digest is None:
@@ -216,8 +214,8 @@ def _problem(path: Path) -> str | None:
     return None if digest == found else "not what was written"
 
 
-def _digest(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
-    """SHA-256 of what a file of a bank holds, and of its place there."""
+def digest_of_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
+    """SHA-256 of what a file of a cache holds, and of its place there."""
     digest = hashlib.sha256(json.dumps([path.parent.name, path.name, values], sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name].contiguous()
@@ -251,17 +249,20 @@ def _write(
     found: Mapping[str, str | None],
 ) -> None:
     """Write what is not whole of a bank, and its index last. found: what is wrong with the files that are there."""
-    rank, processes = _process()
+    rank, processes = process_number()
     whole = {name for name, problem in found.items() if not problem}
     chunks = []
-    for number, (bucket, rows, part) in enumerate(_chunks(tqdm(examples, "encode", disable=rank > 0), buckets)):
+    for number, (bucket, rows, part) in enumerate(
+        _chunks(progress_bar(examples, desc="encode", disable=rank > 0), buckets)
+    ):
         chunks.append((bucket, rows))
         path = folder / f"{number:06d}.safetensors"
         if number % processes == rank and path.name not in whole:
             size = None if bucket == ANY else buckets[bucket]
             texts = encoder.texts(part, size)
             texts |= {OF_NEGATIVE + k: v for k, v in encoder.negatives(negative_prompt, part, size).items()}
-            _save(path, _in(dtype, texts), encoder.images(part, size), [example.prompt for example in part])
+            prompts = [example.prompt for example in part]
+            _save(path, _in(dtype, texts), encoder.images(part, size), prompts, encoder.longer(part))
     if rank == 0:
         negative = encoder.negative(negative_prompt)
         if negative and NEGATIVE not in whole:
@@ -272,13 +273,16 @@ def _write(
                 _wait_for(folder / name)
         files += [NEGATIVE] if negative else []
         widths: dict[str, int] = {}
+        longer = 0
         for name in files:
-            for tensor, width in json.loads(read_header(folder / name).metadata["widths"]).items():
+            metadata = read_header(folder / name).metadata
+            longer += int(metadata.get("longer", 0))
+            for tensor, width in json.loads(metadata["widths"]).items():
                 tensor = tensor.removeprefix(OF_NEGATIVE)
                 widths[tensor] = max(width, widths.get(tensor, 0))
-        values = {"chunks": [list(chunk) for chunk in chunks], "widths": widths, "files": files}
+        values = {"chunks": [list(chunk) for chunk in chunks], "widths": widths, "files": files, "longer": longer}
         temporary = folder / f"{INDEX}.{secrets.token_hex(4)}.part"
-        text = json.dumps(values | {DIGEST: _digest(folder / INDEX, {}, values)})
+        text = json.dumps(values | {DIGEST: digest_of_tensors(folder / INDEX, {}, values)})
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / INDEX)
     for name in [*(found if rank else ()), INDEX]:
@@ -304,7 +308,7 @@ def _chunks(examples: Iterable[Example], buckets: Sequence[Bucket]) -> Iterator[
         yield bucket, *map(list, zip(*rows, strict=True))  # type: ignore[misc]
 
 
-def _save(path: Path, texts: dict[str, Tensor], images: dict[str, Tensor], prompts: list[str]) -> None:
+def _save(path: Path, texts: dict[str, Tensor], images: dict[str, Tensor], prompts: list[str], longer: int = 0) -> None:
     tensors = dict(images)
     for name, value in texts.items():
         lengths = [_length(row) for row in value]
@@ -313,8 +317,8 @@ def _save(path: Path, texts: dict[str, Tensor], images: dict[str, Tensor], promp
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     widths = {name: value.shape[1] for name, value in texts.items()}
     temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")  # another run may write it too
-    metadata = {"prompts": json.dumps(prompts), "widths": json.dumps(widths)}
-    save_file(tensors, temporary, metadata | {DIGEST: _digest(path, tensors, metadata)})
+    metadata = {"prompts": json.dumps(prompts), "widths": json.dumps(widths), "longer": str(longer)}
+    save_file(tensors, temporary, metadata | {DIGEST: digest_of_tensors(path, tensors, metadata)})
     temporary.replace(path)
 
 
@@ -326,70 +330,3 @@ def _length(row: Tensor) -> int:
 
 def _in(dtype: torch.dtype, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-
-
-def identity(
-    examples: Iterable[Example],
-    negative_prompt: str,
-    encoder: Encoder,
-    buckets: Sequence[Bucket],
-    dtype: torch.dtype,
-) -> str:
-    """Of everything that the conditioning depends on; a local teacher is its weights, not where it lies."""
-    source, digest = encoder.source, hashlib.sha256()
-    total = with_image = 0
-    for example in examples:
-        total, with_image = total + 1, with_image + (example.image is not None)
-        place = bucket_of(example, buckets)
-        digest.update(json.dumps([example.prompt, place, _digest_of_image(example.image)]).encode())
-    encoder.check(total, with_image)
-    parts: list[object] = [negative_prompt, _weights(source, ("text_encoder", "tokenizer")), source.revision]
-    parts += [encoder.max_sequence_length, str(dtype), CHUNK]
-    if encoder.takes_image:
-        parts += [[(b.width, b.height, b.frames) for b in buckets], source.pipeline]
-        parts += [_weights(source, ("processor", "image_encoder", "image_processor", "vae"))]
-    digest.update(json.dumps(parts).encode())
-    return f"prompts-{digest.hexdigest()[:24]}"
-
-
-def _digest_of_image(image: Path | bytes | None) -> str | None:
-    if image is None:
-        return None
-    if isinstance(image, bytes):
-        return sha256_of_bytes(image)
-    return sha256_of(image)
-
-
-def _weights(source: TeacherSource, components: Iterable[str]) -> str:
-    folder = Path(source.path)
-    if not folder.is_dir():
-        return source.path
-    digest = hashlib.sha256()
-    for file in (file for component in components for file in sorted((folder / component).glob("*"))):
-        digest.update(f"{file.name} {sha256_of(file)}".encode())
-    return digest.hexdigest()
-
-
-def _process() -> tuple[int, int]:
-    """Number of this process and of all of them."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _of_first_process(compute: Callable[[], T]) -> T:
-    """What the first process computes, on all of them; what it raises is raised on all of them."""
-    rank, processes = _process()
-    if processes == 1:
-        return compute()
-    found: list[Any] = [None]
-    if rank == 0:
-        try:
-            found = [compute()]
-        except UserError as error:
-            found = [error]
-    torch.distributed.broadcast_object_list(found, src=0)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ class TeacherSource:
             raise self.cannot_load(error) from None
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def folder(self, components: Sequence[str]) -> Path:
+        """The folder with the files of these components; they are downloaded if need be. Raises TeacherError."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        parts = [name for name, value in self.index().items() if isinstance(value, list)]
+        absent = {name: None for name in parts if name not in components}
+        try:
+            return Path(DiffusionPipeline.download(self.path, revision=self.revision, **absent))
+        except (OSError, ValueError) as error:
+            raise self.cannot_load(error) from None
 
     def cannot_load(self, error: Exception) -> TeacherError:
         """What to tell the user."""

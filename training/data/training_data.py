@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +36,8 @@ class TrainingData:
     validation: PromptCache
     """Conditioning of what validations sample, in the size of the configuration's section model."""
     validation_shape: tuple[int, ...]
+    measured: PromptCache | None = None
+    """Conditioning of what is sampled for features, in the same size."""
 
 
 def buckets_of(config: DistillConfig) -> list[Bucket]:
@@ -108,10 +112,20 @@ def training_data(
     cache, dtype = config.data.cache_dir or config.output_dir / "cache", getattr(torch, model.dtype)
     bank = open_prompt_cache(examples, config.data.negative_prompt, encoder, buckets, cache, dtype, check)
     validation = open_prompt_cache(shown, config.data.negative_prompt, encoder, [whole], cache, dtype)
+    if bank.longer and int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"warning: {bank.longer} of {len(bank)} prompts have more than {model.max_sequence_length} tokens, whose "
+            "rest is cut off: raise model.max_sequence_length, or shorten them",
+            file=sys.stderr,
+        )
+    measured = None
+    if config.validation.features:
+        first = list(itertools.islice(examples, config.validation.features_prompts))
+        measured = open_prompt_cache(first, config.data.negative_prompt, encoder, [whole], cache, dtype)
     members = [bank.members(i) for i in range(len(buckets))]
     for bucket, suitable in zip(buckets, members, strict=True):
         if bucket.share and not len(suitable):
             raise PromptError(f"data.buckets: no example of {config.data.prompts} suits {bucket}: leave the bucket out")
     shares = [float(len(m)) if b.share is None else b.share for b, m in zip(buckets, members, strict=True)]
     order = ExampleOrder(members, shares, config.seed)
-    return TrainingData(bank, buckets, shapes, order, validation, validation_shape)
+    return TrainingData(bank, buckets, shapes, order, validation, validation_shape, measured)

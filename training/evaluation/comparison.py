@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pdmd_core.metrics import (
     CorrectedEstimate,
@@ -26,6 +25,7 @@ from pdmd_core.metrics import (
 )
 from training.evaluation.measures import FeatureSpace, MotionMeasure, Preview, RewardMeasure
 from training.evaluation.quantities import Measurement, Metric, Quantity, Rows, Setting
+from training.monitoring.bars import progress_bar
 
 NEIGHBOURS = 5
 """Neighbours that make a neighbourhood of recall and coverage."""
@@ -272,7 +272,7 @@ def compare(
         Name of the method to its measurements, in the order of the metrics.
     """
     found: dict[str, list[Measurement]] = {method: [] for method, _ in methods}
-    with tqdm(total=len(names) * len(methods), desc="metrics", leave=False) as bar:  # bootstraps take time
+    with progress_bar(total=len(names) * len(methods), desc="metrics", leave=False) as bar:  # bootstraps take time
         for name in names:
             for method, rows in methods:
                 metric = METRICS[name]

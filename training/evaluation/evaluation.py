@@ -26,6 +26,7 @@ from training.evaluation.quantities import Rows
 from training.evaluation.real_data import data_files, read_sample
 from training.evaluation.sampler import Decoder, Sampler, decoded_at_once
 from training.memory.quantization import Quantization
+from training.monitoring.bars import progress_bar
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Evaluation:
     def _sample_into(self, cache: TensorCache, sampler: Sampler, method: Method, ids: Sequence[str]) -> None:
         pairs = self._pairs(method)
         parts = [ids[i : i + sampler.batch] for i in range(0, len(ids), sampler.batch)]
-        with tqdm(total=len(parts) * method.network_calls, desc=f"sample {method.name}", unit="step") as bar:
+        with progress_bar(total=len(parts) * method.network_calls, desc=f"sample {method.name}", unit="step") as bar:
             for part in parts:
                 wanted = [pairs[name] for name in part]
                 start = time.perf_counter()
@@ -285,7 +286,7 @@ def _add(caches: dict[str, TensorCache], measures: Sequence[Measure], ids: Seque
 
 def _parts(ids: Sequence[str], size: int, label: str) -> tqdm[list[str]]:
     parts = [list(ids[i : i + size]) for i in range(0, len(ids), size)]
-    return tqdm(parts, desc=label, unit="batch", disable=not parts)
+    return progress_bar(parts, desc=label, unit="batch", disable=not parts)
 
 
 def _free() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pdmd_core.distillation import expert_velocities, guided_velocity
 from pdmd_core.experts import PhasedExperts
@@ -24,6 +23,7 @@ from training.data.prompt_cache import PromptCache, encode_examples
 from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, move, networks_of
 from training.loop.export import roles_from_experts
 from training.memory.quantization import Quantization, quantize
+from training.monitoring.bars import progress_bar
 
 _LATENTS_AT_ONCE = 2**18
 """Numbers in the latents of a batch: 64 pictures of 64x64 pixels, one clip of 480p."""
@@ -208,7 +208,7 @@ class Sampler:
     ) -> Tensor:
         parts = [pairs[i : i + self.batch] for i in range(0, len(pairs), self.batch)]
         latents = []
-        with tqdm(total=len(parts) * len(sigmas), desc=progress, disable=progress is None, leave=False) as bar:
+        with progress_bar(total=len(parts) * len(sigmas), desc=progress, disable=progress is None, leave=False) as bar:
 
             def stepped(step: int, of: int) -> None:
                 bar.update()
@@ -276,5 +276,5 @@ def decoded_at_once(size: SampleSize) -> int:
 def _decode(
     family: ModelFamily, pipeline: DiffusionPipeline, latents: Tensor, batch: int, progress: str | None
 ) -> Tensor:
-    parts = tqdm(latents.split(batch), desc=progress, disable=progress is None, leave=False)
+    parts = progress_bar(latents.split(batch), desc=progress, disable=progress is None, leave=False)
     return torch.cat([family.decode(pipeline, part).cpu() for part in parts])

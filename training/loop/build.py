@@ -29,9 +29,11 @@ from training.loop.precision import leave_casts_to_autocast, make_accelerator
 from training.loop.resumption import Resume, Resumption, find_resumption
 from training.loop.rng import RunRNG
 from training.loop.start import load_start, specs_of_run, start_of
+from training.loop.targets import check_targets
 from training.memory.offload import keep_one_network
 from training.memory.quantization import library_config, quantize
 from training.monitoring.monitor import warn
+from training.monitoring.trackers import check_tracker
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     rank, processes = accelerator.process_index, accelerator.num_processes
     check_processes(config, processes)
     check_libraries(config)
+    check_tracker(config)
     library_config(config.model.quantization)
     say = warn if accelerator.is_main_process else lambda text: None
     resumption = find_resumption(config, resume, say) if resume else None
@@ -110,6 +113,7 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     family = family_of_pipeline(pipeline)
     check_context_parallel(config, family, pipeline)
     networks = networks_of(pipeline, family)
+    check_targets(config, networks)
     teacher = digest_of_networks(networks)
     check = None
     if resumption:

@@ -24,7 +24,9 @@ from training.data.training_data import buckets_of, latent_shapes
 from training.distributed.context_parallel import check_context_parallel
 from training.distributed.sharding import check_processes
 from training.loop.start import specs_of_run, start_of
+from training.loop.targets import check_targets
 from training.memory.static import in_words, static_memory
+from training.monitoring.trackers import check_tracker
 
 
 def pipeline_on_meta(source: TeacherSource) -> DiffusionPipeline:
@@ -64,6 +66,8 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     check_context_parallel(config, family, pipeline)
     (shape,) = latent_shapes([Bucket(model.width, model.height, model.frames)], family, pipeline)
     routing, networks = family.teacher_routing(pipeline.config), networks_of(pipeline, family)
+    check_targets(config, networks)
+    check_tracker(config)
     specs = specs_of_run(config, routing, start_of(config).notes)
     with torch.device("meta"):
         roles = Roles(networks, family, specs, routing)

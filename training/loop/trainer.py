@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from pdmd_core.experts import ExpertsError
 from pdmd_core.method import fake_roles
 from training.config.command_line import UserError
+from training.distributed.processes import of_first_process
 from training.evaluation.pictures import save_samples
 from training.loop.batches import DataBatches
+from training.loop.best import BestCheckpoints, StoppedEarly
 from training.loop.build import BuiltRun
 from training.loop.checkpoints import list_checkpoints, save_checkpoint, set_aside_later
 from training.loop.export import export_experts, trained_part, training_summary
@@ -23,8 +25,11 @@ from training.loop.progress import Progress
 from training.loop.resumption import Resumption
 from training.loop.signals import Stopped, StopSignals
 from training.loop.state import restore_state, state_tensors, state_values
-from training.loop.validation import decoded, validation_latents
+from training.loop.teacher_comparison import TeacherComparison
+from training.loop.teacher_samples import SharedEvaluationFailed
 from training.memory.offload import keep_idle_experts_away
+from training.monitoring.bars import progress_bar
+from training.monitoring.jsonl import monitoring_log
 from training.monitoring.monitor import UpdateReport, warn
 from training.monitoring.monitors import monitors_of
 
@@ -53,6 +58,8 @@ class Trainer:
         self.batches = DataBatches(run.rng, run.data.prompts, run.data.shapes, run.accelerator.device, boundary, groups)
         self.progress = Progress(phase=run.config.first_phase)
         self.monitors = monitors_of(run.config, run.accelerator)
+        self.comparison = TeacherComparison(run, self.monitors)
+        self.best = BestCheckpoints(run.config.checkpoints)
 
     def run(self) -> Path:
         """Train all phases and write the experts, from the checkpoint from which the run was built to go on.
@@ -65,6 +72,8 @@ class Trainer:
 
         Raises:
             Stopped: If a signal asked for it; everything is in a checkpoint.
+            StoppedEarly: If it is asked to stop when it does not get better, or is broken.
+            SharedEvaluationFailed: If a validation failed that other processes share.
             TrainingStopped: If too many updates in a row were not finite.
             UserError: If a checkpoint cannot be written or read.
         """
@@ -76,6 +85,8 @@ class Trainer:
         self._write_config()
         progress = self.progress
         self.monitors.start(progress.total)
+        self.best = BestCheckpoints(config.checkpoints, monitoring_log(self.output_dir, "validations").read())
+        self.comparison.start()
         self.monitors.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
         bar = self._progress_bar()
         stop, kept = 0, None
@@ -99,6 +110,7 @@ class Trainer:
                     saved = self.save()  # before samples, which take their time and may fail
                     kept = saved if stop else None
                 self._validate_when_due()
+                self._stop_early()
             self.monitors.finish()
         if kept is not None:
             raise Stopped(stop, kept)
@@ -164,24 +176,40 @@ class Trainer:
     def validate(self, name: str) -> None:
         """Sample the fixed prompts and seeds, save the samples under this name and show them to the monitors.
 
-        What fails here is a warning: samples are looked at, and no update depends on them.
+        What fails here is a warning: samples are looked at, and no update depends on them. Only where processes share
+        the evaluation does it end the run, whose checkpoint was written before.
         """
         if not (self.accelerator.is_main_process or self.built.evaluates_with_others):
             return
+        update, expert, every = self.progress.total, self.training.expert, self.config.validation.features_every
         try:
-            latents = validation_latents(self.built, self.training)
+            latents = self.comparison.sample(self.training, every is None or update % every == 0)
             if not self.accelerator.is_main_process:
                 return
-            pixels = decoded(self.built, latents)
+            shown = self.comparison.measure(name, update, expert, latents)
             del latents
             try:
-                save_samples(self.output_dir / "samples" / name, pixels, columns=self.config.validation.seeds)
+                save_samples(self.output_dir / "samples" / name, shown.pixels, columns=self.config.validation.seeds)
             except OSError as error:
                 warn(f"samples {name} are not written, the run goes on: {error}")
-            self.monitors.validation(name, pixels, self.progress.total)
+            self.monitors.validation(shown)
+            self.best.after_validation(expert, update, shown.measures)
+        except SharedEvaluationFailed:
+            raise
         except Exception as error:  # out of memory, of the decoder, of a library that writes pictures
             text = " ".join(str(error).split())[:300]
             warn(f"validation {name} failed, the run goes on: {type(error).__name__}: {text}")
+
+    def _stop_early(self) -> None:
+        """Raise StoppedEarly where the configuration asks for it. All processes ask together."""
+        if self.config.checkpoints.patience is None and not self.config.monitoring.stop_when_broken:
+            return
+        reasons = of_first_process(
+            lambda: (self.best.reason_to_stop(self.training.expert), self.monitors.reason_to_stop())
+        )
+        if reason := next(filter(None, reasons), None):
+            self.monitors.finish()
+            raise StoppedEarly(reason)
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the next update depends on; returns it."""
@@ -194,7 +222,8 @@ class Trainer:
         """Whether the checkpoint of an update is never removed: from the end of a phase the next is trained again."""
         every = self.config.checkpoints.keep_every
         numbers = [self.config.updates_of(k) for k in range(self.config.first_phase, len(self.plan))]
-        return update in itertools.accumulate(numbers) or bool(every and update % every == 0)
+        ends = set(itertools.accumulate(numbers))
+        return update in ends | self.best.updates or bool(every and update % every == 0)
 
     def resume(self, resumption: Resumption) -> None:
         """Go on from a checkpoint; later ones, of a run that goes back, are set aside."""
@@ -212,7 +241,7 @@ class Trainer:
             (self.output_dir / "config.yaml").write_text(text, encoding="utf-8")
 
     def _progress_bar(self) -> tqdm[None]:
-        return tqdm(
+        return progress_bar(
             total=sum(self.config.updates_of(k) for k in range(self.config.first_phase, len(self.plan))),
             initial=self.progress.total,
             desc=self.training.expert,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median
 
 from training.config.sections import MonitoringSection
+from training.monitoring.feature_statistics import FeatureStatistics
+from training.monitoring.sample_alerts import SampleAlerts
 from training.monitoring.sample_statistics import SampleStatistics
+from training.monitoring.update_alerts import UpdateAlerts
+
+BROKEN = "broken"
+"""The kind of the alert that says not to go on."""
+_TOGETHER = {"teacher_distance", "score_distance"}
+"""Kinds that are trouble by themselves, and together show a run that has left its teacher."""
 
 
 @dataclass(frozen=True)
@@ -24,109 +30,53 @@ class Alert:
 class Alerts:
     """Looks at the updates and validations of a run in their order. Every kind is reported once in each phase.
 
-    Numbers of single updates are noisy: what is compared are medians of blocks of ``window`` updates of one phase, and
-    two in a row must be out of bounds. The fake's loss is compared with the lower quartile of the blocks before.
+    Args:
+        limits: Beyond which numbers are trouble.
+        last: The last expert of the plan, whose samples are not blurred by a jump to sigma 0.
+        seen: (kind, expert) reported already.
     """
 
-    def __init__(self, limits: MonitoringSection, seen: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, limits: MonitoringSection, last: str | None = None, seen: Iterable[tuple[str, str]] = ()
+    ) -> None:
         self.limits = limits
         self._seen = set(seen)
-        """(kind, expert) reported already."""
-        self._expert = ""
-        self._values: dict[str, list[float]] = {}
-        self._blocks: dict[str, list[float]] = {}
-        self._first: dict[str, SampleStatistics] = {}
-        self._most_diverse = 0.0
+        self._updates, self._samples = UpdateAlerts(limits), SampleAlerts(limits, last)
 
-    def after_update(self, update: int, expert: str, values: dict[str, float]) -> list[Alert]:
-        """values: fake_loss, generator_grad_norm, fake_grad_norm of this update; NaN and Inf do not count."""
-        if expert != self._expert:
-            self._expert, self._values, self._blocks = expert, {}, {}
-        for name in ("fake_loss", "generator_grad_norm", "fake_grad_norm"):
-            if math.isfinite(value := values.get(name, math.nan)):
-                self._values.setdefault(name, []).append(value)
-        found: list[tuple[str, str]] = []
-        for name, recent in self._values.items():
-            if len(recent) < self.limits.window:
-                continue
-            blocks = self._blocks.setdefault(name, [])
-            blocks.append(median(recent))
-            recent.clear()
-            found += self._fake_lags(blocks) if name == "fake_loss" else self._explodes(name, blocks)
-        return self._new(update, expert, found)
+    def teacher(self, phase: str, statistics: SampleStatistics, features: FeatureStatistics | None = None) -> None:
+        """Compare validations of a phase with these numbers of the teacher's samples from now on."""
+        self._samples.teacher(phase, statistics, features)
 
-    def _fake_lags(self, losses: list[float]) -> Iterator[tuple[str, str]]:
-        before = sorted(losses[:-2])
-        if before and min(losses[-2:]) > self.limits.fake_loss_rise * before[len(before) // 4]:
-            yield (
-                "fake_lags",
-                f"the fake's loss rose from {before[len(before) // 4]:.3g} to {losses[-1]:.3g}: it does not follow the "
-                "expert any more, whose direction is then wrong; raise fake_updates or fake.lr, or lower generator.lr",
-            )
+    def replay(self, expert: str, values: Mapping[str, float]) -> None:
+        """An update of before a resumption: what the phase began with."""
+        self._updates.replay(expert, values)
 
-    def _explodes(self, name: str, norms: list[float]) -> Iterator[tuple[str, str]]:
-        if min(norms[-2:]) > self.limits.grad_norm_rise * norms[0]:
-            role = name.removesuffix("_grad_norm")
-            yield (
-                f"{role}_gradient",
-                f"the {role}'s gradient norm rose from {norms[0]:.3g} to {norms[-1]:.3g}; lower {role}.lr, or "
-                f"{role}.max_grad_norm, and resume from a checkpoint before the rise",
-            )
+    def after_update(self, update: int, expert: str, values: Mapping[str, float]) -> list[Alert]:
+        """values: fake_loss, score_distance and gradient norms of this update; NaN and Inf do not count."""
+        return self._new(update, expert, self._updates.after_update(expert, values))
 
     def weight_drift(self, update: int, expert: str, moved: float, changed: float, share: float) -> list[Alert]:
         """Of the weights since the phase began: relative length of the way, share of weights that changed at all.
 
         share: how much of the phase is done.
         """
-        found: list[tuple[str, str]] = []
-        if changed < 0.5:
-            found.append(
-                (
-                    "lost_steps",
-                    f"only {changed:.0%} of the expert's weights changed: steps of generator.lr vanish in their "
-                    "precision; raise generator.lr or train in float32",
-                )
-            )
-        elif moved / share < self.limits.smallest_drift:
-            found.append(
-                (
-                    "small_steps",
-                    f"the expert's weights moved by {moved:.1e} of their size in {share:.0%} of the phase: the teacher "
-                    "will hardly change; raise generator.lr or updates",
-                )
-            )
-        return self._new(update, expert, found)
+        return self._new(update, expert, self._updates.weight_drift(moved, changed, share))
 
-    def validation(self, update: int, expert: str, statistics: SampleStatistics) -> list[Alert]:
+    def validation(
+        self, update: int, expert: str, statistics: SampleStatistics, features: FeatureStatistics | None = None
+    ) -> list[Alert]:
         """Samples of the fixed prompts and seeds; those before the first update are of an expert that is none yet."""
-        if not update:
-            return []
-        first = self._first.setdefault(expert, statistics)
-        found: list[tuple[str, str]] = []
-        if statistics.diversity is not None:
-            self._most_diverse = max(self._most_diverse, statistics.diversity)
-            if statistics.diversity < self.limits.diversity_fall * self._most_diverse:
-                found.append(
-                    (
-                        "diversity",
-                        f"samples of one prompt differ by {statistics.diversity:.3f}, it was {self._most_diverse:.3f}: "
-                        "seeds collapse onto one picture; raise fake_updates or fake.lr, lower generator.lr, or use an "
-                        "earlier checkpoint",
-                    )
-                )
-        for name in ("saturation", "contrast"):
-            before, now = getattr(first, name), getattr(statistics, name)
-            if now > self.limits.saturation_rise * before:
-                found.append(
-                    (
-                        name,
-                        f"{name} rose from {before:.3f} to {now:.3f}, {statistics.clipped:.0%} of the values are black "
-                        "or white; lower objective.guidance_scale or generator.lr, or raise fake_updates",
-                    )
-                )
-        return self._new(update, expert, found)
+        return self._new(update, expert, self._samples.validation(update, expert, statistics, features))
 
     def _new(self, update: int, expert: str, found: Iterable[tuple[str, str]]) -> list[Alert]:
         new = [Alert(kind, update, expert, text) for kind, text in found if (kind, expert) not in self._seen]
         self._seen |= {(alert.kind, expert) for alert in new}
+        if new and (BROKEN, expert) not in self._seen and all((kind, expert) in self._seen for kind in _TOGETHER):
+            self._seen.add((BROKEN, expert))
+            text = (
+                "the run is broken: samples are far from the teacher's own, and the fake from the teacher, and they do "
+                "not come back by themselves; stop it, and go on from a checkpoint before with a lower generator.lr, "
+                "or begin again with that"
+            )
+            new.append(Alert(BROKEN, update, expert, text))
         return new

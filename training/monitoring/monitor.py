@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from training.monitoring.feature_statistics import FeatureStatistics
+from training.monitoring.sample_statistics import SampleStatistics
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,27 @@ class UpdateReport:
     """Noise levels of this process's samples, by what was trained there: fake, generator."""
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Samples of the fixed prompts and seeds, and what was seen in them."""
+
+    name: str
+    update: int
+    """Updates done so far, in all phases."""
+    expert: str
+    """The expert in training."""
+    pixels: Tensor
+    """(prompts * seeds, frames, 3, height, width) in [0, 1]."""
+    statistics: SampleStatistics
+    features: FeatureStatistics | None = None
+    """Where they were measured at this update."""
+
+    @property
+    def measures(self) -> dict[str, float | None]:
+        """All numbers by name."""
+        return asdict(self.statistics) | (asdict(self.features) if self.features else {})
+
+
 class Monitor(Protocol):
     """A monitor of a run. The trainer calls its methods in this order."""
 
@@ -36,8 +60,13 @@ class Monitor(Protocol):
     def after_update(self, report: UpdateReport) -> None:
         """An update is done, on every process."""
 
-    def validation(self, name: str, pixels: Tensor, update: int) -> None:
-        """Samples (prompts * seeds, frames, 3, height, width) in [0, 1] of the fixed ones, on the main process."""
+    def teacher(
+        self, phase: str, pixels: Tensor, statistics: SampleStatistics, features: FeatureStatistics | None
+    ) -> None:
+        """The teacher's samples of the fixed prompts and seeds as they look from the end of a phase, main process."""
+
+    def validation(self, shown: Validation) -> None:
+        """A validation was sampled, on the main process."""
 
     def finish(self) -> None:
         """All phases are trained and the experts are written, or a signal ended the run, on every process."""

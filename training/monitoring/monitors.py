@@ -8,9 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from training.config.schema import DistillConfig
+from training.monitoring.feature_statistics import FeatureStatistics
 from training.monitoring.metrics_log import Metrics
-from training.monitoring.monitor import Monitor, UpdateReport, warn
+from training.monitoring.monitor import Monitor, UpdateReport, Validation, warn
 from training.monitoring.observer import Observer
+from training.monitoring.sample_statistics import SampleStatistics
+from training.monitoring.trackers import Tracking
 
 
 class Monitors:
@@ -36,9 +39,19 @@ class Monitors:
         """Tell what an update did."""
         self._each(lambda monitor: monitor.after_update(report))
 
-    def validation(self, name: str, pixels: Tensor, update: int) -> None:
+    def teacher(
+        self, phase: str, pixels: Tensor, statistics: SampleStatistics, features: FeatureStatistics | None
+    ) -> None:
+        """Show the teacher's samples as they look from the end of a phase."""
+        self._each(lambda monitor: monitor.teacher(phase, pixels, statistics, features))
+
+    def validation(self, shown: Validation) -> None:
         """Show the samples of a validation."""
-        self._each(lambda monitor: monitor.validation(name, pixels, update))
+        self._each(lambda monitor: monitor.validation(shown))
+
+    def reason_to_stop(self) -> str | None:
+        """Why the run should stop, in a line, as a monitor says; None while it should go on."""
+        return next((m.reason_to_stop for m in self.monitors if isinstance(m, Observer) and m.reason_to_stop), None)
 
     def finish(self) -> None:
         """Tell that the run ends."""
@@ -60,12 +73,12 @@ def monitors_of(config: DistillConfig, accelerator: Accelerator) -> Monitors:
 
     Args:
         config: The configuration of the run.
-        accelerator: Its device and processes; only the main process observes samples and speed.
+        accelerator: Its device and processes; only the main process monitors.
 
     Returns:
         The monitors as one.
     """
-    found: list[Monitor] = [Metrics(config, accelerator)]
-    if accelerator.is_main_process:
-        found.append(Observer(config, accelerator))
-    return Monitors(found)
+    if not accelerator.is_main_process:
+        return Monitors([])
+    tracking = Tracking(config, accelerator)
+    return Monitors([Metrics(config, tracking), Observer(config, accelerator.device, tracking)])

@@ -54,8 +54,8 @@ def write_page(run: Path) -> Path:
         _section("Warnings", _warnings(warnings)),
         _section("Plan", timeline(plan)),
         _section("Losses and gradients", _losses(metrics, phases)),
-        _section("Samples", _samples(run / "watch" / "samples", validations, config)),
-        _section("What the samples show", _shown(validations, phases)),
+        _section("Samples", _samples(run, validations, config)),
+        _section("What the samples show", _shown(run, validations, phases)),
         _section("Speed and memory", _speed(performance, phases)),
         _section("Checkpoints", _checkpoints(run)),
         _section("Configuration", f"<pre>{html.escape(yaml.safe_dump(settings, sort_keys=False))}</pre>"),
@@ -65,6 +65,11 @@ def write_page(run: Path) -> Path:
     temporary = run / ".report.html.part"
     temporary.write_text(f"{head}<body>{''.join(parts)}</body></html>\n", encoding="utf-8")
     return temporary.replace(run / "report.html")
+
+
+def teacher_picture(run: Path, phase: str) -> Path:
+    """Where the small picture of the teacher's samples lies, as they look from the end of a phase; without suffix."""
+    return run / "watch" / "teacher" / phase
 
 
 def _section(title: str, content: str) -> str:
@@ -107,12 +112,26 @@ def _losses(metrics: Sequence[Mapping[str, Any]], phases: Sequence[tuple[str, in
     return curves(panels, phases, logarithmic=("fake loss", "gradient norms"))
 
 
-def _shown(validations: Sequence[Mapping[str, Any]], phases: Sequence[tuple[str, int]]) -> str:
-    panels = {
-        "difference between seeds": _of(validations, diversity="diversity"),
-        "saturation and contrast": _of(validations, saturation="saturation", contrast="contrast"),
-        "black or white": _of(validations, share="clipped"),
+def _shown(run: Path, validations: Sequence[Mapping[str, Any]], phases: Sequence[tuple[str, int]]) -> str:
+    """The numbers of samples, each beside that of the teacher's samples."""
+    path = run / "watch" / "teacher.json"
+    teacher = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    beside = [{"update": line["update"], **teacher.get(line["expert"], {})} for line in validations]
+    names = {
+        "distance to the teacher's samples": "teacher_distance",
+        "difference between seeds": "diversity",
+        "saturation": "saturation",
+        "contrast": "contrast",
+        "black or white": "clipped",
+        "motion": "motion",
+        "Frechet distance": "frechet",
+        "difference between seeds in features": "feature_diversity",
     }
+    panels = {}
+    for title, name in names.items():
+        panels[title] = {"samples": _points(validations, name)}
+        if name not in ("teacher_distance", "frechet") and (points := _points(beside, name)):
+            panels[title]["teacher"] = points
     return curves(panels, phases)
 
 
@@ -125,21 +144,32 @@ def _speed(performance: Sequence[Mapping[str, float]], phases: Sequence[tuple[st
     return curves(panels, phases)
 
 
-def _samples(folder: Path, validations: Sequence[Mapping[str, Any]], config: DistillConfig) -> str:
+def _samples(run: Path, validations: Sequence[Mapping[str, Any]], config: DistillConfig) -> str:
+    folder, experts = run / "watch" / "samples", {line["name"]: line["expert"] for line in validations}
     names = [line["name"] for line in validations if (folder / f"{line['name']}.webp").exists()]
     if len(names) > SHOWN:
         names = [names[round(i * (len(names) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
-    figures = []
+    figures, last = [], None
     for name in names:
-        clip = folder / f"{name}.gif"
-        moves = name == names[-1] and clip.exists()
-        content = base64.b64encode((clip if moves else folder / f"{name}.webp").read_bytes()).decode()
-        source = f"data:image/{'gif' if moves else 'webp'};base64,{content}"
-        figures.append(f'<figure><img src="{source}" alt=""><figcaption>{html.escape(name)}</figcaption></figure>')
+        teacher = teacher_picture(run, experts[name])
+        if experts[name] != last and teacher.with_suffix(".webp").exists():
+            moves = experts[name] == experts[names[-1]]
+            figures.append(_figure(teacher, f"the teacher, from the end of {experts[name]}", moves))
+        last = experts[name]
+        figures.append(_figure(folder / name, name, name == names[-1]))
     if not figures:
         return ""
     prompts = f" Prompts: {html.escape('; '.join(config.validation.prompts))}." if config.validation.prompts else ""
-    return f"<p>One prompt a row, one seed a column, always the same ones.{prompts}</p>{''.join(figures)}"
+    same = f", the same noise as the teacher's samples in {config.validation.teacher_steps} steps" if last else ""
+    return f"<p>One prompt a row, one seed a column, always the same ones{same}.{prompts}</p>{''.join(figures)}"
+
+
+def _figure(path: Path, caption: str, moves: bool) -> str:
+    """A small picture, or where it moves the clip, of a path without suffix."""
+    kind = "gif" if moves and path.with_name(f"{path.name}.gif").exists() else "webp"
+    content = base64.b64encode(path.with_name(f"{path.name}.{kind}").read_bytes()).decode()
+    source = f"data:image/{kind};base64,{content}"
+    return f'<figure><img src="{source}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
 def _checkpoints(run: Path) -> str:

@@ -92,7 +92,7 @@ def under_old_names(config: dict[str, Any]) -> dict[str, Any]:
     old["generator"]["component"] = components and components[0]
     old |= config["parallel"] | config["memory"]
     old |= {"checkpoint_every": config["checkpoints"]["every"], "keep_checkpoints": config["checkpoints"]["keep"]}
-    old |= {f"sample_{key}": value for key, value in config["validation"].items()}
+    old |= {f"sample_{key}": config["validation"][key] for key in ("every", "prompts", "seeds")}
     watch = dict(config["monitoring"])
     watch["smallest_motion"] = watch.pop("smallest_drift")
     old |= {"tracker": watch.pop("tracker"), "log_every": watch.pop("log_every"), "watch": watch}

@@ -14,10 +14,10 @@ from pdmd_core.method import Objective
 from pdmd_core.roles import FAKE, RoleSpec
 from tests.helpers.configs import changed
 from training.config.keys import fields_of
+from training.config.problems import leaves_of
 from training.config.schema import (
     ConfigError,
     DistillConfig,
-    leaves_of,
     load_config,
     parse_config,
     with_defaults,
@@ -99,6 +99,15 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(
             "data.buckets=[{width: 8, height: 0}]",
             ["data.buckets[0].height: expected a whole number at least 1"],
         ),
+        ("validation.prompts=[a: b]", ["a valid string", "text with ': ' stands in quotes"]),
+        ("generator.betas=[0.9, 1.0]", ["generator.betas: expected a finite number at least 0 and below 1, found 1.0"]),
+        ("generator.lr=.inf", ["generator.lr: expected a finite number above 0, found inf"]),
+        ("seed=-1", ["seed: ", "greater than or equal to 0"]),
+        ("seed=9223372036854775808", ["seed: ", "less than"]),
+        ("monitoring.tracker=wand", ["monitoring.tracker: ", "'wandb'", "found 'wand'"]),
+        ("checkpoints.patience=2", ["checkpoints.patience: by which measure", "checkpoints.best"]),
+        ("checkpoints.best=frechet", ["checkpoints.best: frechet is measured with validation.features"]),
+        ("checkpoints.best=teacher_distance", ["checkpoints.best: measured every None updates"]),
         ("data.buckets=[{width: 8, hight: 8, height: 8}]", ["'data.buckets[0].hight'", "'data.buckets[].height'"]),
     ],
 )
@@ -200,3 +209,12 @@ def test_a_configuration_written_before_a_key_existed_is_the_one_with_its_defaul
         del before[section][key]
     assert with_defaults(before) == now
     assert with_defaults({"nonsense": 1}) == {"nonsense": 1}
+
+
+def test_a_negative_prompt_with_a_colon_is_taken_or_said_how(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
+    overridden = parse_config(with_overrides(settings_of_run, ["data.negative_prompt=a: b"]), "test")
+    assert overridden.data.negative_prompt == "a: b"
+    path = tmp_path / "config.yaml"
+    path.write_text("data:\n  negative_prompt: a: b\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"not YAML: .*\(text with ': ' stands in quotes, as in 'a: b'\)$"):
+        load_config(path)

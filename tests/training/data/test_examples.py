@@ -202,3 +202,36 @@ def test_a_long_file_is_never_held_in_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 50_000 and peak < path.stat().st_size / 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", '["a fox", "a red, panda"]'),
+        ("p.json", '[{"prompt": "a fox"}, {"prompt": "a red, panda"}]'),
+        ("p.json", '\n{"prompt": "a fox"}\n{"prompt": "a red, panda"}\n'),
+        ("p.ndjson", '{"prompt": "a fox"}\n{"prompt": "a red, panda"}\n'),
+        ("P.JSONL", '{"prompt": "a fox"}\n{"prompt": "a red, panda"}\n'),
+        ("P.CSV", 'prompt\na fox\n"a red, panda"\n'),
+        ("P.TXT", "a fox\na red, panda\n"),
+        ("prompts", "a fox\na red, panda\n"),
+        ("p.csv", "id;prompt\n1;a fox\n2;a red, panda\n"),
+        ("p.csv", "id\tprompt\n1\ta fox\n2\ta red, panda\n"),
+        ("p.csv", ',prompt\n0,a fox\n1,"a red, panda"\n'),
+        ("p.tsv", '"id","prompt"\n1,a fox\n2,"a red, panda"\n'),
+    ],
+)
+def test_what_programs_write_is_read(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == ["a fox", "a red, panda"]
+
+
+def test_a_file_of_another_kind_is_refused_instead_of_read_as_text(tmp_path: Path) -> None:
+    for name in ("p.yaml", "p.docx", "p.txt.gz"):
+        (tmp_path / name).write_text("a fox\n", encoding="utf-8")
+        assert f"found a file that ends in '.{name.rpartition('.')[2]}'" in refused(ExampleSource(str(tmp_path / name)))
+    for content, words in (("[1]", "entry 0: expected a prompt"), ('["a', "expected a JSON list")):
+        (tmp_path / "p.json").write_text(content, encoding="utf-8")
+        assert words in refused(ExampleSource(str(tmp_path / "p.json")))
+    with mock.patch("training.data.examples.LONGEST_LIST", 2):
+        assert "write one object a line, as .jsonl" in refused(ExampleSource(str(tmp_path / "p.json")))

@@ -253,8 +253,8 @@ def test_processes_share_the_work_and_find_the_same(teacher: Path, tmp_path: Pat
 
     with (
         mock.patch.object(prompt_cache, "CHUNK", 2),
-        mock.patch.object(prompt_cache, "_process", lambda: (here.rank, 2)),
-        mock.patch.object(prompt_cache, "_of_first_process", lambda compute: compute()),
+        mock.patch.object(prompt_cache, "process_number", lambda: (here.rank, 2)),
+        mock.patch.object(prompt_cache, "of_first_process", lambda compute: compute()),
         mock.patch.object(Encoder, "texts", counted),
         ThreadPoolExecutor(2) as pool,
     ):

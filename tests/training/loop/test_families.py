@@ -78,7 +78,10 @@ def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> Distill
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) | {"time": None}
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def sampled(

@@ -62,7 +62,7 @@ def test_phases_are_compared_with_themselves_and_report_for_themselves() -> None
 def test_what_was_reported_before_a_resumption_is_not_reported_again() -> None:
     rising = noisy(1.0, 40) + noisy(3.0, 40)
     assert told(Alerts(MonitoringSection()), "fake_loss", rising)
-    assert not told(Alerts(MonitoringSection(), [("fake_lags", "high_noise")]), "fake_loss", rising)
+    assert not told(Alerts(MonitoringSection(), seen=[("fake_lags", "high_noise")]), "fake_loss", rising)
 
 
 def test_seeds_that_collapse_are_reported() -> None:
