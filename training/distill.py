@@ -9,6 +9,7 @@ goes on with --resume.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from training.config.moved import MOVED
 from training.config.schema import DistillConfig, load_config
 
 if TYPE_CHECKING:
+    from pdmd_core.experts import Manifest
     from training.loop.resumption import Resume
 
 _EXAMPLES = """examples:
@@ -286,15 +288,16 @@ def push(run: Path, repo_id: str, private: bool) -> None:
 
 def add_samples_and_report(run: Path) -> None:
     """Copy into experts/ what the card shows: the samples of all experts, and what evaluate.py measured of them."""
-    from pdmd_core.experts import MANIFEST_NAME, read_manifest
+    from pdmd_core.experts import read_manifest
 
     experts = run / "experts"
-    last, written = read_manifest(experts).experts[-1].name, (experts / MANIFEST_NAME).stat().st_mtime
+    manifest = read_manifest(experts)
+    last = manifest.experts[-1].name
     caption = "The last samples of the training: one prompt a row, one seed a column"
     shown = [(path, path.name, caption) for path in sorted(run.glob(f"samples/{last}-final.*"))]
     for report in (run / "report.json", experts / "report.json"):
-        if report.is_file() and report.stat().st_mtime < written:
-            print(f"{report} is older than the experts: not pushed, run training/evaluate.py again")
+        if report.is_file() and is_of_others(report, manifest):
+            print(f"{report} was measured with other experts: not pushed, run training/evaluate.py again")
             if report.parent == experts:
                 report.unlink()
         elif report.is_file() and report.parent == run:
@@ -305,6 +308,15 @@ def add_samples_and_report(run: Path) -> None:
         (experts / "samples").mkdir(exist_ok=True)
         shutil.copy(path, experts / "samples" / name)
         (experts / "samples" / name).with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def is_of_others(report: Path, manifest: Manifest) -> bool:
+    """Whether a report says that it measured other experts; one that says nothing of it is taken as it is."""
+    try:
+        measured = json.loads(report.read_text(encoding="utf-8"))["experts"].values()
+    except (ValueError, KeyError, TypeError, AttributeError):  # of an earlier version, or none: the card says so
+        return False
+    return {expert.name: expert.sha256 for expert in manifest.experts} not in list(measured)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
+    from pdmd_core.experts.verify import check_files
     from pdmd_core.phases import PhasePlan
     from training.config.command_line import UserError
     from training.data.examples import PromptError, read_examples
@@ -161,15 +162,14 @@ def run(options: argparse.Namespace) -> int:
     examples += read_examples(options.prompts) if options.prompts is not None else []
     if not examples:
         raise PromptError("nothing to sample: give --prompt or --prompts")
-    source = teacher_source(experts.manifest if experts else None, options.teacher, options.pipeline)
+    source = teacher_source(experts, options.teacher, options.pipeline)
     size = GivenSize(options.width, options.height, options.frames, options.max_sequence_length)
     sample_size = size.complete({"experts": experts} if experts else {})
     steps = _TEACHER_STEPS if options.steps is None else options.steps
     shift = _SHIFT if options.shift is None else options.shift
     if experts:
         plan = plan_of(experts, options.steps)
-        for expert in experts.manifest.experts:
-            experts.verify(expert.name)
+        check_files(experts)
     else:
         PhasePlan.from_steps([steps], shift)
     pairs = [(prompt, seed) for prompt in range(len(examples)) for seed in options.seeds]

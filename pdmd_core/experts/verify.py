@@ -16,7 +16,7 @@ from ..hashing import sha256_of
 from .base_files import BaseFiles
 from .errors import ExpertsError
 from .folder import PhasedExperts
-from .format.files import RELEASED, read_expert_metadata
+from .format.files import RELEASED, SCHEDULER_CONFIG, read_expert_metadata
 from .format.fingerprint import base_warning, compare
 from .format.header import read_header
 from .format.lora_keys import lora_from_file
@@ -104,6 +104,32 @@ def verify(folder: Path, base: str | None = None, request: SampleRequest | None 
             yield Check("sample", False, "not run, because of the failures above")
         else:
             yield run("sample", lambda: _samples_agree(experts, files[0], request))
+
+
+def check_files(experts: PhasedExperts) -> None:
+    """Check what can be known before a weight is read: hashes, sigmas of the files, and the scheduler if there is one.
+
+    Args:
+        experts: The opened folder.
+
+    Raises:
+        ExpertsError: The first thing that is not what was written.
+    """
+    for expert in experts.manifest.experts:
+        path = experts.verify(expert.name)
+        if RELEASED in experts.manifest.training:
+            continue
+        try:
+            carried, own = read_expert_metadata(read_header(path).metadata)
+        except ValueError:
+            raise ExpertsError(f"{path}: carries no manifest: it is a file of other experts") from None
+        if own.name != expert.name or carried.plan != experts.manifest.plan:
+            raise ExpertsError(
+                f"{path}: is expert {own.name!r} of other sigmas than the manifest's: the manifest was edited, or "
+                "files were exchanged; download or export the experts again"
+            )
+    if (experts.folder / SCHEDULER_CONFIG).exists():
+        _same_plan(experts)
 
 
 def _same_plan(experts: PhasedExperts) -> str:

@@ -108,12 +108,24 @@ def test_a_push_that_fails_loses_nothing_and_says_how_to_push_again(
 def test_a_report_of_earlier_experts_is_not_pushed(hub: Hub, client: Client, config_file: Path, run: Path) -> None:
     assert distill(client, "--config", str(config_file)).result == 0
     for folder in (run, run / "experts"):
-        (folder / "report.json").write_text('{"rows": []}')
-        os.utime(folder / "report.json", (1, 1))
+        (folder / "report.json").write_text('{"rows": [], "experts": {"experts": {"low_noise": "0"}}}')
     outcome = distill(client, "--push_to_hub", REPO, "--output_dir", str(run))
-    assert outcome.result == 0 and "is older than the experts" in outcome.said
-    assert outcome.said.count("is older") == 2
+    assert outcome.result == 0 and outcome.said.count("was measured with other experts") == 2
     assert "report.json" not in hub.files(REPO) and "Measurements" not in hub.files(REPO)["README.md"].decode()
+
+
+def test_a_report_of_these_experts_is_pushed_whatever_its_time(
+    hub: Hub, client: Client, config_file: Path, run: Path
+) -> None:
+    assert distill(client, "--config", str(config_file)).result == 0
+    manifest = json.loads((run / "experts" / "phased_experts.json").read_text())
+    hashes = {expert["name"]: expert["sha256"] for expert in manifest["experts"]}
+    rows = [{"method": "experts", "network_evaluations": 4, "frechet": 0.5}]
+    report = {"features": "FD", "rows": rows, "experts": {"experts": hashes}}
+    (run / "report.json").write_text(json.dumps(report))
+    os.utime(run / "report.json", (1, 1))
+    assert distill(client, "--push_to_hub", REPO, "--output_dir", str(run)).result == 0
+    assert "| experts | 4 | 0.5 |" in hub.files(REPO)["README.md"].decode()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 from pdmd_core.experts import PhasedExperts
+from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.parts import picture
 from tests.helpers.families.wan import wan_image_two_networks
 from tests.helpers.tiny_experts import save_experts
@@ -21,6 +24,7 @@ from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 from training.data.examples import Example, PromptError
 from training.data.teacher import TeacherSource
+from training.evaluation.distilled import teacher_source
 from training.evaluation.pictures import save_samples
 from training.evaluation.sampler import Decoder, Sampler, default_device
 
@@ -266,3 +270,62 @@ def test_steps_are_told_and_batches_fit_the_size(teacher: Path, images: list[Pat
     assert len(told) == 2 * 2
     assert default_device("cpu") == torch.device("cpu")
     assert Sampler(str(teacher), size, [example], tmp_path, device="cpu").batch == 64
+
+
+def test_exchanged_files_and_edited_sigmas_are_refused_before_anything_is_loaded(
+    experts: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where hashes were made to fit."""
+
+    def refused(change: Callable[[dict[str, Any], Path], None]) -> str:
+        folder = tmp_path / change.__name__
+        shutil.copytree(experts, folder)
+        PhasedDMDScheduler.from_plan(PhasedExperts.open(folder).manifest.plan).save_pretrained(folder / "scheduler")
+        manifest = json.loads((folder / "phased_experts.json").read_text(encoding="utf-8"))
+        change(manifest, folder)
+        (folder / "phased_experts.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with mock.patch.object(TeacherSource, "load", side_effect=AssertionError("loaded")):
+            asked = ["--experts", str(folder), "--prompt", "a boat", "--image", str(images[0])]
+            assert sample.main([*asked, "--output", str(tmp_path / "a.png")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    def exchanged(manifest: dict[str, Any], folder: Path) -> None:
+        first, second = manifest["experts"]
+        first["file"], second["file"] = second["file"], first["file"]
+
+    def exchanged_with_hashes(manifest: dict[str, Any], folder: Path) -> None:
+        exchanged(manifest, folder)
+        first, second = manifest["experts"]
+        first["sha256"], second["sha256"] = second["sha256"], first["sha256"]
+
+    def edited_sigmas(manifest: dict[str, Any], folder: Path) -> None:
+        manifest["plan"]["phases"][-1]["sigmas"][-1] -= 0.01
+        path = folder / "scheduler" / "scheduler_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"plan": manifest["plan"]}), encoding="utf-8")
+
+    def edited_scheduler(manifest: dict[str, Any], folder: Path) -> None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["plan"]["phases"][-1]["sigmas"][-1] -= 0.01
+        path.write_text(json.dumps(config), encoding="utf-8")
+
+    assert "the file was changed or cut off" in refused(exchanged)
+    assert "files were exchanged" in refused(exchanged_with_hashes)
+    assert "the manifest was edited" in refused(edited_sigmas)
+    assert "its plan is not the manifest's" in refused(edited_scheduler)
+
+
+def test_a_relative_base_lies_where_the_experts_are_or_is_asked_for(
+    teacher: Path, experts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = PhasedExperts.open(experts)
+    base = replace(opened.manifest.base, model="../teacher")
+    beside = replace(opened, manifest=replace(opened.manifest, base=base))
+    assert Path(teacher_source(beside, None, None).path).resolve() == teacher.resolve()
+    lost = replace(opened, manifest=replace(opened.manifest, base=replace(base, model="models/of/others")))
+    with pytest.raises(UserError, match=r"'models/of/others', is no folder here.*: say with --teacher where"):
+        teacher_source(lost, None, None)
+    assert teacher_source(lost, "user/teacher", None).path == "user/teacher"

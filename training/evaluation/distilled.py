@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdmd_core.experts import ExpertsError, Manifest, PhasedExperts
+from pdmd_core.experts.hub.ids import is_hub_id
 from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 
@@ -68,32 +69,46 @@ class GivenSize:
         return SampleSize(height, width, frames, _TOKENS if length is None else length)
 
 
-def teacher_source(manifest: Manifest | None, teacher: str | None, pipeline: str | None) -> TeacherSource:
+def teacher_source(experts: PhasedExperts | None, teacher: str | None, pipeline: str | None) -> TeacherSource:
     """Where the teacher is.
 
     Args:
-        manifest: Of the experts, None for a teacher alone.
+        experts: The experts, None for a teacher alone.
         teacher: Folder or Hub id in place of the base that the manifest names.
         pipeline: Diffusers class in place of the one that the experts were distilled with.
 
     Returns:
-        The source, with the manifest's revision where the teacher is the manifest's base.
+        The source, with the manifest's revision where the teacher is the manifest's base. A base that is a relative
+        path may lie there seen from here, or from the experts folder.
 
     Raises:
-        UserError: When neither names a teacher.
+        UserError: When neither names a teacher, or the base is a folder that is not here.
     """
     from training.data.teacher import TeacherSource
 
-    if manifest is None:
+    if experts is None:
         if teacher is None:
             raise UserError("nothing to sample with: give --experts or --teacher")
         return TeacherSource(teacher, None, pipeline)
-    base = manifest.base
+    manifest, base = experts.manifest, experts.manifest.base
     own = teacher is None or teacher == base.model
     return TeacherSource(
-        base.model if teacher is None else teacher,
+        _place_of_base(experts) if teacher is None else teacher,
         base.revision if own else None,
         noted(manifest, "pipeline", str, None) if pipeline is None else pipeline,
+    )
+
+
+def _place_of_base(experts: PhasedExperts) -> str:
+    model = experts.manifest.base.model
+    beside = experts.folder / model
+    if Path(model).is_dir() or is_hub_id(model):
+        return model
+    if beside.is_dir():
+        return str(beside)
+    raise UserError(
+        f"{experts.folder}: the base of these experts, {model!r}, is no folder here, nor seen from the experts folder: "
+        "say with --teacher where it lies now, as a folder or a Hub id"
     )
 
 

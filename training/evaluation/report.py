@@ -66,6 +66,8 @@ class Report:
     """Metric to why it was left out."""
     floor: str | None = None
     """The row that says how far samples of the reference are from each other."""
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Method to the SHA-256 of each of its experts: which experts were measured."""
 
     @property
     def quantities(self) -> list[Quantity]:
@@ -99,6 +101,7 @@ class Report:
             ],
             "not_measured": dict(self.not_measured),
             "settings": dict(self.settings),
+            "experts": {method: dict(hashes) for method, hashes in self.files.items()},
         }
 
     def write(self, folder: Path, pictures: Sequence[tuple[str, str]]) -> None:

@@ -90,7 +90,7 @@ class Request:
             guidance = float(noted(first, "teacher_guidance_scale", (int, float), _GUIDANCE))
         if negative is None:
             negative = noted(first, "negative_prompt", str, "")
-        source = teacher_source(first, self.teacher, self.pipeline)
+        source = teacher_source(next(iter(experts.values())), self.teacher, self.pipeline)
         return Evaluation(
             Teacher(source, shift, guidance, negative),
             size,

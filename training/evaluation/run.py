@@ -116,6 +116,7 @@ def _report(
         plans={name: own.manifest.plan.describe() for name, own in experts.items()},
         not_measured=selection.left_out,
         floor=None if request.no_noise_floor else rows[0].method,
+        files={name: {e.name: e.sha256 for e in own.manifest.experts} for name, own in experts.items()},
     )
 
 

@@ -95,8 +95,8 @@ class SampleAlerts:
         if own.clipped > _CLIPPED_TIMES * teacher.clipped + _CLIPPED_MORE:
             yield (
                 "clipped",
-                f"{own.clipped:.1%} of the values are black or white, of the teacher's samples {teacher.clipped:.1%}: they "
-                f"are over-saturated; {_COLOURS}",
+                f"{own.clipped:.1%} of the values are black or white, of the teacher's samples {teacher.clipped:.1%}: "
+                f"they are over-saturated; {_COLOURS}",
             )
         if expert != self.last:
             return

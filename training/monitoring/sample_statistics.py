@@ -52,7 +52,7 @@ def sample_statistics(pixels: Tensor, seeds: int, teacher: Tensor | None = None)
     differences = _distances(small[first], small[second])
     distance = None
     if teacher is not None:
-        apart = torch.arange(len(teacher)).roll(seeds + 1 if len(teacher) > seeds + 1 else 1)
+        apart = torch.arange(len(teacher)).view(-1, seeds).roll((1, 1), (0, 1)).flatten()
         spread = float(_distances(teacher, teacher[apart]).mean())
         distance = float(_distances(small, teacher).mean()) / spread if spread else None
     return SampleStatistics(

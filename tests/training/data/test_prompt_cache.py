@@ -23,6 +23,7 @@ from training.data.buckets import ANY, Bucket, SampleSize
 from training.data.encoder import Encoder
 from training.data.examples import Example, PromptError
 from training.data.prompt_cache import PromptCache, encode_examples, open_prompt_cache
+from training.data.prompt_identity import identity
 from training.data.teacher import TeacherSource
 
 WAN = family("wan")
@@ -316,3 +317,31 @@ def test_three_runs_mend_and_read_one_cache_together(teacher: Path, tmp_path: Pa
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(run, encoders))
     assert all(torch.equal(values, expected) for values in found)
+
+
+def test_prompts_that_are_cut_off_are_counted(teacher: Path, tmp_path: Path) -> None:
+    def longer(tokens: int) -> int:
+        examples = [Example("a fox"), Example("a fox " * 20), Example("a panda " * 20)]
+        encoder = Encoder(TeacherSource(str(teacher)), WAN, tokens)
+        opened = open_prompt_cache(examples, "", encoder, [Bucket(16, 16, 1)], tmp_path)
+        again = open_prompt_cache(examples, "", encoder, [Bucket(16, 16, 1)], tmp_path)
+        assert opened.longer == again.longer
+        return opened.longer
+
+    assert (longer(12), longer(500)) == (2, 0)
+
+
+def test_a_teacher_of_the_hub_that_is_copied_here_encodes_the_same(teacher: Path, tmp_path: Path) -> None:
+    local, there = TeacherSource(str(teacher)), TeacherSource("user/teacher", "main")
+    index, kind = local.index(), local.pipeline_class()
+    with (
+        mock.patch.object(TeacherSource, "index", lambda self: index),
+        mock.patch.object(TeacherSource, "pipeline_class", lambda self: kind),
+        mock.patch("training.data.teacher.DiffusionPipeline.download", return_value=str(teacher)) as download,
+    ):
+        names = {
+            identity([Example("a fox")], "", Encoder(source, WAN, 12), [Bucket(16, 16, 1)], torch.float32)
+            for source in (local, there)
+        }
+    assert len(names) == 1
+    assert download.call_args.kwargs["revision"] == "main" and "transformer" in download.call_args.kwargs

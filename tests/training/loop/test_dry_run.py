@@ -291,3 +291,11 @@ def test_what_cannot_be_described_is_one_line(settings_of_run: dict[str, Any], t
     refused(TeacherError, "neither a folder", path="nowhere")
     refused(TeacherError, "'NoPipeline' is not a pipeline class", pipeline="NoPipeline")
     refused(TeacherError, "cannot be loaded as a pipeline", architecture=str(tmp_path))
+
+
+def test_targets_that_match_nothing_are_one_line_in_a_dry_run_and_in_a_run(settings_of_run: dict[str, Any]) -> None:
+    for section in ("generator", "fake"):
+        config = changed(settings_of_run, **{f"{section}.targets": ["to_q", "to_w"]})
+        for run in (describe, build_run):
+            with pytest.raises(ConfigError, match=rf"^{section}\.targets: no module .* ends in 'to_w'; .*attn1\.to_q"):
+                run(config)

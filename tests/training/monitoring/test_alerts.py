@@ -12,6 +12,7 @@ import pytest
 
 from training.config.sections import MonitoringSection
 from training.monitoring.alerts import Alert, Alerts
+from training.monitoring.feature_statistics import FeatureStatistics
 from training.monitoring.sample_statistics import SampleStatistics
 
 DEMO = Path(__file__).parent / "healthy_demo.json"
@@ -113,3 +114,61 @@ def test_no_false_alarm_in_many_healthy_runs() -> None:
     """Loud constant losses over 2,000 updates, a hundred times."""
     for seed in range(100):
         assert not told(Alerts(MonitoringSection()), "fake_loss", noisy(1.0, 2000, seed))
+
+
+LIKE_TEACHER = replace(WELL, teacher_distance=0.2, motion=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("saturation", {"saturation": 1.3 * 0.38}),
+        ("contrast", {"contrast": 1.3 * 0.11}),
+        ("motion", {"motion": 0.13}),
+        ("clipped", {"clipped": 0.03}),
+        ("low_saturation", {"saturation": 0.5 * 0.38}),
+        ("low_contrast", {"contrast": 0.05}),
+        ("low_motion", {"motion": 0.05}),
+        ("low_diversity", {"diversity": 0.07}),
+    ],
+)
+def test_samples_unlike_the_teacher_s_are_reported_from_the_first_on(kind: str, changes: dict[str, float]) -> None:
+    """Below the teacher only in the last phase: samples of earlier ones are blurred."""
+    for expert, found in (("high_noise", not kind.startswith("low_")), ("low_noise", True)):
+        alerts = Alerts(MonitoringSection(), last="low_noise")
+        alerts.teacher(expert, LIKE_TEACHER)
+        assert not alerts.validation(0, expert, replace(LIKE_TEACHER, **changes)), "the expert is none yet"
+        assert not alerts.validation(10, expert, replace(LIKE_TEACHER, saturation=0.36, diversity=0.1))
+        alerts = Alerts(MonitoringSection(), last="low_noise")
+        alerts.teacher(expert, LIKE_TEACHER)
+        assert [alert.kind for alert in alerts.validation(10, expert, replace(LIKE_TEACHER, **changes))] == [
+            kind
+        ] * found
+
+
+def test_samples_and_scores_that_both_leave_the_teacher_are_a_broken_run() -> None:
+    alerts = Alerts(MonitoringSection())
+    assert not alerts.validation(0, "high_noise", replace(WELL, teacher_distance=0.3))
+    assert not told(alerts, "score_distance", [1.0] * 10)
+    (scores,) = told(alerts, "score_distance", [1.6] * 7)
+    assert scores.kind == "score_distance" and "fake and teacher are 1.6 apart, it was 1" in scores.text
+    assert not alerts.validation(10, "high_noise", replace(WELL, teacher_distance=0.44))
+    distance, broken = alerts.validation(20, "high_noise", replace(WELL, teacher_distance=0.46))
+    assert distance.kind == "teacher_distance" and broken.kind == "broken" and "stop it" in broken.text
+    assert not alerts.validation(30, "high_noise", replace(WELL, teacher_distance=0.46)), "once"
+
+
+def test_what_a_phase_began_with_is_known_after_a_resumption() -> None:
+    alerts = Alerts(MonitoringSection())
+    for value in (1.0, 1.0, 1.0):
+        alerts.replay("high_noise", {"score_distance": value})
+    assert [alert.kind for alert in told(alerts, "score_distance", [1.6] * 7)] == ["score_distance"]
+
+
+def test_a_frechet_distance_that_rises_and_features_that_collapse_are_reported() -> None:
+    alerts = Alerts(MonitoringSection(), last="low_noise")
+    alerts.teacher("low_noise", WELL, FeatureStatistics(0.0, 50.0))
+    assert not alerts.validation(10, "low_noise", WELL, FeatureStatistics(0.5, 45.0))
+    assert not alerts.validation(20, "low_noise", WELL, FeatureStatistics(0.9, 40.0))
+    found = alerts.validation(30, "low_noise", WELL, FeatureStatistics(1.1, 20.0))
+    assert [alert.kind for alert in found] == ["frechet", "low_feature_diversity"]

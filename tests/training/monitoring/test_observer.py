@@ -84,6 +84,7 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "monitoring.smallest_drift": 1e6,
         "monitoring.share_of_time": 1,
         "monitoring.diversity_fall": 0.01,
+        "monitoring.teacher_distance_rise": 100.0,
         "output_dir": str(folder / "run"),
     }
     Trainer(build_run(changed({}, **settings))).run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.monitoring.sample_statistics import sample_statistics
+from training.monitoring.sample_statistics import sample_statistics, thumbnails
 from training.monitoring.weight_drift import WeightDrift
 
 
@@ -56,3 +56,22 @@ def test_steps_that_vanish_are_seen_as_weights_that_do_not_change() -> None:
         for _ in range(100):
             weights -= 4e-4
     assert motion.measure() == (0.0, 0.0)
+
+
+def test_the_distance_to_the_teacher_is_1_for_samples_of_other_prompts() -> None:
+    """Two prompts, two seeds each, of which every one is as far from those of the other prompt."""
+    teacher = flat((0.0,) * 3, (0.0,) * 3, (0.5,) * 3, (0.5,) * 3)
+    exchanged = teacher.roll(2, 0)
+    own = thumbnails(teacher)
+    assert sample_statistics(teacher, 2, own).teacher_distance == 0
+    assert sample_statistics(exchanged, 2, own).teacher_distance == pytest.approx(1)
+    assert sample_statistics((teacher + exchanged) / 2, 2, own).teacher_distance == pytest.approx(0.5)
+    assert sample_statistics(teacher, 2).teacher_distance is None
+
+
+def test_the_motion_of_clips_is_between_neighbouring_frames() -> None:
+    clip = flat((0.5, 0.5, 0.5), frames=5).clone()
+    assert sample_statistics(clip, 1).motion == 0
+    clip[:, 1::2] += 0.2
+    assert sample_statistics(clip, 1).motion == pytest.approx(0.2)
+    assert sample_statistics(flat((0.5, 0.5, 0.5)), 1).motion is None
