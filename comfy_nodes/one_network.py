@@ -32,6 +32,7 @@ def refuse_what_needs_one_network(model: Any, key: str, names: str) -> None:
         patcher.get_key_patches = _refused_by_prefix(patcher, "get_key_patches", merged)
         patcher.model_state_dict = _refused_by_prefix(patcher, "model_state_dict", saved)
         patcher.state_dict_for_saving = _refused(saved)
+        patcher.partially_load = _refused_when_forced(patcher, saved)
 
     guard(model)
     model.add_callback_with_key(CallbacksMP.ON_CLONE, key, lambda _, clone: guard(clone))
@@ -47,6 +48,18 @@ def _refused_by_prefix(patcher: Any, name: str, text: str) -> Callable[..., Any]
         return method(itself())
 
     return method_of_all
+
+
+def _refused_when_forced(patcher: Any, text: str) -> Callable[..., Any]:
+    """Refuse to patch the weights for good, which old versions of ComfyUI do before they save them."""
+    method, itself = type(patcher).partially_load, weakref.ref(patcher)
+
+    def partially_load(*args: Any, force_patch_weights: bool = False, **inputs: Any) -> Any:
+        if force_patch_weights:
+            raise NodeError(text)
+        return method(itself(), *args, **inputs)
+
+    return partially_load
 
 
 def _refused(text: str) -> Callable[..., Any]:

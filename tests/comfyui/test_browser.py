@@ -206,6 +206,30 @@ def test_sockets_grow_and_the_hub_is_asked_for_when_chosen(ui: FrontEnd) -> None
     assert ui.do(hidden, load) is False
 
 
+def test_time_lines_and_help_are_in_chinese_for_who_reads_that(ui: FrontEnd, server: Server) -> None:
+    ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        ui.page.reload(wait_until="domcontentloaded")
+        ui.wait("() => window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
+        ui.page.wait_for_timeout(2000)
+        ui.load(workflow("phased_wan22_boundary"))
+        ui.close_dialogs()
+        plan = ui.node("PhasedDMDPlanFromBoundary")
+        ui.cells(plan, 20)
+        shown = ui.timeline(plan)
+        assert shown["summary"] == "20 \u6b65, shift 8, \u6b65\u6570\u4efb\u610f" and shown["cut_off"] == []
+        ui.fit()
+        ui.screenshot("chinese")
+        for kind in ("PhasedDMDSampler", "PhasedDMDPlanFromBoundary"):
+            text = server.get(f"/extensions/phased-dmd/docs/{kind}/zh.md").decode()
+            assert text.startswith("# \u5206\u9636\u6bb5") or text.startswith("# \u9636\u6bb5")
+    finally:
+        ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        ui.page.reload(wait_until="domcontentloaded")
+        ui.wait("() => window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
+        ui.page.wait_for_timeout(1000)
+
+
 def test_bypassed_experts_fall_through_to_the_base(ui: FrontEnd) -> None:
     ui.load(workflow("phased_tiny_on_cpu"))
     ui.close_dialogs()

@@ -161,6 +161,8 @@ def test_merging_and_saving_a_composed_model_are_refused(pack, models, build, tm
             saver.save(model, "saved")
     with pytest.raises(error, match="this file holds one network"):
         merged.model_state_dict(filter_prefix="diffusion_model.")
+    with pytest.raises(error, match="this file holds one network"):  # as old versions of ComfyUI save
+        merged.partially_load(torch.device("cpu"), 0, force_patch_weights=True)
     assert len(merged.model_state_dict()) == len(plain.model_state_dict())
     assert not list(tmp_path.iterdir())
 
