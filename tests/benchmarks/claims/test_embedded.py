@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from benchmarks import paper_claims
 from benchmarks.claims.common.distilling import Distilled, distil
 from benchmarks.claims.common.methods import METHODS, Run
+from benchmarks.claims.common.variants import VARIANTS
 from benchmarks.claims.embedded import study as embedded_study
 from benchmarks.claims.embedded.measures import Measures, Scene, all_scenes, measured_scenes
 from benchmarks.claims.embedded.study import SETTINGS, AskedScenes, EmbeddedStudy, Measuring
@@ -176,9 +177,9 @@ def trained(study: EmbeddedStudy, run: Run) -> Distilled:
     return distil(EmbeddedProblem(run, study.sampler, study.settings), run, study.settings.recipe)
 
 
-@pytest.mark.parametrize("key", ["dmd_sgts", "phased_4x1", "phased_2x2", "joint"])
+@pytest.mark.parametrize("key", ["dmd_sgts", "phased_4x1", "phased_2x2", "joint", "2x2_step"])
 def test_every_expert_moves_at_the_cost_the_library_states(key: str, pictures: EmbeddedStudy) -> None:
-    method, settings = METHODS[key], pictures.settings
+    method, settings = (METHODS | VARIANTS)[key], pictures.settings
     updates = 4
     done = trained(pictures, Run(method, 1e-3, 0, updates))
     plan = settings.plan(method)
@@ -192,7 +193,9 @@ def test_every_expert_moves_at_the_cost_the_library_states(key: str, pictures: E
     ]
     share = updates // len(plan)
     assert done.evaluations["teacher"] == 2 * updates  # guidance: twice the batch
-    assert done.evaluations["fake"] == sum(cost["fake"] + cost["fake_score"] for cost in costs) * share
+    of_fakes = sum(count for role, count in done.evaluations.items() if role.startswith(FAKE))
+    assert of_fakes == sum(cost["fake"] + cost["fake_score"] for cost in costs) * share
+    assert ("fake_2" in done.evaluations) == (key == "2x2_step")
     assert done.skipped == 0
 
 
