@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from torch import nn
 from torch._dynamo.utils import counters
 
 from tests.helpers.configs import changed
@@ -23,9 +23,8 @@ UPDATES = 4
 @pytest.fixture
 def with_quick_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs are captured as ever and run as they are: what they compute and when they are captured is the matter."""
-    original = WanTransformer3DModel.compile_repeated_blocks
-    quick = partial(original, backend="eager")
-    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", lambda self: quick(self))
+    quick = partial(nn.Module.compile, backend="eager")
+    monkeypatch.setattr(nn.Module, "compile", lambda self: quick(self))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
