@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from .composite import composite_of
 from .errors import NodeError, in_words
 from .notices import say_where_it_starts
+from .phase_samplers import sampler_of_phases
 from .plan_nodes import run_of
 from .schema import schema
 from .timeline import timeline
@@ -72,6 +73,12 @@ class PhasedSampler(io.ComfyNode):
                     tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan, which the "
                     "time line shows; more steps have more places to start at.",
                 ),
+                io.String.Input(
+                    "samplers",
+                    default="",
+                    optional=True,
+                    tooltip="A sampler for each phase with commas between (heun, euler). Empty: sampler_name for all.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The sampled latent.")],
         )
@@ -89,6 +96,7 @@ class PhasedSampler(io.ComfyNode):
         negative: Any,
         latent_image: dict[str, Any],
         denoise: float,
+        samplers: str = "",
     ) -> io.NodeOutput:
         """Sample."""
         composite = composite_of(model)
@@ -109,7 +117,7 @@ class PhasedSampler(io.ComfyNode):
             cfg=cfg,
             positive=positive,
             negative=negative,
-            sampler=comfy.samplers.sampler_object(sampler_name),
+            sampler=sampler_of_phases(composite.plan, samplers, sampler_name),
             sigmas=torch.tensor(sigmas, dtype=torch.float32),
             latent_image=latent_image,
         )

@@ -138,6 +138,32 @@ def test_the_phased_sampler_equals_sampler_custom_advanced(pack, models, fails) 
     fails("at least the 4 steps of the plan", "PhasedDMDSampler", model=model, **{**inputs, "steps": 2})
 
 
+def test_a_sampler_for_each_phase(pack, models, fails) -> None:
+    experts = [models.wan(0), models.wan(1)]
+    common = {"plan": plan_of(pack), "cfg": "", "set_shift": True, "model_1": experts[0], "model_2": experts[1]}
+    (model,) = pack.call("PhasedDMDExperts", **common)
+    prompts = {"positive": models.conditioning("wan"), "negative": models.conditioning("wan", seed=8)}
+    inputs = {"model": model, "seed": 42, "steps": 8, "cfg": 1.0, "sampler_name": "euler", "denoise": 1.0, **prompts}
+    inputs["latent_image"] = models.latent("wan")
+    (sigmas,) = pack.call("PhasedDMDSigmas", plan=common["plan"], steps=8, denoise=1.0)
+    (none,), outputs = pack.call("DisableNoise"), []
+    for names in (("heun", "dpmpp_2m"), ("euler", "euler")):
+        (found,) = pack.call("PhasedDMDSampler", samplers=", ".join(names), **inputs)
+        split = int((sigmas > 0.8334).sum())
+        half = sample(pack, models, model, "wan", sigmas[: split + 1], names[0])
+        (guider,) = pack.call("CFGGuider", model=model, cfg=1.0, **prompts)
+        (choice,) = pack.call("KSamplerSelect", sampler_name=names[1])
+        rest = {"noise": none, "sampler": choice, "sigmas": sigmas[split:], "latent_image": {"samples": half}}
+        expected = pack.call("SamplerCustomAdvanced", guider=guider, **rest)[0]["samples"]
+        torch.testing.assert_close(found["samples"], expected, atol=1e-5, rtol=1e-5)
+        outputs.append(found["samples"])
+    (usual,) = pack.call("PhasedDMDSampler", **inputs)
+    assert torch.equal(usual["samples"], outputs[1])
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+    fails("samplers are one name for each of high_noise, low_noise", "PhasedDMDSampler", samplers="heun", **inputs)
+    fails("found 'best'", "PhasedDMDSampler", samplers="heun, best", **inputs)
+
+
 def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models, fails) -> None:
     plan = plan_of(pack)
     picture, text = pack.call("PhasedDMDPlanReport", plan=plan, sigmas=sigmas_of(TWO))
