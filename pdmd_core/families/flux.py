@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..flow import Sigma
+from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
 from .flux_layout import (
     BLOCKS,
@@ -106,7 +106,7 @@ class FluxFamily(ModelFamily):
         # What `network.dtype` is, which looks through all modules.
         dtype = cast("FluxTransformer2DModel", network).x_embedder.weight.dtype
         # The pipeline rounds timesteps to the dtype of its latents before it divides.
-        timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
+        timestep = of_each_sample(sigma, x) * 1000
         tokens, positions, prompts = to_tokens(x), grid_positions(x), conditioning["prompt_embeds"]
         own = tokens.shape[1]
         if "image_latents" in conditioning:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..flow import Sigma
+from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
@@ -92,7 +92,7 @@ class StableDiffusion3Family(ModelFamily):
         dtype = cast("SD3Transformer2DModel", network).context_embedder.weight.dtype
         velocity: Tensor = network(
             hidden_states=x.to(dtype),
-            timestep=torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000,
+            timestep=of_each_sample(sigma, x) * 1000,
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
             pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
             return_dict=False,

@@ -130,8 +130,6 @@ class DistillConfig(Section):
         for section, role in (("generator", self.generator), ("fake", self.fake)):
             if sharding != "none" and role.kind == "full" and role.optimizer != "adamw":
                 raise ValueError(f"{section}.optimizer: {role.optimizer} is for weights that are whole: use adamw")
-        if memory.offload_idle_network and not memory.gradient_checkpointing:
-            raise ValueError("memory.offload_idle_network frees memory only with memory.gradient_checkpointing: true")
         return self
 
     @model_validator(mode="after")

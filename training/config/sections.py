@@ -167,12 +167,22 @@ class MemorySection(Section):
     """Samples a process evaluates at once, gradients add up; all of its share if null."""
     gradient_checkpointing: bool = False
     """Recompute activations to save memory."""
+    offload_activations: bool = False
+    """What is kept for the backward pass, the inputs of checkpointed blocks, waits in host memory."""
     guidance_batched: bool = True
     """The teacher sees prompt and negative prompt in one batch; two evaluations take less memory."""
     offload_idle_network: bool = False
     """Of a two-network teacher, keep only the network that runs on the device."""
     offload_idle_experts: bool = False
     """Keep experts that do not train off the device, but while they compute."""
+
+    @model_validator(mode="after")
+    def _is_recomputed(self) -> MemorySection:
+        if self.offload_idle_network and not self.gradient_checkpointing:
+            raise ValueError("offload_idle_network: frees memory only with memory.gradient_checkpointing: true")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("offload_activations: is for inputs of blocks, with memory.gradient_checkpointing: true")
+        return self
 
 
 class CheckpointsSection(Section):

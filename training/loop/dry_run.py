@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from pdmd_core.families import ModelFamily
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from training.config.command_line import UserError
-from training.config.schema import DistillConfig
+from training.config.problems import leaves_of
+from training.config.schema import ConfigError, DistillConfig, parse_config, with_values
 from training.data.buckets import ANY, Bucket, bucket_of
 from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
 from training.data.training_data import buckets_of, latent_shapes
@@ -25,8 +28,20 @@ from training.distributed.context_parallel import check_context_parallel
 from training.distributed.sharding import check_processes
 from training.loop.start import specs_of_run, start_of
 from training.loop.targets import check_targets
-from training.memory.static import in_words, static_memory
+from training.memory.activations import activation_bytes
+from training.memory.static import Held, in_words, static_memory
 from training.monitoring.trackers import check_tracker
+
+_SAVING: tuple[dict[str, Any], ...] = (
+    {"memory.micro_batch_size": 1},
+    {"memory.gradient_checkpointing": True},
+    {"memory.guidance_batched": False},
+    {"memory.offload_activations": True},
+    {"memory.offload_idle_experts": True},
+    {"memory.offload_idle_network": True},
+    {"parallel.sharding": "fsdp"},
+)
+"""What takes less memory and leaves the numbers as they are, the cheapest first."""
 
 
 def pipeline_on_meta(source: TeacherSource) -> DiffusionPipeline:
@@ -52,11 +67,11 @@ def _on_meta(architecture: str, source: TeacherSource, name: str) -> nn.Module:
         return kind.from_config(settings)
 
 
-def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1) -> str:
-    """Plan, roles, static memory of each of ``gpus`` GPUs, evaluations per update, outputs.
+def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1, advise: bool = True) -> str:
+    """Plan, roles, memory of each of ``gpus`` GPUs, evaluations per update, outputs.
 
-    memory_per_gpu: in GiB. Raises UserError when the static memory is more, ConfigError when the GPUs cannot divide the
-    work.
+    memory_per_gpu: in GiB. advise: look for what would make it fit. Raises UserError when the memory is more,
+    ConfigError when the GPUs cannot divide the work.
     """
     check_processes(config, gpus)
     plan, model = config.plan.build(), config.model
@@ -83,10 +98,14 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     ]
     held = static_memory(config, plan, roles, gpus)
     lines += [f"  {part.role:12} {in_words(part.bytes)}: {part.how}" for part in held.parts]
-    total = held.bytes
-    lines += [f"  {'all':12} {in_words(total)}: weights, gradients, optimizer; activations come on top"]
-    both = f", {total / held.all_networks:.3f} of both its networks" if held.all_networks > held.base else ""
-    lines += [f"  {'ratio':12} {total / held.base:7.3f}: all of it against the teacher on the GPU{both}"]
+    own = config.batch_size // config.groups(gpus)
+    activations, how = _activations(config, family, pipeline.transformer, shape, own)
+    total = held.bytes + activations
+    lines += [f"  {'all':12} {in_words(held.bytes)}: weights, gradients, optimizer"]
+    both = f", {held.bytes / held.all_networks:.3f} of both its networks" if held.all_networks > held.base else ""
+    lines += [f"  {'ratio':12} {held.bytes / held.base:7.3f}: all of it against the teacher on the GPU{both}"]
+    lines += [f"  {'activations':12} {in_words(activations)}: {how}"]
+    lines += [f"  {'peak':12} {in_words(total)}: with them; a GPU's own context and workspaces come on top"]
     stays = "all the time" if held.all_networks > held.base else "until it is on the GPU"
     lines += [f"  {'host memory':12} {in_words(held.loaded)}: the teacher, in each process, {stays}", ""]
     lines += [*_evaluations(config, plan, gpus), ""]
@@ -96,13 +115,51 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
         f"writes {', '.join(str(Path(config.output_dir) / f) for f in files)}",
     ]
     if memory_per_gpu is not None and total > memory_per_gpu * 2**30:
-        largest = max(held.parts, key=lambda part: part.bytes)
+        largest = max([*held.parts, Held("activations", activations, how)], key=lambda part: part.bytes)
         raise UserError(
-            f"does not fit: {in_words(total).strip()} of weights, gradients and optimizer for each GPU, "
-            f"{memory_per_gpu:g} GiB given; the largest is {largest.role} ({in_words(largest.bytes).strip()}); use "
-            "parallel.sharding: fsdp on more GPUs (--gpus), kind: lora, a lower rank, or model.dtype: bfloat16"
+            f"does not fit: {in_words(total).strip()} for each GPU, {in_words(activations).strip()} of it activations, "
+            f"{memory_per_gpu:g} GiB given; the largest is {largest.role} ({in_words(largest.bytes).strip()}); "
+            f"{_what_fits(config, memory_per_gpu, gpus) if advise else ''}"
         )
     return "\n".join(lines)
+
+
+def _activations(
+    config: DistillConfig, family: ModelFamily, network: nn.Module, latent: Sequence[int], own: int
+) -> tuple[float, str]:
+    """Bytes of activations, and what they are of."""
+    count = min(config.memory.micro_batch_size or own, own)
+    try:
+        found = activation_bytes(config, family, network, latent, own)
+    except Exception as error:  # a network of any kind, on tensors without numbers
+        return 0.0, f"NOT counted, they come on top ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+    whom = f"{count} sample{'s' if count > 1 else ''} at once, by evaluations on tensors that hold nothing"
+    return found, whom
+
+
+def _what_fits(config: DistillConfig, memory_per_gpu: float, gpus: int) -> str:
+    """Which keys would make a run fit: each is added to those before it, where it helps."""
+    chosen: dict[str, Any] = {}
+    for changes in _SAVING:
+        if any(leaves_of(config.model_dump()).get(key) == value for key, value in changes.items()):
+            continue
+        try:
+            parse_config(with_values(json.loads(config.model_dump_json()), chosen | changes), "config")
+        except ConfigError:
+            continue
+        chosen |= changes
+        changed = parse_config(with_values(json.loads(config.model_dump_json()), chosen), "config")
+        try:
+            describe(changed, memory_per_gpu, gpus, advise=False)
+        except ConfigError:
+            continue
+        except UserError:
+            continue
+        return "it fits with " + ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items())
+    return (
+        "use more GPUs with parallel.sharding: fsdp (--gpus), parallel.context_parallel for samples that are too "
+        "large, kind: lora, a lower rank, or a smaller sample"
+    )
 
 
 def _examples(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPipeline) -> list[str]:

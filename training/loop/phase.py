@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from pdmd_core.batch import PROMPT_MASK, Batch, Renoising, Rows, as_rows, rows_of, without_padding
 from pdmd_core.distillation import PhasedDistiller, VelocityOfRole
@@ -191,7 +192,7 @@ class PhaseTraining:
         total = torch.zeros((), device=self.device)
         for part in self._parts(renoising.t):
             own, rows = renoising.rows(part), self._on_device(Batch(x_s[part], rows_of(conditioning, part)))
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self._kept():
                 loss = self.distiller.fake_loss(rows.noise, rows.conditioning, own, role)
             total += self._backward(role, loss, own.t)
         return self._step(role, total)
@@ -201,7 +202,7 @@ class PhaseTraining:
         total, distance = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for part in self._parts(renoisings[0].t):
             rows, own = self._on_device(batch.rows(part)), [renoising.rows(part) for renoising in renoisings]
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self._kept():
                 rollout = self.distiller.expert_rollout(rows, step)
                 found = self.distiller.generator_loss(rollout, rows, *own)
             total += self._backward(self.expert, found.loss, own[0].t)
@@ -220,6 +221,12 @@ class PhaseTraining:
             for side in found
         )
         return Batch(batch.noise, *brought)
+
+    def _kept(self) -> AbstractContextManager[Any]:
+        """Where what the backward pass needs is kept until then."""
+        if not self.config.memory.offload_activations:
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.device.type == "cuda")
 
     def _parts(self, t: Tensor | None = None) -> list[Rows]:
         """Divide this process's samples into parts that are evaluated at once.

@@ -73,7 +73,8 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
             optimizer = (config.fake if role in fakes else config.generator).optimizer
             average = FLOAT32 if config.ema_decay and role not in fakes else 0
             how += f", {optimizer}"
-            gradients[FAKE if role in fakes else "expert"] = size
+            networks = len(roles.components(role)) if config.score_groups == 1 else 1  # a step is on one of them
+            gradients[FAKE if role in fakes else "expert"] = size / networks
             parts.append(Held(role, size + count * (MOMENTS[optimizer] + average), how))
         elif config.memory.offload_idle_experts:
             idle = max(idle, size)

@@ -206,6 +206,10 @@ def test_each_process_writes_its_shards_of_the_fake_once(runs: Finished) -> None
     ("changes", "words"),
     [
         ({"batch_size": 6}, "batch_size: 6 samples cannot be divided among 4 processes"),
+        (
+            {"batch_size": 8, "score_groups": 4},
+            "score_groups: 2 samples of a process cannot be divided into 4 groups",
+        ),
         ({"parallel.context_parallel": 3}, "parallel.context_parallel: 4 processes cannot be divided into groups of 3"),
         (
             {"parallel.context_parallel": 2, "batch_size": 3},
