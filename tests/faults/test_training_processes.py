@@ -76,3 +76,18 @@ def test_a_signal_to_one_process_ends_all_of_them(distillation: Callable[..., Di
     for ended in in_two_processes(run, {"name": "on_process", "patch": "sigterm", "rank": 1}):
         assert ended.status == 143, ended.errors
     assert run.checkpoints == ["update-00000002", "update-00000003"] and run.updates() == 3
+
+
+def test_a_validation_that_fails_in_one_of_several_processes_ends_the_run_in_a_line(
+    distillation: Callable[..., Distillation],
+) -> None:
+    """The other one waits for its shards. Nothing is lost, and the run goes on."""
+    run = distillation()
+    run.settings["parallel"] = {"sharding": "fsdp"}
+    ended = in_two_processes(run, {"name": "on_process", "patch": "failing_validation", "rank": 1})
+    assert [process.status for process in ended] == [2, 2]
+    assert "failed in process 1, and the other processes wait" in ended[1].errors
+    assert "OutOfMemoryError: Tried to allocate 8 GiB. The checkpoint of its update was written" in ended[1].errors
+    assert run.checkpoints == ["update-00000002", "update-00000003"]
+    run.settings["parallel"] = {}
+    assert run.run("--resume").status == 0

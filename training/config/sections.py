@@ -158,6 +158,8 @@ class ParallelSection(Section):
     """Processes in a group with sharding hsdp; those of one node if null."""
     context_parallel: Count = 1
     """Processes that share the tokens of one sample, for samples that do not fit one GPU."""
+    timeout_minutes: Count = 60
+    """Processes that wait longer than this for another one end: it may have failed where nothing ends them."""
 
 
 class MemorySection(Section):
@@ -254,7 +256,7 @@ class MonitoringSection(Section):
     """Warn when seeds differ by less than this part of what they differed by."""
     saturation_rise: Annotated[float, Field(gt=1)] = 1.5
     """Warn when saturation or contrast is this many times that of the phase's first samples."""
-    above_teacher: Annotated[float, Field(gt=1)] = 1.25
+    above_teacher: Annotated[float, Field(gt=1)] = 1.1
     """Warn when saturation, contrast or motion is this many times that of the teacher's samples."""
     below_teacher: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Warn when these or the difference between seeds, in the last phase, are less than this part of the teacher's."""

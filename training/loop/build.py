@@ -97,7 +97,8 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
             that is of another run (one line).
     """
     tracker, logs = config.monitoring.tracker, str(config.output_dir / "logs")
-    accelerator = make_accelerator(config.precision, log_with=tracker, project_dir=logs)
+    timeout = config.parallel.timeout_minutes
+    accelerator = make_accelerator(config.precision, timeout_minutes=timeout, log_with=tracker, project_dir=logs)
     rank, processes = accelerator.process_index, accelerator.num_processes
     check_processes(config, processes)
     check_libraries(config)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, KwargsHandler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-def make_accelerator(precision: str, device: str | None = None, **settings: Any) -> Accelerator:
+def make_accelerator(
+    precision: str, device: str | None = None, timeout_minutes: int | None = None, **settings: Any
+) -> Accelerator:
     """Make what knows device, precision and processes.
 
     Autocast keeps no casts of weights. It would keep those that were made without gradient too, and a recorded step
@@ -21,12 +24,16 @@ def make_accelerator(precision: str, device: str | None = None, **settings: Any)
     Args:
         precision: ``bf16`` or ``no``.
         device: cpu to leave an accelerator alone; where there is none it is the CPU anyway.
+        timeout_minutes: How long processes wait for each other; torch's own time when None.
         settings: Further arguments of ``Accelerator``.
     """
+    handlers: list[KwargsHandler] = [AutocastKwargs(cache_enabled=False)]
+    if timeout_minutes is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
     return Accelerator(
         cpu=device == "cpu" or not torch.accelerator.is_available(),  # else processes on CPUs do not find each other
         mixed_precision=precision,
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=handlers,
         **settings,
     )
 

@@ -7,9 +7,11 @@ import os
 import signal
 from typing import Any
 
+import torch
 from torch import nn
 
 from training.loop import phase as phase_training
+from training.loop import teacher_comparison
 
 
 def infinite_gradient() -> None:
@@ -40,3 +42,17 @@ def sigterm() -> None:
         return original(*arguments)
 
     phase_training.PhaseTraining.update = update  # type: ignore[method-assign]
+
+
+def failing_validation() -> None:
+    """The second validation of this process runs out of memory, while others wait for its shards."""
+    original, calls = teacher_comparison.validation_latents, 0
+
+    def validation_latents(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("Tried to allocate 8 GiB")
+        return original(*arguments)
+
+    teacher_comparison.validation_latents = validation_latents

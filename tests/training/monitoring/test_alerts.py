@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,3 +173,41 @@ def test_a_frechet_distance_that_rises_and_features_that_collapse_are_reported()
     assert not alerts.validation(20, "low_noise", WELL, FeatureStatistics(0.9, 40.0))
     found = alerts.validation(30, "low_noise", WELL, FeatureStatistics(1.1, 20.0))
     assert [alert.kind for alert in found] == ["frechet", "low_feature_diversity"]
+
+
+RECORDED = Path(__file__).parent / "recorded_runs.json"
+"""What benchmarks/cost/early_warnings.py recorded: runs of the demo with seeds other than those of the thresholds."""
+
+
+def called(run: dict[str, Any]) -> dict[str, int]:
+    """Kind of alert to the update at which a recorded run first had it."""
+    alerts = Alerts(MonitoringSection(), last="low_noise")
+    for phase, numbers in run["teacher"].items():
+        alerts.teacher(phase, SampleStatistics(**numbers))
+    found: list[Alert] = []
+    names = ("score_distance", "fake_loss", "generator_grad_norm", "fake_grad_norm")
+    shown = list(run["validations"])
+    for update in range(len(run["experts"]) + 1):
+        if update:
+            values = {name: run[name][update - 1] for name in names}
+            found += alerts.after_update(update, run["experts"][update - 1], values)
+        while shown and shown[0]["update"] == update:
+            line = shown.pop(0)
+            numbers = {key: value for key, value in line.items() if key not in ("update", "expert", "name")}
+            numbers.setdefault("diversity", None)
+            found += alerts.validation(update, line["expert"], SampleStatistics(**numbers))
+    return {alert.kind: alert.update for alert in reversed(found)}
+
+
+def test_broken_runs_are_called_so_within_20_updates_and_healthy_ones_are_not() -> None:
+    runs = {run["name"]: called(run) for run in json.loads(RECORDED.read_text(encoding="utf-8"))}
+    for name in ("broken, generator.lr 0.03", "broken, generator.lr 0.1"):
+        assert runs[name]["broken"] <= 20
+    for name in ("over-saturated, batch 4", "over-saturated, batch 1"):
+        assert {"contrast", "saturation", "clipped"} & set(runs[name]) and "broken" not in runs[name]
+    healthy = {name: found for name, found in runs.items() if name.startswith("healthy")}
+    assert len(healthy) == 10 and not any(healthy.values()), healthy
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    for name, found in runs.items():
+        cell = ", ".join(f"`{kind}` {update}" for kind, update in sorted(found.items(), key=lambda item: item[::-1]))
+        assert f"| {cell or 'none'} |" in page, name
