@@ -149,7 +149,7 @@ def test_samples_are_made_in_the_parts_that_updates_are_made_in(config: DistillC
 
     with mock.patch.object(trainer.built.family, "decode", counted):
         for size in (None, 4):
-            trainer.built = replace(trainer.built, config=changed(config, **{"memory.micro_batch_size": size}))
+            trainer.comparison.run = replace(trainer.built, config=changed(config, **{"memory.micro_batch_size": size}))
             trainer.validate("again")
     assert counts == [6, 4, 2], "three prompts, two seeds"
     torch.testing.assert_close(torch.cat(made[1:]), made[0], atol=1e-4, rtol=0)
