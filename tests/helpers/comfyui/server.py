@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+FRONT_END = "PHASED_DMD_FRONT_END"
+"""The variable that names another front end: ``static`` of an unpacked wheel of comfyui_frontend_package."""
 PATIENCE = 600
 """Seconds that anything may take on a busy machine."""
 
@@ -107,6 +109,8 @@ def running(tree: Path, base: Path) -> Iterator[Server]:
     command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
     command += ["--disable-auto-launch", "--base-directory", str(base), "--disable-api-nodes"]
     command += ["--preview-method", "latent2rgb"]
+    if os.environ.get(FRONT_END):
+        command += ["--front-end-root", os.environ[FRONT_END]]
     if "--database-url" in (tree / "comfy/cli_args.py").read_text():
         command += ["--database-url", "sqlite:///:memory:"]
     log = base / "server.log"
