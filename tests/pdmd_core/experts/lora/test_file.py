@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from pdmd_core.experts import ExpertsError
 from pdmd_core.experts.lora.alpha import Alphas
 from pdmd_core.experts.lora.file import LoraFile, read_lora
-from pdmd_core.families import FAMILIES, ModuleNames, family, family_of_lora
+from pdmd_core.families import FAMILIES, ModelFamily, ModuleNames, family, family_of_lora
 from tests.helpers.families.cases import CASES
 from tests.helpers.lora_layouts import LAYOUTS, RANK, Deltas, deltas_of, pairs_of, wan_of_2026, with_alpha
 from tests.helpers.tiny import randn
 
 WAN = family("wan")
-UNTOLD = {"chroma", "flux", "flux2", "ltx_video", "stable_diffusion_3"}
+UNTOLD = {name for name in FAMILIES if type(family(name)).owns_lora is ModelFamily.owns_lora}
 """Families whose names in LoRA files are those of other models too."""
 
 
