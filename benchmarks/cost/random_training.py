@@ -210,10 +210,11 @@ class RandomTraining:
             keep_idle_experts_away(self.roles, plan, phase, accelerator.device)
         self.training = PhaseTraining(config, plan, phase, self.roles, accelerator)
         order = ExampleOrder([torch.arange(2)], [1.0], config.seed)
-        rng = RunRNG(config.seed, config.batch_size, order, accelerator.process_index, accelerator.num_processes)
+        rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        rng = RunRNG(config.seed, config.batch_size, order, rank, processes, device)
         prompts = RandomPrompts(teacher.conditioning, accelerator.device)
         boundary = teacher.routing.boundary
-        self.batches = DataBatches(rng, prompts, [teacher.shape], accelerator.device, boundary, config.score_groups)
+        self.batches = DataBatches(rng, prompts, [teacher.shape], boundary, config.score_groups)
 
     def update(self) -> Update:
         """One update. Raises RuntimeError when something in it was not finite."""

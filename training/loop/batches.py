@@ -46,7 +46,6 @@ class DataBatches:
         rng: Everything that is random in a run.
         prompts: Conditioning of the examples.
         shapes: Shape of a latent in each bucket, without the batch.
-        device: Where batches are used.
         boundary: Sigma from which the first of a teacher's two networks runs; None for one network.
         score_groups: Groups of a batch that are each compared on one of two networks.
     """
@@ -56,17 +55,16 @@ class DataBatches:
         rng: RunRNG,
         prompts: Conditionings,
         shapes: Sequence[tuple[int, ...]],
-        device: torch.device,
         boundary: float | None = None,
         score_groups: int = 1,
     ) -> None:
-        self.rng, self.prompts, self.shapes, self.device = rng, prompts, shapes, device
+        self.rng, self.prompts, self.shapes = rng, prompts, shapes
         self.boundary, self.score_groups = boundary, score_groups
 
     def draw(self, negative: bool = False) -> Batch:
         """Draw the next examples and their noise."""
         bucket, indices = self.rng.examples()
-        noise = self.rng.noise(self.shapes[bucket]).to(self.device)
+        noise = self.rng.noise(self.shapes[bucket])
         if negative:
             return Batch(noise, *self.prompts.conditioning_pair(indices, torch.device("cpu")))
         return Batch(noise, self.prompts.conditioning(indices, torch.device("cpu")), {})
@@ -78,4 +76,4 @@ class DataBatches:
     def renoising(self, distiller: PhasedDistiller, like: Tensor) -> Renoising:
         """Draw a sigma and noise for each of this process's samples."""
         t = self.rng.score_sigmas(distiller, self.boundary, self.score_groups)
-        return Renoising(t, self.rng.noise(like.shape[1:]).to(self.device))
+        return Renoising(t, self.rng.noise(like.shape[1:]))

@@ -129,7 +129,8 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     for line in load_start(start, config, roles, pipeline):
         accelerator.print(line)
     together = config.parallel.context_parallel
-    rng = RunRNG(config.seed, config.batch_size, data.order, rank // together, config.groups(processes))
+    group, groups = rank // together, config.groups(processes)
+    rng = RunRNG(config.seed, config.batch_size, data.order, group, groups, accelerator.device)
     plan = config.plan.build()
     return BuiltRun(
         config, accelerator, plan, pipeline, family, data, roles, rng, fingerprints, teacher, start.notes, resumption

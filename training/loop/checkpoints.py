@@ -28,8 +28,9 @@ from training.config.command_line import UserError
 from training.loop.digests import find_damage, write_digests
 
 VALUES = "run.json"
-FORMAT = 2
-"""Checkpoints of format 1 had pickled parts and did not say their format."""
+FORMAT = 3
+"""Checkpoints of format 1 had pickled parts and did not say their format, those of format 2 one generator for all
+samples."""
 MAX_FILE_BYTES = 2**31
 """Of the tensors in a file, the shards of all processes together: a process holds its part in memory twice to write."""
 _NAME = re.compile(r"update-(\d{8})")

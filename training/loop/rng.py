@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,27 +15,52 @@ from training.data.order import ExampleOrder
 class RunRNG:
     """Examples, noise and sigmas of the updates.
 
-    Every process draws the samples of all processes and takes its own rows of them: how many processes share a batch
-    changes none of its samples. All processes stay in the same state, so one state is enough for a checkpoint.
+    Every sample of a draw has a generator of its own, which the seed, the number of the draw and the place of the
+    sample in the batch decide. So a process draws its own rows alone, on its device, and how many processes share a
+    batch changes none of its samples. The rest is the same on all processes: one state is enough for a checkpoint.
+
+    Args:
+        seed: Of everything here.
+        batch: Samples of all processes.
+        order: Of the examples.
+        rank: Of this process, or of its group of processes that share samples.
+        processes: How many such processes or groups there are.
+        device: Where noise is drawn.
     """
 
-    def __init__(self, seed: int, batch: int, order: ExampleOrder, rank: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self,
+        seed: int,
+        batch: int,
+        order: ExampleOrder,
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.seed, self.total, self.device = seed, batch, device
+        self.order, self.rank, self.processes = order, rank, processes
         self.shared = torch.Generator().manual_seed(seed)
         """What is one for a whole batch: the step that trains, fresh weights of a role."""
-        self.samples = torch.Generator().manual_seed(seed + 1000)
-        """What each sample has of its own."""
-        self.order, self.rank, self.processes = order, rank, processes
-        self.total = batch
+        self.draws = 0
+        """How often samples were given something of their own."""
         own = batch // processes
-        self.own = slice(rank * own, (rank + 1) * own)
+        self.own = range(rank * own, (rank + 1) * own)
 
     def examples(self) -> tuple[int, Tensor]:
         """The bucket of the next batch, and which of its examples are this process's, shape (batch,)."""
         return self.order.draw(self.total, self.rank, self.processes)
 
     def noise(self, shape: tuple[int, ...]) -> Tensor:
-        """Normal noise (batch, *shape)."""
-        return torch.randn(self.total, *shape, generator=self.samples)[self.own]
+        """Normal noise (batch, *shape) on the device."""
+        rows = self._generators(self.device)
+        return torch.stack([torch.randn(shape, generator=row, device=self.device) for row in rows])
+
+    def _generators(self, device: torch.device | str) -> Iterator[torch.Generator]:
+        """One for each of this process's samples, of one draw."""
+        draw, self.draws = self.draws, self.draws + 1
+        for sample in self.own:
+            digest = hashlib.sha256(f"{self.seed} {draw} {sample}".encode()).digest()
+            yield torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
 
     def score_sigmas(self, distiller: PhasedDistiller, boundary: float | None = None, groups: int = 1) -> Tensor:
         """Where fake and teacher are compared, shape (batch,).
@@ -47,7 +75,8 @@ class RunRNG:
             boundary: Sigma from which the first of a teacher's two networks runs; None for one network.
             groups: Samples i, i + groups, ... are a group.
         """
-        shares = torch.rand(self.total, generator=self.samples, dtype=torch.float64)[self.own]
+        rows = self._generators("cpu")
+        shares = torch.stack([torch.rand((), generator=row, dtype=torch.float64) for row in rows])
         below = distiller.score_share_below(boundary) if boundary is not None else 0.0
         if boundary is None or not 0 < below < 1:
             return distiller.score_sigma_at(shares)
@@ -59,11 +88,12 @@ class RunRNG:
         return torch.where(low, sigmas.minimum(at.nextafter(at - 1)), sigmas.maximum(at.nextafter(at + 1)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The states of both generators and of the order of examples."""
-        return {"shared": self.shared.get_state(), "samples": self.samples.get_state(), "order": self.order.state()}
+        """Where the shared generator, the draws and the order of examples are."""
+        draws = torch.tensor([self.seed, self.draws])
+        return {"shared": self.shared.get_state(), "draws": draws, "order": self.order.state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where ``state_dict`` was taken."""
         self.shared.set_state(state["shared"])
-        self.samples.set_state(state["samples"])
+        self.seed, self.draws = state["draws"].tolist()
         self.order.load_state(state["order"])

@@ -55,7 +55,7 @@ class Trainer:
         self.built, self.config, self.plan, self.roles = run, run.config, run.plan, run.roles
         self.accelerator, self.output_dir = run.accelerator, run.config.output_dir
         boundary, groups = run.roles.routing.boundary, run.config.score_groups
-        self.batches = DataBatches(run.rng, run.data.prompts, run.data.shapes, run.accelerator.device, boundary, groups)
+        self.batches = DataBatches(run.rng, run.data.prompts, run.data.shapes, boundary, groups)
         self.progress = Progress(phase=run.config.first_phase)
         self.monitors = monitors_of(run.config, run.accelerator)
         self.comparison = TeacherComparison(run, self.monitors)

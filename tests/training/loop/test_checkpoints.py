@@ -107,12 +107,12 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [({"update": 4}, "one of an earlier version, with pickled parts"), ({"format": 3}, "format 3")],
+    [({"update": 4}, "one of an earlier version, with pickled parts"), ({"format": 4}, "format 4")],
 )
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path, content: dict[str, int], found: str) -> None:
     path = save_checkpoint(tmp_path, 1, weights(1), VALUES, keep=1)
     (path / "run.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=f"expected a checkpoint of format 2, found {found}: go on with") as error:
+    with pytest.raises(CheckpointError, match=f"expected a checkpoint of format 3, found {found}: go on with") as error:
         load_values(path)
     assert "\n" not in str(error.value)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,10 +76,29 @@ def test_groups_leave_each_sigma_the_distribution_that_it_has_without(groups: in
 def test_what_rounds_to_the_boundary_stays_on_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
     boundary = 0.9  # no number of float32
     for side, share in ((0.0, 1.0), (0.999, 0.0)):  # the end of the lower side, the start of the upper one
-        values = iter([torch.full((2,), share, dtype=torch.float64), torch.tensor(side, dtype=torch.float64)])
+        values = iter(torch.tensor([share, share, side], dtype=torch.float64))
         with monkeypatch.context() as patched:
             patched.setattr(torch, "rand", lambda *_, **__: next(values))  # noqa: B023
             sigmas = draws_of(seed=0, batch=2).score_sigmas(DISTILLER, boundary)
         above = side > 0.5
         assert [bool(sigma >= boundary) for sigma in sigmas] == [above, above]
         assert [float(sigma) >= boundary for sigma in sigmas] == [above, above]
+
+
+def test_a_process_draws_its_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_shapes, original = list[tuple[int, ...]](), torch.randn
+
+    def counted(shape: tuple[int, ...], **settings: Any) -> Tensor:
+        drawn_shapes.append(tuple(shape))
+        return original(shape, **settings)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    draws_of(seed=0, batch=64, rank=3, processes=32).noise((3, 2))
+    assert drawn_shapes == [(3, 2)] * 2
+
+
+def test_noise_is_normal_and_no_two_draws_of_it_are_related() -> None:
+    rng = draws_of(seed=0, batch=4)
+    noise = torch.stack([rng.noise((5000,)) for _ in range(3)]).flatten(0, 1)
+    assert noise.mean().abs() < 0.02 and (noise.std() - 1).abs() < 0.02
+    assert (torch.corrcoef(noise) - torch.eye(12)).abs().max() < 0.06
