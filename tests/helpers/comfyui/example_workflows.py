@@ -125,7 +125,7 @@ def wan22_t2v(graph: Graph, plain_first: bool = False) -> None:
         "an undistilled first step.\n- LoRAs of your own go between Phased Experts and the sampler: they are put onto "
         "both networks.\n- Any sampler takes this MODEL. With KSampler: scheduler `simple`, 4 steps."
     )
-    graph.note(f"## Wan2.2 text to video, 4 steps\n\n{first if plain_first else usual}", (380, 240), (360, 340))
+    graph.note(f"## Wan2.2 text to video, 4 steps\n\n{first if plain_first else usual}", (380, 300), (360, 300))
 
 
 def wan22_boundary(graph: Graph) -> None:
@@ -163,7 +163,7 @@ def wan22_first_last_frame(graph: Graph) -> None:
     graph.note(
         "## Wan2.2, from a first to a last frame, 4 steps\n\nChoose both frames below. Both networks are one MODEL; "
         "the hand-over is at sigma 0.8333, exactly where the 4-step LoRAs were trained to hand over.",
-        (380, 240),
+        (380, 300),
         (360, 260),
     )
 
@@ -186,7 +186,7 @@ def wan22_i2v(graph: Graph) -> None:
     graph.note(
         "## Wan2.2 image to video, 4 steps\n\nChoose a start image at the lower left. Both networks are one MODEL; the "
         "hand-over is at sigma 0.8333, exactly where the 4-step LoRAs were trained to hand over.",
-        (380, 240),
+        (380, 300),
         (360, 260),
     )
 
