@@ -16,29 +16,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .experts import PhasedExperts
+    from .experts import ExpertsError, PhasedExperts
     from .phases import PhasePlan
-    from .pipelines import attach_experts, load_phased_pipeline
+    from .pipelines import PhasedPipeline, attach_experts, detach_experts, load_phased_pipeline
     from .scheduler import PhasedDMDScheduler
 
 __version__ = "0.1.0"
 """The version of the package; ``pyproject.toml`` reads it from here."""
 
 _HOMES = {
+    "ExpertsError": "experts",
     "PhasePlan": "phases",
     "PhasedDMDScheduler": "scheduler",
     "PhasedExperts": "experts",
+    "PhasedPipeline": "pipelines",
+    "SchedulerMixin": "scheduler",  # from_pretrained looks for it beside a scheduler that model_index.json names
     "attach_experts": "pipelines",
+    "detach_experts": "pipelines",
     "load_phased_pipeline": "pipelines",
 }
 """Public name to the module that has it."""
 
 __all__ = [
+    "ExpertsError",
     "PhasePlan",
     "PhasedDMDScheduler",
     "PhasedExperts",
+    "PhasedPipeline",
     "__version__",
     "attach_experts",
+    "detach_experts",
     "load_phased_pipeline",
 ]
 

@@ -9,5 +9,6 @@ Three lines:
 
 from .attach import attach_experts, detach_experts
 from .load import load_phased_pipeline
+from .phased import PhasedPipeline
 
-__all__ = ["attach_experts", "detach_experts", "load_phased_pipeline"]
+__all__ = ["PhasedPipeline", "attach_experts", "detach_experts", "load_phased_pipeline"]

@@ -19,7 +19,7 @@ from .networks import COMPONENT, network_of
 from .other_loras import load_unknown
 from .routing import AdapterSwitch, Route
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 PREFIX = "phased_"
 """The start of the names of the experts' adapters, which are called ``phased_<phase name>``."""
@@ -116,6 +116,8 @@ def _check_usable(network: Any) -> None:
             "the network of this pipeline carries the phased experts of another pipeline: call "
             "attach_experts(this_pipeline, that_pipeline), or detach_experts(that_pipeline) first"
         )
+    if any(getattr(module, "fused_projections", False) for module in network.modules()):
+        raise ExpertsError("query, key and value are fused in this pipeline, past any LoRA: unfuse_qkv_projections()")
     for layer in _tuner_layers(network).values():
         if layer.merged_adapters:
             raise ExpertsError("a LoRA is fused into this pipeline, which switches others off: unload_lora_weights()")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
@@ -27,16 +27,24 @@ from .networks import (
     network_of,
 )
 from .offload import disk_files, is_offloaded_in_parts, offloaded_again
-from .phased import MISSING, Attachment, Original, phased_class, restore
+from .phased import MISSING, Attachment, Original, PhasedPipeline, phased_class, restore
 from .refusals import refuse_pipeline
 from .routing import Route, guard_networks
+from .settings import give_settings
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 
 def attach_experts(
-    pipe: DiffusionPipeline, experts: str | Path | PhasedExperts | DiffusionPipeline
-) -> DiffusionPipeline:
+    pipe: DiffusionPipeline,
+    experts: str | Path | PhasedExperts | DiffusionPipeline,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> PhasedPipeline:
     """Make a pipeline sample with phased experts.
 
     The pipeline is changed in place. Its steps and guidance default to what the experts were distilled for, and
@@ -47,6 +55,11 @@ def attach_experts(
         pipe: A pipeline whose network is of the experts' architecture.
         experts: An experts folder, a Hub id, opened experts, or another phased pipeline whose experts are then shared
             (with a pipeline that was made from it by ``from_pipe``, for example).
+        revision: A branch, tag or commit hash of experts on the Hub.
+        token: The token for private repositories; None takes the one of ``hf auth login`` or HF_TOKEN.
+        cache_dir: Where downloads are kept; None is the Hub client's own cache.
+        local_files_only: Whether only the cache is used, as with HF_HUB_OFFLINE=1.
+        subfolder: The folder in which the experts lie, below the one or the repository that is given.
 
     Returns:
         The same pipeline.
@@ -67,9 +80,9 @@ def attach_experts(
         raise ExpertsError("this pipeline already has phased experts: call detach_experts first")
     if isinstance(experts, DiffusionPipeline):
         return _share(pipe, experts)
-    return attach_opened(
-        pipe, experts if isinstance(experts, PhasedExperts) else PhasedExperts.from_pretrained(experts)
-    )
+    if not isinstance(experts, PhasedExperts):
+        experts = PhasedExperts.from_pretrained(experts, revision, cache_dir, token, local_files_only, subfolder)
+    return attach_opened(pipe, experts)
 
 
 def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -118,7 +131,7 @@ def attach_opened(
     experts: PhasedExperts,
     loaded: Sequence[nn.Module] | None = None,
     scheduler: PhasedDMDScheduler | None = None,
-) -> DiffusionPipeline:
+) -> PhasedPipeline:
     """Attach opened experts.
 
     Args:
@@ -161,17 +174,23 @@ def attach_opened(
                     "the compiled network of this pipeline gives way to full experts: compile them too, with "
                     "`for network in pipe.phased.networks: network.compile()`"
                 )
-            networks = full_networks(experts, lambda component: empty_like(network_of(pipe, component)), like.dtype)
-            networks = [network.to(like.device) for network in networks]
+            networks = full_networks(
+                experts,
+                lambda component: empty_like(network_of(pipe, component)),
+                like.dtype,
+                like.config.get("quantization_config"),
+            )
+            networks = [network if network.device == like.device else network.to(like.device) for network in networks]
+            give_settings(like, networks)
         attachment.networks = tuple(networks)
         attachment.handles = guard_networks(networks, attachment.route)
     _install(pipe, attachment, scheduler)
     if loaded is not None and attachment.original is not None:
         attachment.original.components[COMPONENT] = None
-    return pipe
+    return cast(PhasedPipeline, pipe)
 
 
-def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeline:
+def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> PhasedPipeline:
     """Share the experts of another pipeline: full ones always, LoRA ones where the network is the same."""
     shared = getattr(owner, "phased", None)
     if not isinstance(shared, Attachment):
@@ -195,7 +214,7 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> DiffusionPipeli
     if scheduler is owner.scheduler:  # as from_pipe has it; two calls at a time need one each
         scheduler = PhasedDMDScheduler.from_config(scheduler.config)
     _install(pipe, attachment, scheduler)
-    return pipe
+    return cast(PhasedPipeline, pipe)
 
 
 def _scheduler_of(pipe: DiffusionPipeline, plan: PhasePlan) -> PhasedDMDScheduler:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..experts import MANIFEST_NAME, ExpertsError, PhasedExperts
 from ..experts.convert.released import UNKNOWN
+from ..experts.format.untrusted import read_json
 from ..scheduler import PhasedDMDScheduler
 from .attach import attach_opened, kind_of
 from .networks import (
     COMPONENT,
+    class_of,
     component_names,
     empty_network,
     full_networks,
@@ -22,7 +25,7 @@ from .networks import (
     no_base,
     pipeline_class,
 )
-from .phased import GUIDANCE, SCHEDULER_FOLDER, Attachment, phased_class
+from .phased import BASE_SCHEDULER, GUIDANCE, SCHEDULER, Attachment, PhasedPipeline, phased_class
 from .routing import Route, guard_networks
 
 _EXPERTS_ARGUMENTS = ("token", "cache_dir", "local_files_only")
@@ -34,7 +37,7 @@ def load_phased_pipeline(
     base: str | Path | None = None,
     experts_revision: str | None = None,
     **kwargs: Any,
-) -> DiffusionPipeline:
+) -> PhasedPipeline:
     """Load a pipeline that samples with phased experts.
 
     Full experts take the place of the base's network, which is not loaded.
@@ -66,7 +69,7 @@ def load_phased_pipeline(
     if (folder / "model_index.json").is_file():
         if not (folder / MANIFEST_NAME).is_file():
             return _load_stock(str(folder), **kwargs)
-        saved = PhasedDMDScheduler.from_pretrained(folder, subfolder=SCHEDULER_FOLDER)
+        saved = _switched(PhasedDMDScheduler.from_pretrained(folder, subfolder="scheduler"))
         return _load(PhasedExperts.open(folder), folder if base is None else base, saved, **kwargs)
     try:
         hub = {name: kwargs[name] for name in _EXPERTS_ARGUMENTS if name in kwargs}
@@ -80,37 +83,79 @@ def load_phased_pipeline(
 
 
 def _load(
-    experts: PhasedExperts, base: str | Path | None, scheduler: PhasedDMDScheduler, **kwargs: Any
-) -> DiffusionPipeline:
+    experts: PhasedExperts, base: str | Path | None, walks_plan: PhasedDMDScheduler, **kwargs: Any
+) -> PhasedPipeline:
     manifest, kind = experts.manifest, DiffusionPipeline
     if base is None and manifest.base.model == UNKNOWN:
         raise ExpertsError("these LoRA files do not tell their base: pass its Hub id or folder as base=")
     source = str(base if base is not None else manifest.base.model)
     if base is None and manifest.base.revision:
         kwargs.setdefault("revision", manifest.base.revision)
+    scheduler = _checked(kwargs.pop("scheduler", None), walks_plan)
     networks = None
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    index = load_index(source, hub)
+    given = {name: kwargs[name] for name in index if isinstance(index[name], list) and kwargs.get(name) is not None}
     if kind_of(manifest) == "full":
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        index = load_index(source, hub)
         taken = [name for name in component_names(2) if isinstance(index.get(name), list)]
+        if clash := [name for name in taken if name in given]:
+            raise ExpertsError(
+                f"full experts take the place of {clash[0]}: leave {clash[0]}= out, or take LoRA experts"
+            )
         dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device_map")
         if isinstance(dtype, dict):
             dtype = dtype.get(COMPONENT, dtype.get("default"))
         if device == "balanced":
             raise ExpertsError("device_map='balanced' cannot place full experts: use a device, or offloading")
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None:
+            quantization = quantization._resolve_quant_config(is_diffusers=True, module_name=COMPONENT)
         networks = full_networks(
-            experts, functools.partial(empty_network, manifest.base.architecture, source, hub), dtype
+            experts, functools.partial(empty_network, manifest.base.architecture, source, hub), dtype, quantization
         )
-        networks = [network.to(device) for network in networks]
+        networks = [network if device is None else network.to(device) for network in networks]
         kwargs |= dict(zip(taken, [*networks, None], strict=False))
-        # DiffusionPipeline itself would load components that are optional in this class although they are given
-        if "custom_pipeline" not in kwargs:
-            kind = pipeline_class(source, index)
+    # DiffusionPipeline itself would load components that are optional in this class although they are given
+    if "custom_pipeline" not in kwargs and (networks or given):
+        kind = pipeline_class(source, index)
+    if index.get("scheduler") == list(SCHEDULER):  # saved with its experts; the base's own is beside it
+        kwargs["scheduler"] = _base_scheduler(source)
     try:
         pipe = kind.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise no_base(source, error) from None
+    if dropped := [name for name, value in given.items() if getattr(pipe, name, None) is not value]:
+        raise ExpertsError(f"a {type(pipe).__name__} from {source!r} does not take {', '.join(dropped)}= as given")
     return attach_opened(pipe, experts, networks, scheduler)
+
+
+def _checked(given: object, scheduler: PhasedDMDScheduler) -> PhasedDMDScheduler:
+    """The scheduler that a caller gave, which has to walk the plan; the experts' own where none was given."""
+    if given is None:
+        return scheduler
+    if not isinstance(given, PhasedDMDScheduler) or given.plan != scheduler.plan:
+        raise ExpertsError(
+            f"phased experts walk the sigmas of their own plan, found scheduler= {type(given).__name__} of another: "
+            "leave it out, or give a PhasedDMDScheduler of the experts' plan"
+        )
+    return cast(PhasedDMDScheduler, given)
+
+
+def _switched(scheduler: PhasedDMDScheduler) -> PhasedDMDScheduler:
+    """A scheduler that was saved, for a pipeline that switches experts."""
+    made: PhasedDMDScheduler = PhasedDMDScheduler.from_config(scheduler.config, needs_switching=None)
+    return made
+
+
+def _base_scheduler(source: str) -> Any:
+    """The base's own scheduler in a saved pipeline; one that can be replaced where there is none."""
+    folder = Path(source, BASE_SCHEDULER)
+    if not folder.is_dir():
+        return FlowMatchEulerDiscreteScheduler()
+    config = read_json(folder / SchedulerMixin.config_name)
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    kind = class_of(name, SchedulerMixin, f"{folder} names")
+    return kind.from_pretrained(str(folder))
 
 
 def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:
@@ -121,24 +166,26 @@ def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:
         return False
 
 
-def _load_stock(source: str, **kwargs: Any) -> DiffusionPipeline:
+def _load_stock(source: str, **kwargs: Any) -> PhasedPipeline:
     """Load a stock pipeline of full experts, as ``save_pretrained`` of a phased pipeline writes it."""
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     index = load_index(source, hub)
     names = [name for name in component_names(99) if isinstance(index.get(name), list) and index[name][0]]
-    scheduler = PhasedDMDScheduler.from_pretrained(source, subfolder="scheduler", **hub)
+    scheduler = _switched(PhasedDMDScheduler.from_pretrained(source, subfolder="scheduler", **hub))
     kind = pipeline_class(source, index)
     if scheduler.plan is None or len(names) != len(scheduler.plan) or kind is DiffusionPipeline:
         found = f"a plan of {len(scheduler.plan)} phases" if scheduler.plan else "no phase plan in scheduler/"
         raise ExpertsError(f"{source}: no {MANIFEST_NAME}, {len(names)} network(s) and {found}: not phased experts")
-    pipe = phased_class(kind, len(names)).from_pretrained(source, scheduler=scheduler, **kwargs)
+    plan, scheduler = scheduler.plan, _checked(kwargs.pop("scheduler", None), scheduler)
+    pipe = phased_class(kind, len(names)).from_pretrained(source, scheduler=FlowMatchEulerDiscreteScheduler(), **kwargs)
+    pipe.register_modules(scheduler=scheduler)
     networks, route = tuple(network_of(pipe, name) for name in names), Route(scheduler)
     pipe.__dict__["phased"] = Attachment(
-        scheduler.plan,
+        plan,
         float(index.get(GUIDANCE, 1.0)),
         route,
         None,
         networks,
         handles=guard_networks(networks, route),
     )
-    return pipe
+    return cast(PhasedPipeline, pipe)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -46,7 +49,7 @@ def component_names(count: int) -> list[str]:
 
 
 def full_networks(
-    experts: PhasedExperts, empty: Callable[[str], nn.Module], dtype: torch.dtype | None
+    experts: PhasedExperts, empty: Callable[[str], nn.Module], dtype: torch.dtype | None, quantization: Any = None
 ) -> list[nn.Module]:
     """Build one network for each full expert, with the weights from its file.
 
@@ -54,6 +57,7 @@ def full_networks(
         experts: Full experts.
         empty: Makes a network without weights for a component of the base.
         dtype: The dtype of the weights, except for parts that diffusers keeps in float32; None is float32.
+        quantization: How diffusers is to quantise them; None leaves them as they are.
 
     Returns:
         The networks in the order of the phases, frozen and in evaluation mode.
@@ -64,6 +68,9 @@ def full_networks(
     networks = []
     for expert in experts.manifest.experts:
         network = empty(expert.component)
+        if quantization is not None:
+            networks.append(_quantised(network, experts.verify(expert.name), quantization, dtype))
+            continue
         try:
             network.load_state_dict(experts.tensors(expert.name), assign=True)
         except RuntimeError as error:
@@ -77,6 +84,20 @@ def full_networks(
             parameter.data = parameter.data.to(torch.float32 if keep or dtype is None else dtype)
         networks.append(network.requires_grad_(False).eval())
     return networks
+
+
+def _quantised(network: Any, file: Path, quantization: Any, dtype: torch.dtype | None) -> nn.Module:
+    """Load weights as diffusers quantises them when it loads a network."""
+    method = str(getattr(quantization, "quant_method", ""))
+    if "gguf" in method.lower():
+        raise ExpertsError("full experts cannot be quantised as GGUF: take another quantisation, or LoRA experts")
+    with TemporaryDirectory() as folder:
+        network.save_config(folder)
+        Path(folder, "diffusion_pytorch_model.safetensors").symlink_to(file.resolve())
+        loaded: nn.Module = type(network).from_pretrained(
+            folder, quantization_config=copy.deepcopy(quantization), torch_dtype=dtype
+        )
+    return loaded.requires_grad_(False).eval()
 
 
 def empty_like(network: Any) -> nn.Module:
@@ -142,7 +163,7 @@ def pipeline_class(source: str, index: Mapping[str, Any]) -> Any:
     name = index.get("_class_name")
     if isinstance(name, list):  # which diffusers runs only with trust_remote_code
         return DiffusionPipeline
-    return _class(name, DiffusionPipeline, f"the base {source!r} names its pipeline")
+    return class_of(name, DiffusionPipeline, f"the base {source!r} names its pipeline")
 
 
 def empty_network(architecture: str, source: str, hub: Mapping[str, Any], component: str) -> nn.Module:
@@ -160,15 +181,27 @@ def empty_network(architecture: str, source: str, hub: Mapping[str, Any], compon
     Raises:
         ExpertsError: If diffusers has no such network class, or if the config cannot be read.
     """
-    kind = _class(architecture, ModelMixin, "the manifest names its network")
+    kind = class_of(architecture, ModelMixin, "the manifest names its network")
     try:
         return _without_weights(kind, kind.load_config(source, subfolder=component, **hub))
     except (OSError, ValueError) as error:
         raise no_base(source, error) from None
 
 
-def _class(name: object, of: type, who: str) -> Any:
-    """Find the class of diffusers that an untrusted file names; of no other kind than ``of``."""
+def class_of(name: object, of: type, who: str) -> Any:
+    """Find the class of diffusers that an untrusted file names; of no other kind than ``of``.
+
+    Args:
+        name: What the file says.
+        of: What the class has to be derived from.
+        who: The file, for errors.
+
+    Returns:
+        The class.
+
+    Raises:
+        ExpertsError: If the installed diffusers has no such class.
+    """
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, of)):
         raise ExpertsError(
@@ -182,6 +215,7 @@ def _without_weights(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     """Make a network with its buffers but without memory for its parameters."""
     from accelerate import init_empty_weights
 
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with init_empty_weights(include_buffers=False):
-        network: nn.Module = kind.from_config(dict(config))
+        network: nn.Module = kind.from_config(plain)
     return network

@@ -19,7 +19,7 @@ from ..families.module_names import PREFIXES
 from .differences import weight_shapes
 from .networks import COMPONENT
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
 _LOADED = {"down", "up", "alpha", "up bias"}
 """Parts of a module that pipelines' own loaders read."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
@@ -25,18 +25,21 @@ from .guidance import guidances_of
 from .networks import COMPONENT, component_names, network_of
 from .offload import check_disk_files, offload_groups
 from .routing import AdapterSwitch, Route
+from .settings import give_settings, settings_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"diffusers.{__name__}")
 
-STOCK_SCHEDULER = ("diffusers", "FlowMatchEulerDiscreteScheduler")
-"""What is written into model_index.json, since ``from_pretrained`` cannot load a scheduler of a third package by its
-index."""
+SCHEDULER = ("pdmd_core", "PhasedDMDScheduler")
+"""The entry of the scheduler in model_index.json, which diffusers loads where ``pdmd_core`` was imported."""
 
-SCHEDULER_FOLDER = "phased_scheduler"
-"""The folder of the phased scheduler in a saved pipeline with LoRA experts, whose own scheduler stays the base's."""
+BASE_SCHEDULER = "base_scheduler"
+"""The folder of the base's own scheduler in a saved pipeline with LoRA experts."""
+
+LOADER = "pdmd_core.load_phased_pipeline(folder)"
+"""What loads a saved pipeline whose experts a stock pipeline does not switch."""
 
 GUIDANCE = "_phased_guidance_scale"
 """The key of model_index.json for the guidance of full experts."""
@@ -76,6 +79,8 @@ class Attachment:
     """The pipeline before the experts; None for one that was loaded from a stock folder of full experts."""
     running: bool = False
     """Whether the pipeline is inside a call, when ``pipe.transformer`` is the expert of the current phase."""
+    settings: tuple[object, ...] | None = None
+    """What was set on the first full expert at the last call; the others follow it."""
     own_lock: RLock = field(default_factory=RLock)
     """Held by a call of this pipeline, which has one scheduler."""
 
@@ -129,6 +134,39 @@ class Attachment:
             if self.switches and (given.get(name) or {}).get("scale", 1.0) != 1.0:
                 raise ExpertsError(f"{name}={given[name]} scales the experts too: weigh your LoRA with set_adapters")
         check_disk_files(expected)
+        if len(self.networks) > 1 and (now := settings_of(self.networks[0])) != self.settings:
+            give_settings(self.networks[0], self.networks[1:])
+            self.settings = now
+
+
+class PhasedPipeline(Protocol):
+    """A pipeline of diffusers with phased experts, as type checkers see it."""
+
+    phased: Attachment
+    """The experts and their plan."""
+    scheduler: PhasedDMDScheduler
+    """Walks the plan."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample, with the arguments of the pipeline's own class.
+
+        Args:
+            *args: Positional arguments.
+            **kwargs: Keyword arguments.
+
+        Returns:
+            What the pipeline's own class returns.
+        """
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up whatever else the pipeline's own class has.
+
+        Args:
+            name: The name of the attribute.
+
+        Returns:
+            The attribute.
+        """
 
 
 @functools.cache
@@ -181,6 +219,7 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
         attachment, folder = _attachment(self), Path(save_directory)
         if networks:
             base.save_pretrained(self, str(folder), *args, **kwargs)
+            _save_scheduler(self.scheduler, folder, None if _switches_itself(self, base, networks) else LOADER)
             return
         folder.mkdir(parents=True, exist_ok=True)
         experts = attachment.experts
@@ -188,9 +227,11 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
             for expert in experts.manifest.experts:
                 shutil.copyfile(experts.path(expert.name), folder / expert.file)
             (folder / MANIFEST_NAME).write_text(experts.manifest.to_json(), encoding="utf-8")
-        self.scheduler.save_pretrained(folder / SCHEDULER_FOLDER)
+        scheduler = self.scheduler
         with _as_it_was(self):  # the base without adapters; the experts are in their own files
             self.save_pretrained(str(folder), *args, **kwargs)
+            self.scheduler.save_pretrained(folder / BASE_SCHEDULER)
+        _save_scheduler(scheduler, folder, LOADER)
 
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
@@ -208,6 +249,22 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
     if networks:
         namespace |= _components_of_full_experts(base, component_names(networks))
     return type(base.__name__, (base,), namespace)
+
+
+def _save_scheduler(scheduler: PhasedDMDScheduler, folder: Path, needs_switching: str | None) -> None:
+    """Write the scheduler, and its entry in model_index.json, for a pipeline that may not switch experts by itself."""
+    copy = PhasedDMDScheduler.from_config(scheduler.config, needs_switching=needs_switching)
+    copy.save_pretrained(folder / "scheduler")
+    path = folder / DiffusionPipeline.config_name
+    index = json.loads(path.read_text(encoding="utf-8")) | {"scheduler": list(SCHEDULER)}
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _switches_itself(pipe: Any, base: type[DiffusionPipeline], networks: int) -> bool:
+    """Whether the stock pipeline runs each full expert in its phase: one, or two where it has a boundary."""
+    second = component_names(2)[1]
+    two = networks == 2 and second in inspect.signature(base.__init__).parameters
+    return networks == 1 or (two and pipe.config.get("boundary_ratio") is not None)
 
 
 def _attachment(pipe: Any) -> Attachment:
@@ -317,7 +374,7 @@ def _components_of_full_experts(base: type[DiffusionPipeline], names: list[str])
         base.save_config(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
-        index |= {"scheduler": list(STOCK_SCHEDULER), GUIDANCE: _attachment(self).guidance_scale}
+        index |= {"scheduler": list(SCHEDULER), GUIDANCE: _attachment(self).guidance_scale}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     sequence = base.model_cpu_offload_seq

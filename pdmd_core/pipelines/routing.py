@@ -182,9 +182,13 @@ class AdapterSwitch(PhaseGuard):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         super().__init__(route, network, frozenset(adapters))
+        self.network: Any = network
         self.adapters = adapters
         self.differences = differences or Differences(network)
         self.own = frozenset(name for name in adapters.values() if name is not None)
+        self.fusable = [module for module in network.modules() if hasattr(module, "fuse_projections")]
+        self.current: int | None = None
+        """The phase whose adapter is active."""
         self.layers = [
             module
             for module in network.modules()
@@ -199,10 +203,18 @@ class AdapterSwitch(PhaseGuard):
             phase: The index of the phase; one without an adapter on this network is passed over.
 
         Raises:
-            RuntimeError: If the adapter was unloaded, or if a LoRA is fused or disabled on the network.
+            RuntimeError: If the adapter was unloaded, or if a LoRA, or query, key and value are fused on the network,
+                or LoRA is disabled.
         """
         if phase not in self.phases:
             return
+        if any(getattr(module, "fused_projections", False) for module in self.fusable):
+            raise RuntimeError(
+                "query, key and value are fused in the network, past the phased experts: call unfuse_qkv_projections()"
+            )
+        if phase != self.current and getattr(self.network, "is_cache_enabled", False):
+            self.network._reset_stateful_cache()  # what it kept is another expert's
+        self.current = phase
         self.differences.switch(phase)
         adapter = self.adapters[phase]
         if adapter is not None and adapter not in getattr(self.network, "peft_config", {}):

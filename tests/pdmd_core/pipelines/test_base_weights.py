@@ -21,7 +21,7 @@ from tests.helpers.tiny_pipelines import PLAN, TWO_COMPONENTS, full_experts, lor
 @pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     """What was said since the last call."""
-    logger = logging.getLogger("pdmd_core.pipelines.attach")
+    logger = logging.getLogger("diffusers.pdmd_core.pipelines.attach")
     logger.addHandler(caplog.handler)
 
     def messages() -> list[str]:

@@ -91,7 +91,7 @@ def test_no_guidance_unless_it_is_asked_for_which_warns(
         network.register_forward_pre_hook(
             lambda n, a, k: seen.append(len(a[0] if a else k["hidden_states"])) or None, with_kwargs=True
         )
-    logging.getLogger("pdmd_core.pipelines.phased").addHandler(caplog.handler)
+    logging.getLogger("diffusers.pdmd_core.pipelines.phased").addHandler(caplog.handler)
     case.sample(pipe)
     assert sum(seen) == 4 and "guidance in them" not in caplog.text
     seen.clear()
@@ -104,7 +104,7 @@ def test_no_guidance_unless_it_is_asked_for_which_warns(
     assert sum(seen) == 8
     assert re.search(rf"{argument}=3.0: these experts were distilled with the teacher's guidance in them", caplog.text)
     assert f"leave it at {none:g}" in caplog.text
-    logging.getLogger("pdmd_core.pipelines.phased").removeHandler(caplog.handler)
+    logging.getLogger("diffusers.pdmd_core.pipelines.phased").removeHandler(caplog.handler)
 
 
 def test_guidance_of_the_manifest_is_the_default(tmp_path: Path) -> None:

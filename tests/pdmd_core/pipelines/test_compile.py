@@ -84,7 +84,7 @@ def test_full_experts_attached_to_a_compiled_pipeline_say_that_they_are_not(
     pipe, counter = case.build(), CompileCounter()
     folder = full_experts(tmp_path, pipe, PLAN)
     compile_networks(pipe, how, counter)
-    logger = logging.getLogger("pdmd_core.pipelines.attach")
+    logger = logging.getLogger("diffusers.pdmd_core.pipelines.attach")
     logger.addHandler(caplog.handler)
     try:
         attach_experts(pipe, folder)

@@ -122,7 +122,7 @@ def test_lora_experts_of_one_network_of_wan_2_2_run_all_steps_on_it(
     base = str(tmp_path / "base")
     folder = lora_experts(tmp_path / "experts", stock, plan, [component] * len(plan), base=base)
     expected = euler(case, plan, networks_of(case, folder))
-    logging.getLogger("pdmd_core.pipelines.attach").addHandler(caplog.handler)
+    logging.getLogger("diffusers.pdmd_core.pipelines.attach").addHandler(caplog.handler)
     pipe = phased(case, folder)
     assert "these experts were distilled for one network, this WanPipeline has two: its " + component in caplog.text
     assert torch.equal(case.sample(pipe), expected)
@@ -133,7 +133,7 @@ def test_lora_experts_of_one_network_of_wan_2_2_run_all_steps_on_it(
         again.set_progress_bar_config(disable=True)
         torch.testing.assert_close(case.sample(again), expected, rtol=0, atol=1e-5)
     assert "has two" not in caplog.text, "the base that the experts name is right"
-    logging.getLogger("pdmd_core.pipelines.attach").removeHandler(caplog.handler)
+    logging.getLogger("diffusers.pdmd_core.pipelines.attach").removeHandler(caplog.handler)
     pipe.to(torch.float64)
     detach_experts(pipe)
     for name in ("transformer", SECOND):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
+from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.cases import CASES
@@ -78,36 +80,74 @@ def test_a_saved_lora_pipeline_is_the_base_to_stock_diffusers(tmp_path: Path) ->
     assert pipe.get_list_adapters() == {"transformer": ["mine", "phased_high_noise", "phased_low_noise"]}
     saved = load_file(tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == stock.transformer.state_dict().keys()
-    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0))
     again.set_progress_bar_config(disable=True)
-    assert type(again) is diffusers.WanPipeline and type(again.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert type(again) is diffusers.WanPipeline
     call = {"num_inference_steps": 4, "guidance_scale": 1.0}
     torch.testing.assert_close(case.sample(again, **call), case.sample(stock, **call), rtol=0, atol=1e-5)
 
 
-def test_what_stock_diffusers_sees_of_saved_full_experts(tmp_path: Path) -> None:
-    """Two on Wan are right when our scheduler is passed; of others it runs the first alone."""
+@pytest.mark.parametrize("name", ["wan", "wan_two", "flux"])
+def test_stock_diffusers_samples_the_same_from_a_saved_folder_or_says_what_loads_it(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """The two networks of Wan switch by themselves, and one expert needs no switching."""
+    case = CASES[name]
+    one = PhasePlan.from_steps([4], shift=5.0)
+    for plan in (one, PLAN):
+        pipe = case.build()
+        components = {"components": TWO_COMPONENTS} if (name, kind) == ("wan_two", "lora") and plan is PLAN else {}
+        attach_experts(pipe, KINDS[kind](tmp_path / f"experts {len(plan)}", pipe, plan, **components))
+        pipe.save_pretrained(tmp_path / f"saved {len(plan)}")
+        stock = DiffusionPipeline.from_pretrained(tmp_path / f"saved {len(plan)}")
+        stock.set_progress_bar_config(disable=True)
+        assert type(stock) is type(case.build()) and type(stock.scheduler) is PhasedDMDScheduler
+        call = {"num_inference_steps": 4, **case.unguided}
+        if kind == "full" and (plan is one or name != "flux"):
+            torch.testing.assert_close(case.sample(stock, **call), case.sample(pipe), rtol=0, atol=1e-5)
+        else:
+            with pytest.raises(ValueError, match=r"load the folder with pdmd_core.load_phased_pipeline\(folder\)$"):
+                case.sample(stock, **call)
+
+
+def test_importing_the_package_is_enough_for_stock_diffusers(tmp_path: Path) -> None:
     case = CASES["wan"]
     pipe = case.build()
-    attach_experts(pipe, full_experts(tmp_path / "two", pipe, PLAN))
-    pipe.save_pretrained(tmp_path / "saved two")
-    scheduler = PhasedDMDScheduler.from_pretrained(tmp_path / "saved two", subfolder="scheduler")
-    stock = DiffusionPipeline.from_pretrained(tmp_path / "saved two", scheduler=scheduler)
-    stock.set_progress_bar_config(disable=True)
-    assert type(stock) is diffusers.WanPipeline
-    sampled = case.sample(stock, num_inference_steps=4, guidance_scale=1.0)
-    torch.testing.assert_close(sampled, case.sample(pipe), rtol=0, atol=1e-5)
-    index = json.loads((tmp_path / "saved two" / "model_index.json").read_text())
-    assert index["_class_name"] == "WanPipeline"
-    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    case = CASES["flux"]
-    pipe = case.build()
-    folder = full_experts(tmp_path / "flux", pipe, PLAN)
-    attach_experts(pipe, folder).save_pretrained(tmp_path / "saved flux")
-    stock = DiffusionPipeline.from_pretrained(tmp_path / "saved flux", scheduler=scheduler)
-    stock.set_progress_bar_config(disable=True)
-    first = [networks_of(case, folder)[0]] * 2
-    torch.testing.assert_close(case.sample(stock, num_inference_steps=4), euler(case, PLAN, first), rtol=0, atol=1e-5)
+    attach_experts(pipe, full_experts(tmp_path / "experts", pipe, PLAN))
+    pipe.save_pretrained(tmp_path / "saved")
+    code = (
+        "import sys, pdmd_core; from diffusers import DiffusionPipeline; "
+        "print(type(DiffusionPipeline.from_pretrained(sys.argv[1]).scheduler).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "saved")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split()[-1] == "PhasedDMDScheduler"
+
+
+def test_a_scheduler_of_the_caller_s_own_walks_the_plan_or_is_refused(kind: str, tmp_path: Path) -> None:
+    case = CASES["wan"]
+    case.build().save_pretrained(tmp_path / "base")
+    folder = KINDS[kind](tmp_path / "experts", case.build(), PLAN, base=str(tmp_path / "base"))
+    mine = PhasedDMDScheduler.from_plan(PLAN, refine=True)
+    assert load_phased_pipeline(folder, scheduler=mine).scheduler is mine
+    load_phased_pipeline(folder).save_pretrained(tmp_path / "saved")
+    assert load_phased_pipeline(tmp_path / "saved", scheduler=mine).scheduler is mine
+    for source in (folder, tmp_path / "saved"):
+        with pytest.raises(ExpertsError, match="walk the sigmas of their own plan, found scheduler= FlowMatchEuler"):
+            load_phased_pipeline(source, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+def test_components_of_the_caller_s_own_are_taken_or_refused(tmp_path: Path) -> None:
+    case = CASES["wan"]
+    case.build().save_pretrained(tmp_path / "base")
+    network, text_encoder = case.build().transformer, case.build().text_encoder
+    folder = lora_experts(tmp_path / "lora", case.build(), PLAN, base=str(tmp_path / "base"))
+    pipe = load_phased_pipeline(folder, transformer=network, text_encoder=text_encoder)
+    assert pipe.transformer is network and pipe.text_encoder is text_encoder
+    folder = full_experts(tmp_path / "full", case.build(), PLAN, base=str(tmp_path / "base"))
+    assert load_phased_pipeline(folder, text_encoder=text_encoder).text_encoder is text_encoder
+    with pytest.raises(ExpertsError, match="full experts take the place of transformer: leave transformer= out"):
+        load_phased_pipeline(folder, transformer=network)
 
 
 def test_a_plain_pipeline_folder_is_no_phased_one(tmp_path: Path) -> None:
