@@ -75,7 +75,8 @@ def report(boards: Sequence[Board]) -> str:
         "",
         f"Variants at equal network evaluations of training, those of {VARIANTS[BASELINE].title} (a backward one "
         "counts as two). The learning rate is the best on seeds that are not reported; mean ± standard "
-        "deviation over five others. Written by `python benchmarks/leaderboard.py --stages report`.",
+        "deviation over five others. What is not listed was not run yet. Written by `python benchmarks/leaderboard.py "
+        "--stages report`.",
         "",
     ]
     for board in boards:
