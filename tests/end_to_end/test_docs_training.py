@@ -113,8 +113,11 @@ def test_the_keys_and_signs_of_the_tables_exist() -> None:
         assert key in known or key.startswith("words"), key
     for key in re.findall(r"`([a-z_]+): \w+`", tables):
         assert key in known, key
-    source = (ROOT / "training/monitoring/alerts.py").read_text(encoding="utf-8")
-    kinds = set(re.findall(r'"(fake_lags|lost_steps|small_steps|diversity|saturation|contrast)"', source))
+    files = (ROOT / "training" / "monitoring").glob("*alerts.py")
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    names = "fake_lags|lost_steps|small_steps|diversity|saturation|contrast|motion|clipped|broken|frechet"
+    kinds = set(re.findall(rf'"({names}|teacher_distance|score_distance)"', source))
+    assert len(kinds) == 12
     kinds |= {"generator_gradient", "fake_gradient"}
     section = TEXT.partition("## When it goes wrong")[2]
     assert kinds == {kind for kind in re.findall(r"`([a-z_]+)`", section) if kind in kinds}
