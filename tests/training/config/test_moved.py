@@ -90,7 +90,7 @@ def under_old_names(config: dict[str, Any]) -> dict[str, Any]:
     )
     components = old["generator"].pop("components")
     old["generator"]["component"] = components and components[0]
-    old |= {key: config["parallel"][key] for key in NOW["parallel"]} | config["memory"]
+    old |= {key: config[section][key] for section in ("parallel", "memory") for key in NOW[section]}
     old |= {"checkpoint_every": config["checkpoints"]["every"], "keep_checkpoints": config["checkpoints"]["keep"]}
     old |= {f"sample_{key}": config["validation"][key] for key in ("every", "prompts", "seeds")}
     watch = dict(config["monitoring"])
