@@ -5,6 +5,7 @@ Each file carries the manifest (without hashes) in its safetensors metadata. Onl
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -262,6 +263,25 @@ class PhasedExperts:
         path = self.path(name)
         check_hash(path, self.manifest.expert(name))
         return path
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the experts as a folder that ``from_pretrained`` opens.
+
+        Args:
+            save_directory: The folder; it is made where it does not exist.
+
+        Raises:
+            ExpertsError: If a file is not the manifest's.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for expert in self.manifest.experts:
+            if (path := self.verify(expert.name)).resolve() != (folder / expert.file).resolve():
+                shutil.copyfile(path, folder / expert.file)
+        if (self.folder / SCHEDULER_CONFIG).is_file() and folder.resolve() != self.folder.resolve():
+            (folder / SCHEDULER_CONFIG).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG)
+        (folder / MANIFEST_NAME).write_text(self.manifest.to_json(), encoding="utf-8")
 
     def check_scheduler(self) -> None:
         """Check that the folder's scheduler is there and has the manifest's plan.

@@ -215,3 +215,13 @@ def test_experts_can_be_written_again_over_old_ones(folder: Path) -> None:
     write_lora_experts(folder, PLAN, lora_roles(PLAN, rank=2, alpha=1.0))
     experts = PhasedExperts.open(folder)
     assert experts.manifest.experts[0].rank == 2 and experts.lora_state("high_noise")
+
+
+def test_experts_are_saved_as_a_folder_that_opens(tmp_path: Path) -> None:
+    shipped = PhasedExperts.open(Path(__file__).parents[4] / "training" / "embedded" / "models" / "experts")
+    shipped.save_pretrained(tmp_path / "saved")
+    again = PhasedExperts.from_pretrained(tmp_path / "saved")
+    assert again.manifest == shipped.manifest
+    again.check_scheduler()
+    again.save_pretrained(tmp_path / "saved")
+    assert all(again.verify(expert.name).is_file() for expert in again.manifest.experts)
