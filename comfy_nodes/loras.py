@@ -162,7 +162,8 @@ def _with_place(
     rest: Mapping[str, Any], names: ModuleNames, targets: Mapping[str, Any], model: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Part a file into what the network has modules for, whatever is done to them, and the keys of others."""
-    weights, absent = model.model.state_dict(), []
+    weights = model.model.state_dict()
+    absent: list[str] = []
     for module, keys in by_module(rest)[0].items():
         place = names.place(module)
         if place is None or place.is_parameter:

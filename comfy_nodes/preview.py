@@ -42,12 +42,12 @@ def preview(asked: Mapping[str, Any]) -> dict[str, Any]:
             cfgs = [float(inputs["cfg"]) if cfg is None else cfg for cfg in cfgs or [None] * len(plan)]
         return timeline(plan, cfgs, sigmas, skipped, strengths)
     if kind == "PhasedDMDPlanReport":
-        sigmas = None
+        shown: list[float] | None = None
         if asked.get("from", {}).get("sigmas", {}).get("node") == "PhasedDMDSigmas":
             given = asked["from"]["sigmas"]["inputs"]
-            sigmas = run_of(plan, int(given["steps"]), float(given["denoise"]))[0]
-        text = report(plan, sigmas, advice(plan, sigmas) if sigmas else (), cfgs)
-        return {**timeline(plan, cfgs, sigmas, strengths=strengths), "text": text}
+            shown = run_of(plan, int(given["steps"]), float(given["denoise"]))[0]
+        text = report(plan, shown, advice(plan, shown) if shown else (), cfgs)
+        return {**timeline(plan, cfgs, shown, strengths=strengths), "text": text}
     return timeline(plan, cfgs, strengths=strengths)
 
 
@@ -62,8 +62,8 @@ def _experts_of(asked: Mapping[str, Any]) -> tuple[PhasePlan, list[Cfg] | None, 
         if inputs["experts"] == FROM_HUB:
             raise NodeError("shown after a run: the experts are on the Hub")
         manifest = open_experts(inputs["experts"]).manifest
-        strengths = LoadExperts.strengths(manifest, inputs["strength"], inputs.get("expert_strengths", ""))
-        pairs = zip(manifest.experts, strengths, strict=True)
+        given = LoadExperts.strengths(manifest, inputs["strength"], inputs.get("expert_strengths", ""))
+        pairs = zip(manifest.experts, given, strict=True)
         shown = [value if expert.kind == "lora" else None for expert, value in pairs]
         return manifest.plan, read_cfgs(inputs["cfg"], manifest.plan, manifest.guidance_scale), shown
     if kind in ("PhasedDMDExperts", "PhasedDMDExpertsLoRA") and "plan" in sources:
