@@ -93,12 +93,14 @@ def test_a_dry_run_divides_samples_among_groups_and_weights_as_before() -> None:
         for degree in (1, 2)
     )
     changed = [(a, b) for a, b in zip(alone, together, strict=True) if a != b]
-    assert changed == [
-        (
-            "an update has 64 samples, 8 for each GPU, 1 at once",
-            "an update has 64 samples, 16 for each group of 2 GPUs, which share its tokens, 1 at once",
-        )
-    ]
+    activations, peak, samples = changed
+    assert samples == (
+        "an update has 64 samples, 8 for each GPU, 1 at once",
+        "an update has 64 samples, 16 for each group of 2 GPUs, which share its tokens, 1 at once",
+    )
+    assert all(line.startswith("  activations ") for line in activations) and peak[0].startswith("  peak ")
+    of_one, of_two = (float(line.split()[1]) for line in activations)
+    assert of_two == pytest.approx(of_one / 2, rel=0.05), "of half the tokens"
 
 
 @pytest.fixture
