@@ -104,15 +104,20 @@ def make_board(teacher: str, work_dir: Path) -> Board:
     return MixtureBoard(work_dir, teacher) if teacher in KINDS else EmbeddedBoard(work_dir, teacher)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is missing, then report."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=TEACHERS)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--stages", nargs="+", choices=("train", "report"), default=["train", "report"])
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evidence" / "leaderboard.md")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing, then report."""
+    options = parse(arguments)
     torch.set_num_threads(1)
     boards = [make_board(teacher, options.work_dir) for teacher in options.teachers]
     if "train" in options.stages:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ("pdmd_core", "comfy_nodes", "training", "benchmarks", "__init__.py")
 PICKLES = {"_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
 RUN = {"eval", "exec", "compile", "__import__"}
-TENSORS_ONLY = {"pdmd_core/metrics/extractors.py", "pdmd_core/metrics/perceptual.py"}
+TENSORS_ONLY = {f"pdmd_core/metrics/{name}.py" for name in ("extractors", "perceptual", "preference")}
 """Where ``torch.load(..., weights_only=True)`` is allowed: feature networks as their authors publish them."""
 
 

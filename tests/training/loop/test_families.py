@@ -177,7 +177,9 @@ def test_a_stopped_run_resumes_to_the_same_numbers(
 def test_the_fake_of_two_networks_learns_on_both_and_each_expert_on_its_own(
     name: str, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    trainer = Trainer(build_run(config_of(name, teachers[name], tmp_path, batch_size=6, score_groups=6, fake_updates=3)))
+    trainer = Trainer(
+        build_run(config_of(name, teachers[name], tmp_path, batch_size=6, score_groups=6, fake_updates=3))
+    )
     bases = {c: {k: v.clone() for k, v in trainer.roles.base_state_dict(c).items()} for c in trainer.roles.bases}
     for phase, expert, component in ((0, "high_noise", "transformer"), (1, "low_noise", "transformer_2")):
         trainer.progress.phase = phase
