@@ -273,8 +273,9 @@ def find_preset(name: str) -> Preset:
         ValueError: If there is none of this name; the line names near ones.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), list(PRESETS), n=3, cutoff=0.4) or list(PRESETS)
-        raise ValueError(f"no preset {str(name)[:60]!r}, did you mean {' or '.join(near)}? (phased-dmd plan --list)")
+        near = difflib.get_close_matches(str(name), list(PRESETS), n=3, cutoff=0.4)
+        guess = f", did you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"no preset {str(name)[:60]!r}{guess} All are listed by phased-dmd plan --list")
     return PRESETS[name]
 
 

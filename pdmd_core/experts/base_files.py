@@ -42,7 +42,9 @@ class BaseFiles:
     """The family of the experts' base."""
 
     @classmethod
-    def find(cls, base: BaseModel, given: str | None, networks: bool, others: bool = False) -> BaseFiles:
+    def find(
+        cls, base: BaseModel, given: str | None, networks: bool, others: bool = False, option: str = "--base"
+    ) -> BaseFiles:
         """Find the base that the manifest names, or the one that the user gave, and download what is needed of it.
 
         Args:
@@ -50,6 +52,7 @@ class BaseFiles:
             given: A folder or Hub id to use instead; None takes the manifest's.
             networks: Whether the weights of its networks are needed, beside the configs.
             others: Whether all other components are needed.
+            option: What the user sets it with, for errors.
 
         Returns:
             The files of the base.
@@ -63,7 +66,7 @@ class BaseFiles:
         else:
             allowed = None if others else _CONFIGS + (_NETWORKS if networks else [])
             refused = _NEVER + ([] if networks else _NETWORKS)
-            folder = _download(model, base.revision if given is None else None, allowed, refused)
+            folder = _download(model, base.revision if given is None else None, allowed, refused, option)
         found = cls(folder, family_of_base(base))
         found.index()
         return found
@@ -288,7 +291,7 @@ def _shapes(architecture: str, config: str) -> Shapes:
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-def _download(model: str, revision: str | None, allowed: list[str] | None, refused: list[str]) -> Path:
+def _download(model: str, revision: str | None, allowed: list[str] | None, refused: list[str], option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -298,5 +301,5 @@ def _download(model: str, revision: str | None, allowed: list[str] | None, refus
         answer = hub_error(error)
         text = " ".join(str(error).split())[:200] if answer is None else explain(answer, revision)
         raise ExpertsError(
-            f"base {model!r} is neither a folder nor a Hub model that can be read ({text}): give --base"
+            f"base {model!r} is neither a folder nor a Hub model that can be read ({text}): give {option}"
         ) from None

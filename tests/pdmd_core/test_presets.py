@@ -44,3 +44,5 @@ def test_an_unknown_name_is_one_line_with_near_ones() -> None:
     ) as caught:
         PhasePlan.preset("wan2.2-lightx2v")
     assert "\n" not in str(caught.value)
+    with pytest.raises(PhasePlanError, match=r"^no preset 'xyz'\. All are listed by phased-dmd plan --list$"):
+        PhasePlan.preset("xyz")

@@ -90,7 +90,7 @@ class Conversion:
         given = self.experts.manifest.base
         if relative_to is not None:
             given = replace(given, model=relative_to, revision=None, fingerprints=None)
-            base = BaseFiles.find(given, None, networks=True)
+            base = BaseFiles.find(given, None, networks=True, option="another --relative-to")
         dtype = self.dtype or torch.float32
         same = relative_to is None and network is None
         # Other networks differ in all layers, not in those alone that training adapted

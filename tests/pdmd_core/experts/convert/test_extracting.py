@@ -172,7 +172,7 @@ def test_what_experts_cannot_be_relative_to_is_one_line(
     wan_image_two_networks().save_pretrained(tmp_path / "image")
     with refused("patch_embedding.weight", "give its own base"):
         conversion(full, tmp_path / "out").to_lora(2, relative_to=str(tmp_path / "image"))
-    with refused("neither a folder nor a Hub model"):
+    with refused("neither a folder nor a Hub model", "give another --relative-to"):
         conversion(full, tmp_path / "out").to_lora(2, relative_to=str(tmp_path / "none"))
     assert not (tmp_path / "out").exists()
 
