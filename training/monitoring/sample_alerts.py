@@ -52,7 +52,9 @@ class SampleAlerts:
                 )
         for name in ("saturation", "contrast"):
             before, now = getattr(first, name), getattr(statistics, name)
-            if now > self.limits.saturation_rise * before:
+            # Towards the teacher's is no trouble.
+            of_teacher = getattr(self._teacher[expert][0], name) if expert in self._teacher else 0.0
+            if now > max(self.limits.saturation_rise * before, of_teacher):
                 yield (
                     name,
                     f"{name} rose from {before:.3f} to {now:.3f}, {statistics.clipped:.0%} of the values are black or "

@@ -89,6 +89,10 @@ def test_a_rise_of_saturation_or_contrast_is_reported(name: str) -> None:
     (alert,) = alerts.validation(60, "high_noise", replace(WELL, **{name: 1.6 * before, "clipped": 0.4}))
     assert alert.kind == name and "40% of the values" in alert.text and "guidance_scale" in alert.text
     assert not alerts.validation(80, "low_noise", replace(WELL, **{name: 1.6 * before})), "phases differ"
+    alerts = Alerts(MonitoringSection())
+    alerts.teacher("high_noise", WELL)
+    assert not alerts.validation(20, "high_noise", replace(WELL, **{name: 0.4 * before}))
+    assert not alerts.validation(40, "high_noise", replace(WELL, **{name: 0.9 * before})), "towards the teacher's"
 
 
 def test_weights_that_do_not_move_are_reported() -> None:
