@@ -255,7 +255,7 @@ class MonitoringSection(Section):
     diversity_fall: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Warn when seeds differ by less than this part of what they differed by."""
     saturation_rise: Annotated[float, Field(gt=1)] = 1.5
-    """Warn when saturation or contrast is this many times that of the phase's first samples, and above the teacher's."""
+    """Warn when saturation or contrast is this many times the phase's first and above the teacher's."""
     above_teacher: Annotated[float, Field(gt=1)] = 1.1
     """Warn when saturation, contrast or motion is this many times that of the teacher's samples."""
     below_teacher: Annotated[float, Field(gt=0, lt=1)] = 0.6

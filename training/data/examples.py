@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 FORMATS = (
-    "a text file (.txt) with one prompt a line, .csv, .tsv, .jsonl, .ndjson, .json, .parquet, a dataset's folder or its Hub id"
+    "a text file (.txt) with one prompt a line, .csv, .tsv, .jsonl, .ndjson, .json, .parquet, a dataset's folder or "
+    "its Hub id"
 )
 LONGEST_LINE = 2**20
 LONGEST_LIST = 2**28
