@@ -11,12 +11,16 @@ from benchmarks.claims.common.variants import BASELINE, VARIANTS, equal_updates
 
 REPORTED = (0, 1, 2, 3, 4)
 """Seeds of the rows that are reported."""
+REFINED = (4, 6, 8, 16)
+"""Steps to which plans of fewer are refined."""
 
 
 class Board(ABC):
     """Which runs are made, and which of them are reported."""
 
     title: str
+    shift: float
+    """Of the plans, but for methods that have one of their own."""
     baseline_updates: int
     """Updates of the baseline; other methods have as many network evaluations."""
     lrs: tuple[float, ...]
@@ -40,6 +44,14 @@ class Board(ABC):
     def references(self) -> list[Row]:
         """Rows of what needs no training."""
 
+    @abstractmethod
+    def refined(self, run: Run, steps: int) -> float | None:
+        """The score of samples of the same experts in more steps; None before that was measured."""
+
+    @abstractmethod
+    def refine(self, run: Run) -> None:
+        """Measure those of a run that was trained."""
+
     def updates(self, method: Method) -> int:
         """Updates of a method, over all phases, that cost what those of the baseline do."""
         (forward, backward), (all_forward, all_backward) = self.cost(method), self.cost(VARIANTS[BASELINE])
@@ -62,14 +74,14 @@ class Board(ABC):
         rows = [] if lr is None else [self.row(run) for run in self.runs(method, [lr], REPORTED)]
         return [row for row in rows if row is not None]
 
-    def work(self, methods: Sequence[Method]) -> Iterator[Row]:
-        """Train and measure what is not there yet, method by method."""
+    def work(self, methods: Sequence[Method], seeds: Sequence[int] = REPORTED) -> Iterator[Row]:
+        """Train and measure what is not there yet, method by method; what is reported, of these seeds."""
         for method in methods:
             while undecided := self._best(method)[1]:
                 yield from self._missing(self.runs(method, undecided, self.selecting))
             lr = self.chosen(method)
             assert lr is not None
-            yield from self._missing(self.runs(method, [lr], REPORTED))
+            yield from self._missing(self.runs(method, [lr], seeds))
 
     def _missing(self, runs: Sequence[Run]) -> Iterator[Row]:
         if missing := [run for run in runs if self.row(run) is None]:

@@ -22,6 +22,8 @@ class Method:
     """All phases are trained in turn, one update each, instead of one phase after the other."""
     ablation_of: str | None = None
     """The method that it is, but for one choice."""
+    shift: float | None = None
+    """Of its steps; that of all methods on a teacher when None."""
 
 
 METHODS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.claims.common.board import Board
+from benchmarks.claims.common.board import REFINED, Board
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.methods import Method, Run
 from benchmarks.claims.common.variants import cost_of_updates
@@ -22,6 +22,7 @@ class EmbeddedBoard(Board):
     def __init__(self, work_dir: Path, teacher: str, study: EmbeddedStudy | None = None) -> None:
         self.title = teacher
         self.study = study or EmbeddedStudy(work_dir, teacher, SETTINGS[teacher])
+        self.shift = self.study.settings.shift
 
     def cost(self, method: Method) -> tuple[float, float]:
         """Network evaluations of an update: forward, and those that run backward."""
@@ -38,6 +39,16 @@ class EmbeddedBoard(Board):
         """Train and measure runs."""
         self.study.prepare()
         yield from map(self.study.row, runs)
+
+    def refined(self, run: Run, steps: int) -> float | None:
+        """The score in more steps; None before that was measured."""
+        return self.study.row(run, steps).score if self.study.has_row(run, steps) else None
+
+    def refine(self, run: Run) -> None:
+        """Measure what more steps make of a run's experts."""
+        for steps in REFINED:
+            if steps > sum(run.method.steps):
+                self.study.row(run, steps)
 
     def references(self) -> list[Row]:
         """Rows of the teacher, where they are there."""

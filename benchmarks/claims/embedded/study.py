@@ -200,8 +200,8 @@ class EmbeddedStudy:
             parts.append(drawn.pixels.transpose(1, 2) / 2 + 0.5)
         return torch.cat(parts)
 
-    def expert_samples(self, run: Run, pairs: list[tuple[int, int]]) -> Tensor:
-        """Pixels of a run's experts, as its plan says, without guidance."""
+    def expert_samples(self, run: Run, pairs: list[tuple[int, int]], refined: int | None = None) -> Tensor:
+        """Pixels of a run's experts, as its plan or the refined one says, without guidance."""
         plan = self.settings.plan(run.method)
         weights = load_file(self.train(run))
         roles = make_roles(self.sampler, plan, self.settings.rank)
@@ -209,7 +209,7 @@ class EmbeddedStudy:
             prefix = f"{phase.name}/"
             own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
             roles.load_state_dict(phase.name, own)
-        latents = []
+        plan, latents = plan if refined is None else plan.refined(refined), []
         for start in range(0, len(pairs), _BATCH):
             part = pairs[start : start + _BATCH]
             noise = self.sampler.noise([seed for _, seed in part])
@@ -260,26 +260,26 @@ class EmbeddedStudy:
             write_tensors(path, look().to_tensors(), {})
         return Features.from_tensors(load_file(path))
 
-    def has_row(self, run: Run) -> bool:
-        """Whether a run was trained and measured."""
-        return self._row_path(run.name).exists()
+    def has_row(self, run: Run, refined: int | None = None) -> bool:
+        """Whether a run was trained and measured, in the steps of its plan or in more."""
+        return self._row_path(_row_name(run, refined)).exists()
 
     def _row_path(self, name: str) -> Path:
         return self.measured / "rows" / f"{name}.json"
 
-    def row(self, run: Run) -> Row:
-        """Train and measure a run, or read what is there."""
-        path = self._row_path(run.name)
+    def row(self, run: Run, refined: int | None = None) -> Row:
+        """Train and measure a run, in the steps of its plan or in more, or read what is there."""
+        path = self._row_path(_row_name(run, refined))
         if not path.exists():
             with safe_open(self.train(run), "pt") as file:
                 metadata = file.metadata()
             evaluations: dict[str, int] = json.loads(metadata["evaluations"])
-            measured = self.measures.look(self.expert_samples(run, self.pairs(_noise_seed(run.seed))))
+            measured = self.measures.look(self.expert_samples(run, self.pairs(_noise_seed(run.seed)), refined))
             extra: dict[str, Any] = {
                 "training_evaluations": sum(evaluations.values()),
                 "skipped_updates": json.loads(metadata["skipped"]),
             }
-            steps = sum(run.method.steps)
+            steps = refined or sum(run.method.steps)
             write_row(path, self._row(run.method.key, run.seed, steps, measured, run.lr, run.updates, extra))
         return read_row(path)
 
@@ -323,6 +323,10 @@ class EmbeddedStudy:
             score=frechet,
             extra={**columns, **measured.extra, **extra},
         )
+
+
+def _row_name(run: Run, refined: int | None) -> str:
+    return run.name if refined is None else f"{run.name}-refined-{refined}"
 
 
 def _noise_seed(seed: int) -> int:

@@ -58,7 +58,7 @@ class EmbeddedSettings:
 
     def plan(self, method: Method) -> PhasePlan:
         """The phase plan of a method."""
-        return PhasePlan.from_steps(method.steps, self.shift)
+        return PhasePlan.from_steps(method.steps, method.shift or self.shift)
 
     def objective(self, method: Method) -> Objective:
         """Its objective."""

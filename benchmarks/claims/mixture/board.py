@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.claims.common.board import Board
+from benchmarks.claims.common.board import REFINED, Board
 from benchmarks.claims.common.distilling import Distilled
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.files import identity_of, read_row, write_row, write_tensors, write_text
@@ -34,8 +34,6 @@ from pdmd_core.noise_level import shift_sigma
 from pdmd_core.phases import PhasePlan
 from pdmd_core.rollout import route, sample
 
-REFINED = (8, 16)
-"""Steps to which plans of four steps are refined."""
 _NOISE_SEED, _EXACT_SEED = 1000, 2000
 _FEW = 2000
 
@@ -51,6 +49,7 @@ class MixtureBoard(Board):
         self.kind, self.samples, self.title = kind, samples, KINDS[kind].title
         self.mixture = KINDS[kind].mixture
         self.settings = replace(settings or Settings(width=64), shift=KINDS[kind].shift)
+        self.shift = self.settings.shift
         self.folder = work_dir / f"{kind}-{identity_of(self.describe())}"
         write_text(self.folder / "settings.json", json.dumps(self.describe(), indent=1) + "\n")
 
@@ -94,6 +93,15 @@ class MixtureBoard(Board):
     def _path(self, run: Run) -> Path:
         return self.folder / "rows" / f"{run.name}.json"
 
+    def refined(self, run: Run, steps: int) -> float | None:
+        """The score in more steps; None where it was not measured."""
+        row = self.row(run)
+        found = row.extra.get(f"refined_{steps}") if row else None
+        return None if found is None else float(found)
+
+    def refine(self, run: Run) -> None:
+        """Every row has it."""
+
     # --- measures ------------------------------------------------------------
 
     def references(self) -> list[Row]:
@@ -122,8 +130,8 @@ class MixtureBoard(Board):
             return sample(velocity, plan.sigmas, noise).nan_to_num(0.0, 100.0, -100.0)
 
         samples, extra = walked(plan), {}
-        if len(plan.sigmas) == 4:
-            for steps in REFINED:
+        for steps in REFINED:
+            if steps > len(plan.sigmas) and run.seed not in self.selecting:
                 extra[f"refined_{steps}"] = kernel_distance_to_exact(walked(plan.refined(steps)), self.mixture)
         extra["same_noise"] = float((samples - self.teacher(noise)).square().mean().sqrt())
         forward, backward = self.cost(run.method)

@@ -46,7 +46,7 @@ class Settings:
 
     def plan(self, method: Method) -> PhasePlan:
         """The phase plan of a method."""
-        return PhasePlan.from_steps(method.steps, self.shift)
+        return PhasePlan.from_steps(method.steps, method.shift or self.shift)
 
     def objective(self, method: Method) -> Objective:
         """Its objective; the mixture needs no guidance."""
