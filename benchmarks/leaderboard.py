@@ -99,18 +99,20 @@ def grouped(rows: Sequence[Row]) -> list[list[Row]]:
     return [[row for row in rows if row.method == key] for key in dict.fromkeys(row.method for row in rows)]
 
 
-def make_board(teacher: str, work_dir: Path) -> Board:
+def make_board(teacher: str, work_dir: Path, guidance_scale: float | None = None) -> Board:
     """The board of a mixture, of pictures or of clips."""
-    return MixtureBoard(work_dir, teacher) if teacher in KINDS else EmbeddedBoard(work_dir, teacher)
+    return MixtureBoard(work_dir, teacher) if teacher in KINDS else EmbeddedBoard(work_dir, teacher, guidance_scale)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=TEACHERS)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    own = [key for key, method in VARIANTS.items() if not method.of_experts]
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=own)
     parser.add_argument("--stages", nargs="+", choices=("train", "report"), default=["train", "report"])
     parser.add_argument("--seeds", type=int, choices=range(1, len(REPORTED) + 1), default=len(REPORTED))
+    parser.add_argument("--guidance_scale", type=float, help="of the teacher of pictures and clips, if another")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evidence" / "leaderboard.md")
     return parser.parse_args(arguments)
@@ -120,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then report."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    boards = [make_board(teacher, options.work_dir) for teacher in options.teachers]
+    boards = [make_board(teacher, options.work_dir, options.guidance_scale) for teacher in options.teachers]
+    methods = [VARIANTS[key] for key in options.variants]
     if "train" in options.stages:
         for board in boards:
-            for row in board.work([VARIANTS[key] for key in options.variants], REPORTED[: options.seeds]):
+            for row in board.work(methods, REPORTED[: options.seeds]):
                 print(f"{row.teacher} {row.method} lr {row.lr:g} seed {row.seed}: {row.score:.5f}", flush=True)
     if "report" in options.stages:
         options.output.write_text(report(boards), encoding="utf-8")

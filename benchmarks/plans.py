@@ -1,8 +1,8 @@
 """Which plan for how many steps: ``python benchmarks/plans.py``.
 
-Every plan is trained on every teacher at two shifts and at the network evaluations of the leaderboard, and sampled in its
-own steps and refined to 4, 6, 8 and 16. What was trained is kept in --work_dir, where it is what the leaderboard keeps
-there too; a run that was cut off goes on. The report is written of what is there.
+Every plan is trained on every teacher at two shifts and at the network evaluations of the leaderboard, and sampled in
+its own steps and refined to 4, 6, 8 and 16. What was trained is kept in --work_dir, where it is what the leaderboard
+keeps there too; a run that was cut off goes on. The report is written of what is there.
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ def report(boards: Sequence[Board]) -> str:
         "# Plans",
         "",
         "Plans at equal network evaluations of training, those of 2 x 2 with SGTS. The learning rate is the best on "
-        "seeds that are not reported; mean ± standard deviation over others. On mixtures the score is the kernel distance x "
-        "10^4, on pictures and clips the Frechet distance to the teacher; *refined* are samples of the same experts in "
-        "more steps. What is not listed was not run yet. Written by `python benchmarks/plans.py --stages report`.",
+        "seeds that are not reported; mean ± standard deviation over others. On mixtures the score is the kernel "
+        "distance x 10^4, on pictures and clips the Frechet distance to the teacher. *In more steps* are samples of "
+        "the same experts with the plan refined. What is not listed was not run yet. Written by "
+        "`python benchmarks/plans.py --stages report`.",
         "",
     ]
     for board in boards:

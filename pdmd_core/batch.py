@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .families import Conditioning
@@ -99,6 +101,36 @@ def as_rows(indices: Tensor) -> Rows:
     """
     first, last = int(indices[0]), int(indices[-1])
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+def in_groups(
+    groups: Tensor,
+    evaluate: Callable[[int, Tensor, Tensor, Conditioning], Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+) -> Tensor:
+    """Evaluate each sample by what its group is evaluated by, a group at a time.
+
+    Args:
+        groups: The number of each sample's group, of shape (batch,).
+        evaluate: Called with the number of a group, and samples, sigmas and conditioning of its samples.
+        x: Samples of shape (batch, ...).
+        sigma: Their noise levels, of shape (batch,).
+        conditioning: Name to tensor of shape (batch, ...).
+
+    Returns:
+        The results in the order of the samples.
+    """
+    numbers: list[int] = groups.unique().tolist()
+    if len(numbers) == 1:
+        return evaluate(numbers[0], x, sigma, conditioning)
+    rows = [(groups == number).nonzero().flatten() for number in numbers]
+    parts = [
+        evaluate(number, x[own], sigma[own], rows_of(conditioning, own))
+        for number, own in zip(numbers, rows, strict=True)
+    ]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
 
 
 def rows_of(conditioning: Conditioning, part: Rows) -> dict[str, Tensor]:

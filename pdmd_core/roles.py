@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .batch import in_groups
 from .checks import check_choice, check_number
 from .families import Conditioning, ModelFamily, TeacherRouting
 from .flow import Sigma, at_least_float32
+from .phases import PhasePlan
 from .role_weights import (
     activate_adapter,
     adapter_parameters,
@@ -108,6 +110,9 @@ class Roles:
         self._own: dict[str, dict[str, nn.Parameter]] = {}
         self._trainable: frozenset[str] = frozenset()
         self._active: dict[str, str] = {}
+        self.teacher_plan: PhasePlan | None = None
+        """With a teacher that is distilled, the plan of its experts, which are the roles ``teaching(name)``: each
+        teaches at the sigmas of its interval. The base teaches when None."""
         self.before_use: Callable[[str], None] = lambda component: None
         """This is called with the teacher's network that is about to run, forwards or backwards."""
         self.before_role: Callable[[str], None] = lambda role: None
@@ -176,25 +181,21 @@ class Roles:
         Returns:
             The velocity of the shape of ``x``.
         """
+        if role == TEACHER and (plan := self.teacher_plan) is not None:
+            sigma = torch.as_tensor(sigma).expand(len(x))
+            experts = [teaching(phase.name) for phase in plan.phases]
+            owners = torch.tensor([plan.phase_index(one) for one in sigma.tolist()], device=sigma.device)
+            return in_groups(owners, lambda k, *own: self.velocity(experts[k], *own), x, sigma, conditioning)
         components = self.components(role)
         if len(components) == 1:
             return self.family.velocity(self.network(role), x, sigma, conditioning)
         sigma = torch.as_tensor(sigma).expand(len(x))
-        high = self.routing.first_runs(sigma)
-        rows = [side.nonzero().flatten() for side in (high, ~high)]
-        for component, own in zip(components, rows, strict=True):
-            if len(own) == len(x):
-                return self.family.velocity(self.network(role, component), x, sigma, conditioning)
-        parts = [
-            self.family.velocity(
-                self.network(role, component),
-                x[own],
-                sigma[own],
-                {key: value[own] for key, value in conditioning.items()},
-            )
-            for component, own in zip(components, rows, strict=True)
-        ]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        networks = (~self.routing.first_runs(sigma)).long()
+
+        def evaluate(k: int, *own: Any) -> Tensor:
+            return self.family.velocity(self.network(role, components[k]), *own)
+
+        return in_groups(networks, evaluate, x, sigma, conditioning)
 
     def networks(self) -> list[nn.Module]:
         """List every network.
@@ -378,6 +379,18 @@ class Roles:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
+
+
+def teaching(expert: str) -> str:
+    """Name the role of an expert that teaches.
+
+    Args:
+        expert: The expert.
+
+    Returns:
+        The role.
+    """
+    return f"{TEACHER}_{expert}"
 
 
 def _names(components: Iterable[str]) -> str:

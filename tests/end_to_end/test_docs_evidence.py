@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import leaderboard
+from benchmarks import leaderboard, plans
 from benchmarks.claims.common.evidence import Row, read_evidence
 from benchmarks.claims.common.methods import METHODS
 from benchmarks.claims.common.summary import summary
@@ -24,7 +24,8 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) 
 def test_a_command_is_understood(line: str) -> None:
     program, script, *arguments = shlex.split(line, comments=True)
     assert program == "python"
-    {"benchmarks/paper_claims.py": parse, "benchmarks/leaderboard.py": leaderboard.parse}[script](arguments)
+    parsers = {"paper_claims": parse, "leaderboard": leaderboard.parse, "plans": plans.parse}
+    parsers[Path(script).stem](arguments)
 
 
 def test_every_file_that_it_names_is_there() -> None:

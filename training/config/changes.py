@@ -17,6 +17,7 @@ FREE = (
     "max_bad_updates",
     "model.path",
     "model.revision",
+    "model.experts",
     "model.architecture",
     "data.prompts",
     "start.experts",

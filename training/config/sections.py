@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pdmd_core.checks import check_choice, check_number
+from pdmd_core.experts import MANIFEST_NAME, ExpertsError, read_manifest
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import FAKE, TEACHER, RoleSpec
 from training.data.buckets import Bucket
@@ -39,6 +40,9 @@ class ModelSection(Section):
     """Hub revision of the teacher."""
     pipeline: str | None = None
     """Diffusers pipeline class, for example WanImageToVideoPipeline; the one path names if null."""
+    experts: Path | None = None
+    """Experts folder that teaches, each expert at the sigmas of its interval; the model is their base then. An experts
+    folder in path is this, with the base that it names. The model itself teaches if null."""
     architecture: Path | None = None
     """Folder with the pipeline's configs: --dry-run then needs no download."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -53,6 +57,20 @@ class ModelSection(Section):
     """Frames of a sample; 1 for pictures."""
     max_sequence_length: Count = 512
     """Tokens to which prompts are padded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_experts_folder_teaches(cls, data: Any) -> Any:
+        path = data.get("path") if isinstance(data, dict) else None
+        if not isinstance(path, str) or not (Path(path) / MANIFEST_NAME).is_file():
+            return data
+        if data.get("experts") is not None:
+            raise ValueError(f"path: expected the pipeline of the base beside experts, found other experts, {path}")
+        try:
+            base = read_manifest(Path(path)).base
+        except ExpertsError as error:
+            raise ValueError(f"path: {error}") from None
+        return {**data, "path": base.model, "revision": data.get("revision") or base.revision, "experts": path}
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,7 @@ class PlanSection(Section):
         if self.sigmas is not None and self.shift != type(self).model_fields["shift"].default:
             raise ValueError(f"shift is for steps, sigmas are shifted: leave it out, found {self.shift:g}")
         for phase in self.build().phases:
-            if phase.name == TEACHER or phase.name.startswith(FAKE):
+            if phase.name.startswith((TEACHER, FAKE)):
                 raise ValueError(f"names: expected names of experts, found {phase.name!r}: call it otherwise")
         return self
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pdmd_core.experts.format.fingerprint import fingerprint_of
 from pdmd_core.families import ModelFamily, TeacherRouting
+from pdmd_core.hashing import digest_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig
@@ -24,6 +25,7 @@ from training.data.training_data import TrainingData, training_data
 from training.distributed.context_parallel import check_context_parallel, divide_samples
 from training.distributed.sharding import check_processes, mesh_of, shard_roles
 from training.loop.compiling import compile_blocks
+from training.loop.distilled_teacher import check_base
 from training.loop.optimizers import check_libraries
 from training.loop.precision import leave_casts_to_autocast, make_accelerator
 from training.loop.resumption import Resume, Resumption, find_resumption
@@ -50,7 +52,7 @@ class BuiltRun:
         roles: The networks.
         rng: Everything that is random once the weights exist.
         fingerprints: Fingerprints of the teacher's networks by component, taken before they were changed in any way.
-        teacher: SHA-256 of all their weights.
+        teacher: SHA-256 of all their weights, and of the experts that teach in their place.
         start: By expert, what it is or begins from beside the teacher.
         resumption: Where the run goes on; None for one that begins.
     """
@@ -115,7 +117,10 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     check_context_parallel(config, family, pipeline)
     networks = networks_of(pipeline, family)
     check_targets(config, networks)
+    check_base(start.teacher, networks, family, say)
     teacher = digest_of_networks(networks)
+    if start.teacher:
+        teacher = digest_of(teacher, [expert.sha256 for expert in start.teacher.manifest.experts])
     check = None
     if resumption:
         resumption.check_teacher(teacher, config)

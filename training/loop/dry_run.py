@@ -26,6 +26,7 @@ from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
 from training.data.training_data import buckets_of, latent_shapes
 from training.distributed.context_parallel import check_context_parallel
 from training.distributed.sharding import check_processes
+from training.loop.distilled_teacher import check_base
 from training.loop.start import specs_of_run, start_of
 from training.loop.targets import check_targets
 from training.memory.activations import activation_bytes
@@ -83,10 +84,16 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     routing, networks = family.teacher_routing(pipeline.config), networks_of(pipeline, family)
     check_targets(config, networks)
     check_tracker(config)
-    specs = specs_of_run(config, routing, start_of(config).notes)
+    start = start_of(config)
+    check_base(start.teacher, networks, family)
+    specs = specs_of_run(config, routing, start.notes)
     with torch.device("meta"):
         roles = Roles(networks, family, specs, routing)
     lines = [plan.describe(), "", f"teacher: {model.path} ({type(pipeline).__name__}, {family.architecture})"]
+    if start.teacher is not None:
+        lines.append(
+            f"  is the base of the experts of {model.experts}, which teach, each at the sigmas of its interval"
+        )
     if routing.boundary is not None:
         first, second = routing.components
         lines.append(f"  {first} at sigma >= {routing.boundary:g}, {second} below")

@@ -122,6 +122,8 @@ def training_summary(
     unfinished = {"unfinished": {"missing": missing, "plan": plan.to_dict()}} if missing else {}
     first = config.first_phase
     begun = {name: {k: v for k, v in note.items() if k != "spec"} for name, note in start.items()}
+    taught = {name: note for name, note in begun.items() if name not in {phase.name for phase in plan.phases}}
+    begun = {name: note for name, note in begun.items() if name not in taught}
     return {
         "method": "Phased DMD" if len(plan) > 1 else "DMD",
         "updates": [*(config.updates_of(k) if k >= first else 0 for k in range(progress.phase)), progress.update],
@@ -139,6 +141,7 @@ def training_summary(
         **({"objective": chosen} if (chosen := changed_choices(config.objective)) else {}),
         **unfinished,
         **({"start": begun} if begun else {}),
+        **({"teacher_experts": taught} if taught else {}),
         **({"changes": list(history)} if history else {}),
     }
 

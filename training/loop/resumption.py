@@ -59,9 +59,13 @@ class Resumption:
     def check_start(self, notes: Mapping[str, Mapping[str, Any]], config: DistillConfig) -> None:
         """Raise ConfigError when the run started from other files than those of these notes."""
         before = {name: note["sha256"] for name, note in self.values.get("start", {}).items()}
-        if before != {name: note["sha256"] for name, note in notes.items()}:
+        now = {name: note["sha256"] for name, note in notes.items()}
+        if before != now:
+            (role, _), *_ = sorted(before.items() ^ now.items())
+            teaches = role not in {phase.name for phase in config.plan.build().phases}
+            key, found = ("model", config.model.experts) if teaches else ("start", config.start.experts)
             raise ConfigError(
-                f"start.experts: {config.start.experts} is not what the run started from, so it cannot be resumed; set "
+                f"{key}.experts: {found} is not what the run started from, so it cannot be resumed; set "
                 "it back or choose another output_dir"
             )
 

@@ -1,7 +1,8 @@
-"""What a run starts from beside the teacher: experts of earlier phases, experts or a LoRA file to train further.
+"""What a run starts from beside the model: experts that teach, of earlier phases, or to train further; a LoRA file.
 
 Experts of phases before ``start.phase`` are taken as they are, frozen. With ``start.warm`` the phases that train begin
-from weights that are there, fitted to the kind and rank of this run; what a lower rank loses is stated.
+from weights that are there, fitted to the kind and rank of this run; what a lower rank loses is stated. Where experts
+teach, each of the run's begins as the one of them that owns its first sigma.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from torch import Tensor
 from pdmd_core.experts import ExpertsError, PhasedExperts
 from pdmd_core.experts.convert.low_rank import extract, recompressed
 from pdmd_core.experts.convert.released import open_lora
-from pdmd_core.experts.format.manifest import Expert
 from pdmd_core.experts.format.weights import weights_of
 from pdmd_core.families import TeacherRouting
 from pdmd_core.hashing import sha256_of
+from pdmd_core.phases import Phase
 from pdmd_core.roles import Roles, RoleSpec
 from training.config.command_line import UserError
 from training.config.schema import ConfigError, DistillConfig
 from training.distributed.sharding import load_whole, whole
+from training.loop.distilled_teacher import distilled_teacher, load_teacher, notes_of, spec_of, taught_by
 
 LORA_SUFFIXES = (".safetensors", ".sft")
 
@@ -40,7 +42,9 @@ class Start:
         experts: The opened folder; None for a LoRA file.
         given: Phases whose experts are taken as they are.
         warm: Phases that train from weights that are there.
-        notes: By phase: the hash of the file, and of a given one its specification, of a warm one what was lost.
+        notes: By phase: the hash of the file, and of a given one its specification, of a warm one what was lost. By
+            role of an expert that teaches: its hash and specification.
+        teacher: The opened folder of the experts that teach; None where the model does.
     """
 
     path: Path | None = None
@@ -48,6 +52,7 @@ class Start:
     given: tuple[str, ...] = ()
     warm: tuple[str, ...] = ()
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher: PhasedExperts | None = None
 
 
 def start_of(config: DistillConfig) -> Start:
@@ -63,8 +68,10 @@ def start_of(config: DistillConfig) -> Start:
     path, plan = config.start.experts, config.plan.build()
     if config.start.warm and config.objective.expert_start == "previous":
         raise ConfigError("objective.expert_start: previous and start.warm both say what experts begin as: drop one")
+    teacher = distilled_teacher(config)
+    notes = notes_of(teacher)
     if path is None:
-        return Start()
+        return Start(notes=notes, teacher=teacher)
     names = [phase.name for phase in plan.phases]
     given, trained = tuple(names[: config.first_phase]), tuple(names[config.first_phase :])
     if path.suffix in LORA_SUFFIXES:
@@ -75,7 +82,7 @@ def start_of(config: DistillConfig) -> Start:
             )
         open_lora(path)
         digest = sha256_of(path)
-        return Start(path, None, (), trained, {name: {"sha256": digest} for name in trained})
+        return Start(path, None, (), trained, notes | {name: {"sha256": digest} for name in trained}, teacher)
     experts = PhasedExperts.open(path)
     there = {expert.name: expert for expert in experts.manifest.experts}
     theirs = {phase.name: phase.sigmas for phase in experts.manifest.plan.phases}
@@ -93,13 +100,12 @@ def start_of(config: DistillConfig) -> Start:
     warm = tuple(name for name in trained if name in there) if config.start.warm else ()
     if config.start.warm and not warm:
         raise ConfigError(f"start.warm: {path} has {', '.join(there)}, none of the phases that train: leave it out")
-    notes: dict[str, dict[str, Any]] = {}
     for name in (*given, *warm):
         experts.verify(name)
         notes[name] = {"sha256": there[name].sha256}
         if name in given:
-            notes[name]["spec"] = asdict(_spec(there[name]))
-    return Start(path, experts, given, warm, notes)
+            notes[name]["spec"] = asdict(spec_of(there[name]))
+    return Start(path, experts, given, warm, notes, teacher)
 
 
 def specs_of_run(
@@ -121,7 +127,7 @@ def specs_of_run(
             continue
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in note["spec"].items()}
         spec = RoleSpec(**cast(dict[str, Any], values))
-        if spec.components != specs[name].components:
+        if name in specs and spec.components != specs[name].components:
             raise ConfigError(
                 f"start.experts: expert {name!r} stands on {(spec.components or ('?',))[0]}, here its phase runs on "
                 f"{(specs[name].components or ('?',))[0]}"
@@ -165,33 +171,60 @@ def load_start(start: Start, config: DistillConfig, roles: Roles, pipeline: Diff
         ExpertsError: A file is damaged, or does not fit the teacher.
         UserError: Weights have no place in this run's experts.
     """
-    said = []
+    said = load_teacher(start.teacher, roles)
     for name in start.given:
         assert start.experts is not None
         expert = start.experts.manifest.expert(name)
         given = start.experts.lora_state(name) if expert.kind == "lora" else start.experts.tensors(name)
-        _load(roles, name, given, start)
+        _load(roles, name, given, start.path)
         said.append(f"{name} is that of {start.path}, frozen")
-    for name in start.warm:
-        state, errors = _warm_state(start, config, roles, pipeline, name)
-        _load(roles, name, state, start)
+    for phase in config.plan.build().phases[config.first_phase :]:
+        name = phase.name
+        if name in start.warm:
+            source, theirs, path = start.experts, name, start.path
+        elif start.teacher is not None:
+            source, theirs, path = start.teacher, _of_teacher(start.teacher, phase, roles), start.teacher.folder
+        else:
+            continue
+        state, errors = _warm_state(start, source, theirs, config, roles, pipeline, name)
+        _load(roles, name, state, path)
         lost = _summary(errors)
-        start.notes[name] |= lost
+        if name in start.warm:
+            start.notes[name] |= lost
         mean, worst = (lost.get(f"relative_error_{which}", 0.0) for which in ("mean", "worst"))
         how = f"relative error {mean:.3g} (mean), {worst:.3g} (worst, {lost['worst_module']})" if lost else "exactly"
-        said.append(f"{name} begins from {start.path}: {how}")
+        said.append(f"{name} begins from {path}{f', {theirs}' if theirs != name else ''}: {how}")
     return said
 
 
+def _of_teacher(teacher: PhasedExperts, phase: Phase, roles: Roles) -> str:
+    """The expert that an expert begins as, on the same network."""
+    expert, own = taught_by(teacher, phase), roles.components(phase.name)[0]
+    if expert.component != own:
+        raise ConfigError(
+            f"plan: phase {phase.name!r} runs on {own}, at its first sigma {phase.sigmas[0]:.4g} {expert.name!r} on "
+            f"{expert.component} teaches: set generator.components to [{expert.component}], or give it other sigmas"
+        )
+    return expert.name
+
+
 def _warm_state(
-    start: Start, config: DistillConfig, roles: Roles, pipeline: DiffusionPipeline, name: str
+    start: Start,
+    experts: PhasedExperts | None,
+    theirs: str,
+    config: DistillConfig,
+    roles: Roles,
+    pipeline: DiffusionPipeline,
+    name: str,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
-    """Weights for a role in its own kind and rank, and the relative error of each module that lost something."""
+    """Weights for a role in its own kind and rank, and the relative error of each module that lost something.
+
+    They are those of an expert of a folder, or of the start's LoRA file.
+    """
     spec, component = roles.specs[name], roles.components(name)[0]
-    expert = start.experts.manifest.expert(name) if start.experts else None
-    if expert is not None and expert.kind == "full":
-        assert start.experts is not None
-        tensors = start.experts.tensors(name)
+    expert = experts.manifest.expert(theirs) if experts else None
+    if experts is not None and expert is not None and expert.kind == "full":
+        tensors = experts.tensors(theirs)
         if spec.kind == "full":
             return tensors, {}
         if config.model.quantization != "none":
@@ -206,7 +239,8 @@ def _warm_state(
         scale, errors = 1.0, dict(found.errors)
         errors |= {f"{module} (left out)": 1.0 for module in found.left_out}
     else:
-        lora, scale, errors = _lora(start, pipeline, name, expert), 1.0, dict[str, float]()
+        lora = experts.lora_state(theirs) if experts else _lora_of_file(start, pipeline)
+        scale, errors = 1.0, dict[str, float]()
         if expert is not None:
             scale = float(expert.alpha or 1) / float(expert.rank or 1)
     own = whole(roles.state_dict(name), torch.float32)
@@ -216,11 +250,8 @@ def _warm_state(
     return state, errors | lost
 
 
-def _lora(start: Start, pipeline: DiffusionPipeline, name: str, expert: Expert | None) -> Mapping[str, Tensor]:
-    """``<module>.lora_A`` and ``.lora_B`` by diffusers' names; those of a LoRA file are scaled already."""
-    if expert is not None:
-        assert start.experts is not None
-        return start.experts.lora_state(name)
+def _lora_of_file(start: Start, pipeline: DiffusionPipeline) -> Mapping[str, Tensor]:
+    """``<module>.lora_A`` and ``.lora_B`` by diffusers' names, scaled already."""
     try:
         found = type(pipeline).lora_state_dict(str(start.path), local_files_only=True)
     except (AttributeError, ValueError, KeyError, OSError) as error:
@@ -247,13 +278,13 @@ def _fitted(
             continue
         module = key.removesuffix(".lora_A")
         if key not in own:
-            raise UserError(f"start.experts: {name} has no LoRA on {module} here: add it to generator.targets")
+            raise UserError(f"generator.targets: {name} has no LoRA on {module}, which it begins with: add it")
         down, up = down.float(), lora[f"{module}.lora_B"].float() * factor
         if len(down) > rank:
             down, up, error = recompressed(down, up, rank)
             errors[module] = error
         if down.shape[1:] != own[key].shape[1:] or len(up) != len(own[f"{module}.lora_B"]):
-            raise UserError(f"start.experts: {module} of {name} is of another size than the teacher's")
+            raise UserError(f"{module}, which {name} begins with, is of another size than the teacher's")
         size = down.norm(dim=1)
         used = (size > 1e-6 * size.max()).nonzero().flatten()  # a rank with two zero halves could never learn
         state[key][used] = down[used]
@@ -272,18 +303,16 @@ def _merged(own: Mapping[str, Tensor], lora: Mapping[str, Tensor], scale: float,
         weight = f"{module}.weight"
         product = scale * (lora[f"{module}.lora_B"].float() @ down.float())
         if weight not in own or own[weight].shape != product.shape:
-            raise UserError(f"start.experts: {module} of {name} is not in the teacher, or of another size")
+            raise UserError(f"{module}, which {name} begins with, is not in the teacher, or of another size")
         state[weight] = own[weight] + product
     return state
 
 
-def _load(roles: Roles, name: str, state: Mapping[str, Tensor], start: Start) -> None:
+def _load(roles: Roles, name: str, state: Mapping[str, Tensor], path: Path | None) -> None:
     try:
         load_whole(roles, name, state)
     except (ValueError, RuntimeError) as error:
-        raise ExpertsError(
-            f"{start.path}: {name} does not fit this teacher: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ExpertsError(f"{path}: {name} does not fit this teacher: {' '.join(str(error).split())[:300]}") from None
 
 
 def _summary(errors: Mapping[str, float]) -> dict[str, Any]:
@@ -292,10 +321,6 @@ def _summary(errors: Mapping[str, float]) -> dict[str, Any]:
     worst = max(errors, key=lambda module: errors[module])
     mean = sum(errors.values()) / len(errors)
     return {"relative_error_mean": mean, "relative_error_worst": errors[worst], "worst_module": worst}
-
-
-def _spec(expert: Expert) -> RoleSpec:
-    return RoleSpec(expert.kind, expert.rank or 1, expert.alpha or 1.0, expert.targets, (expert.component,))
 
 
 def _numbers(sigmas: tuple[float, ...]) -> str:

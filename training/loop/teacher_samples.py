@@ -113,18 +113,25 @@ def _sample(run: BuiltRun, prompts: PromptCache) -> dict[str, Tensor]:
 
 
 def _walk(run: BuiltRun, prompts: PromptCache, indices: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """Euler steps of the guided teacher; at each boundary of the plan, also the jump from there to sigma 0."""
+    """Euler steps of the guided teacher; at each boundary of the plan, also the jump from there to sigma 0.
+
+    Experts that teach walk the sigmas of their own plan; beyond those they are asked for a jump only.
+    """
     config, plan, device = run.config, run.plan, run.accelerator.device
     conditioning, negative = prompts.conditioning_pair(indices, device)
     steps = PhasePlan.from_steps([config.validation.teacher_steps or 1], config.plan.shift).sigmas
+    if own := run.roles.teacher_plan:
+        steps = own.sigmas
     sigmas = sorted({*steps, *plan.boundaries}, reverse=True)
     boundaries = dict(zip(plan.boundaries, plan.phases, strict=False))
     x, found = noise.to(device), {}
+    walked = x  # the velocity of the last step
     with run.accelerator.autocast():
         for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
             scale, batched = config.objective.guidance_scale, config.memory.guidance_batched
             velocity = guided_velocity(run.roles, x, sigma, conditioning, negative, scale, batched)
             if sigma in boundaries:
                 found[boundaries[sigma].name] = velocity_to_x0(x, velocity, sigma)
-            x = euler_step(x, velocity, sigma, following)
+            walked = velocity if own is None or sigma in steps else walked
+            x = euler_step(x, walked, sigma, following)
     return found | {plan.phases[-1].name: x}

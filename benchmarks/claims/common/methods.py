@@ -24,6 +24,8 @@ class Method:
     """The method that it is, but for one choice."""
     shift: float | None = None
     """Of its steps; that of all methods on a teacher when None."""
+    of_experts: bool = False
+    """The shipped four-step experts teach, in place of the model of which they were distilled."""
 
 
 METHODS = {

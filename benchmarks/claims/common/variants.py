@@ -34,6 +34,7 @@ VARIANTS = {
         METHODS["dmd_one_step"],
         Method("2_step", "one phase of 2, a fake for each step", (2,), _STEP),
         Method("2x1", "2 x 1", (1, 1)),
+        Method("2x1_of_experts", "2 x 1, taught by the shipped four-step experts", (1, 1), of_experts=True),
         Method("2x4_step", "2 x 4, a fake for each step", (4, 4), _STEP),
         Method("4x2_step", "4 x 2, a fake for each step", (2, 2, 2, 2), _STEP),
         Method("8x1", "8 x 1", (1,) * 8),

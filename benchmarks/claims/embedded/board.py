@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.claims.common.board import REFINED, Board
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.methods import Method, Run
-from benchmarks.claims.common.variants import cost_of_updates
+from benchmarks.claims.common.variants import VARIANTS, cost_of_updates
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
 
 
@@ -19,16 +20,19 @@ class EmbeddedBoard(Board):
     lrs = (3e-4, 1e-3, 3e-3, 1e-2)
     selecting = (100,)
 
-    def __init__(self, work_dir: Path, teacher: str, study: EmbeddedStudy | None = None) -> None:
-        self.title = teacher
-        self.study = study or EmbeddedStudy(work_dir, teacher, SETTINGS[teacher])
+    def __init__(self, work_dir: Path, teacher: str, guidance_scale: float | None = None) -> None:
+        self.title = teacher if guidance_scale is None else f"{teacher}, guidance {guidance_scale:g}"
+        settings = SETTINGS[teacher]
+        self.study = EmbeddedStudy(
+            work_dir, teacher, replace(settings, guidance_scale=guidance_scale or settings.guidance_scale)
+        )
         self.shift = self.study.settings.shift
 
     def cost(self, method: Method) -> tuple[float, float]:
         """Network evaluations of an update: forward, and those that run backward."""
         settings = self.study.settings
-        recipe, guided = settings.recipe, settings.guidance_scale != 1
-        plan, objective = settings.plan(method), settings.objective(method)
+        recipe, plan, objective = settings.recipe, settings.plan(method), settings.objective(method)
+        guided = objective.guidance_scale != 1
         return cost_of_updates(plan, objective, recipe.fake_updates, recipe.draws_per_rollout, guided)
 
     def row(self, run: Run) -> Row | None:
@@ -51,5 +55,7 @@ class EmbeddedBoard(Board):
                 self.study.row(run, steps)
 
     def references(self) -> list[Row]:
-        """Rows of the teacher, where they are there."""
-        return [self.study.reference_row(name, 0) for name in self.study.references if name != "data"]
+        """Rows of the teacher, and of the experts where they teach."""
+        names = [name for name in self.study.references if name != "data"]
+        taught = any(self.reported(method) for method in VARIANTS.values() if method.of_experts)
+        return [self.study.reference_row(name, 0) for name in [*names, *(["experts"] if taught else [])]]

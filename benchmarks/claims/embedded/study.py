@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,11 +34,16 @@ from benchmarks.claims.embedded.training import (
     make_roles,
 )
 from pdmd_core.distillation import expert_velocities
+from pdmd_core.experts import PhasedExperts
+from pdmd_core.families import TeacherRouting
+from pdmd_core.phases import PhasePlan
+from pdmd_core.roles import Roles
 from pdmd_core.rollout import route, sample
 from training.data.buckets import SampleSize
 from training.embedded.emoji import BACKGROUNDS, EMOJI, MOTIONS, EmojiScenes
 from training.embedded.train_autoencoder import one_frame_convolution
 from training.evaluation.sampler import Sampler
+from training.loop.export import roles_from_experts
 
 _REFERENCE_SEED = 1_000_000
 """Noise of the reference starts here, that of rows at 0: a row of the teacher is not compared with itself."""
@@ -209,7 +215,17 @@ class EmbeddedStudy:
             prefix = f"{phase.name}/"
             own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
             roles.load_state_dict(phase.name, own)
-        plan, latents = plan if refined is None else plan.refined(refined), []
+        return self._sampled(roles, plan if refined is None else plan.refined(refined), pairs)
+
+    def shipped_samples(self, pairs: list[tuple[int, int]]) -> Tensor:
+        """Pixels of the shipped experts."""
+        experts = PhasedExperts.open(MODELS / "experts")
+        networks = {"transformer": copy.deepcopy(self.sampler.pipeline.transformer)}
+        roles = roles_from_experts(experts, networks, self.sampler.family, TeacherRouting())
+        return self._sampled(roles, experts.manifest.plan, pairs)
+
+    def _sampled(self, roles: Roles, plan: PhasePlan, pairs: list[tuple[int, int]]) -> Tensor:
+        latents = []
         for start in range(0, len(pairs), _BATCH):
             part = pairs[start : start + _BATCH]
             noise = self.sampler.noise([seed for _, seed in part])
@@ -290,6 +306,8 @@ class EmbeddedStudy:
             evaluations = 0
             if name == "data":
                 pixels = self.data_samples(seed)
+            elif name == "experts":
+                evaluations, pixels = 4, self.shipped_samples(self.pairs(_noise_seed(seed)))
             else:
                 steps = int(name.removeprefix("teacher_"))
                 evaluations = steps * (1 if self.settings.guidance_scale == 1 else 2)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from benchmarks.claims.common.distilling import Recipe
 from benchmarks.claims.common.methods import Method, Run
 from pdmd_core.batch import Batch
+from pdmd_core.experts import PhasedExperts
 from pdmd_core.families.base import Conditioning
 from pdmd_core.flow import Sigma
 from pdmd_core.hashing import sha256_of, sha256_of_bytes
 from pdmd_core.method import Objective, fake_roles
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import Roles, RoleSpec
+from pdmd_core.roles import Roles, RoleSpec, teaching
 from training.evaluation.sampler import Sampler
+from training.loop.distilled_teacher import load_teacher, notes_of, taught_by
 
 MODELS = Path(__file__).resolve().parents[3] / "training" / "embedded" / "models"
 TEACHER_PARTS = ("transformer", "text_encoder", "tokenizer", "scheduler")
@@ -61,8 +63,9 @@ class EmbeddedSettings:
         return PhasePlan.from_steps(method.steps, method.shift or self.shift)
 
     def objective(self, method: Method) -> Objective:
-        """Its objective."""
-        return replace(Objective(guidance_scale=self.guidance_scale), **method.objective)
+        """Its objective; experts that teach sample without guidance."""
+        scale = 1.0 if method.of_experts else self.guidance_scale
+        return replace(Objective(guidance_scale=scale), **method.objective)
 
     def as_dict(self) -> dict[str, Any]:
         """For identity and reports; the prompts by number and digest."""
@@ -76,13 +79,24 @@ def own_fake(fake: str, expert: str) -> str:
     return f"{fake}_of_{expert}"
 
 
-def make_roles(sampler: Sampler, plan: PhasePlan, rank: int, fakes: Sequence[str] = ()) -> Roles:
-    """Experts and fakes for each, on a copy of the teacher's network; weights depend on torch's global seed."""
+def make_roles(
+    sampler: Sampler, plan: PhasePlan, rank: int, fakes: Sequence[str] = (), teacher: PhasedExperts | None = None
+) -> Roles:
+    """Experts and fakes for each, on a copy of the teacher's network; weights depend on torch's global seed.
+
+    Experts that teach are LoRAs of the same rank; each expert begins as the one of them that owns its first sigma.
+    """
     spec = RoleSpec("lora", rank, float(rank))
     names = [phase.name for phase in plan.phases]
     base = copy.deepcopy(sampler.pipeline.transformer)
     own = [own_fake(fake, name) for fake in fakes for name in names]
-    return Roles(base, sampler.family, dict.fromkeys([*names, *own], spec))
+    specs = {role: RoleSpec(**note["spec"]) for role, note in notes_of(teacher).items()}
+    roles = Roles(base, sampler.family, {**dict.fromkeys([*names, *own], spec), **specs})
+    load_teacher(teacher, roles)
+    if teacher is not None:
+        for phase in plan.phases:
+            roles.load_state_dict(phase.name, roles.state_dict(teaching(taught_by(teacher, phase).name)))
+    return roles
 
 
 class PhaseView:
@@ -131,7 +145,8 @@ class EmbeddedProblem:
         self.prompts = len(settings.prompts)
         torch.manual_seed(run.seed)
         self.fakes = fake_roles(self.plan, self.objective)
-        self.roles = make_roles(sampler, self.plan, settings.rank, self.fakes)
+        teacher = PhasedExperts.open(MODELS / "experts") if run.method.of_experts else None
+        self.roles = make_roles(sampler, self.plan, settings.rank, self.fakes, teacher)
         self.trainable: dict[int, list[str]] = {}
         self.evaluations: Counter[str] = Counter()
 

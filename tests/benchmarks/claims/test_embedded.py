@@ -20,8 +20,9 @@ from benchmarks.claims.common.variants import VARIANTS
 from benchmarks.claims.embedded import study as embedded_study
 from benchmarks.claims.embedded.measures import Measures, Scene, all_scenes, measured_scenes
 from benchmarks.claims.embedded.study import SETTINGS, AskedScenes, EmbeddedStudy, Measuring
-from benchmarks.claims.embedded.training import EmbeddedProblem, digest_of, own_fake
+from benchmarks.claims.embedded.training import MODELS, EmbeddedProblem, digest_of, own_fake
 from pdmd_core.evaluations import evaluations_per_update
+from pdmd_core.experts import PhasedExperts
 from pdmd_core.roles import FAKE
 from tests.helpers.debian import installed
 from training.embedded.emoji import FONT, all_captions
@@ -209,6 +210,21 @@ def test_equal_runs_are_equal_and_joint_ones_differ(pictures: EmbeddedStudy) -> 
     assert all(torch.equal(first[name], again[name]) for name in first)
     for changed in (other, joint):
         assert any(not torch.equal(first[name], changed[name]) for name in first if name.startswith("low_noise"))
+
+
+def test_shipped_experts_teach_without_guidance_what_begins_as_them(pictures: EmbeddedStudy) -> None:
+    method = VARIANTS["2x1_of_experts"]
+    problem = EmbeddedProblem(Run(method, 1e-3, 0, 2), pictures.sampler, pictures.settings)
+    shipped = PhasedExperts.open(MODELS / "experts")
+    for name in ("high_noise", "low_noise"):
+        assert all(torch.equal(v, problem.roles.state_dict(name)[k]) for k, v in shipped.lora_state(name).items())
+    batch = problem.draw(2, torch.Generator().manual_seed(0))
+    ask = (batch.noise, torch.tensor([0.9, 0.3]), batch.conditioning)
+    taught = problem.roles.velocity("teacher", *ask)
+    for i, name in enumerate(("high_noise", "low_noise")):
+        torch.testing.assert_close(taught[i], problem.roles.velocity(name, *ask)[i], atol=1e-5, rtol=1e-4)
+    assert problem.objective.guidance_scale == 1
+    assert distil(problem, Run(method, 1e-3, 0, 2), pictures.settings.recipe).evaluations["teacher"] == 2
 
 
 def test_a_phase_trains_its_expert_and_its_fake_alone(pictures: EmbeddedStudy) -> None:
