@@ -141,7 +141,7 @@ def test_a_lora_file_is_a_start(first: DistillConfig, tmp_path: Path) -> None:
             torch.testing.assert_close(found[module], 2 * value, atol=1e-6, rtol=1e-4)
     with pytest.raises(ConfigError, match="a LoRA file is no experts of high_noise"):
         build_run(changed(run.config, **{"start.phase": "low_noise"}))
-    with pytest.raises(UserError, match=r"^generator\.targets: high_noise has no LoRA on .*, which it begins with: add it"):
+    with pytest.raises(UserError, match=r"^generator\.targets: high_noise has no LoRA on .*, which it begins"):
         build_run(changed(run.config, **{"generator.targets": ["attn1.to_q"]}))
 
 
