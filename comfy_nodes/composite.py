@@ -26,7 +26,8 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from ..pdmd_core.phases import PhasePlan
 from ..pdmd_core.sampling import sampling_sigmas
 from .additions import BOUND_TO_RUN, PatchSnapshot, with_additions
-from .errors import NodeError
+from .errors import NodeError, in_words
+from .language import said
 from .model_options import with_added_options
 from .notices import warn_of_sigmas
 from .one_network import refuse_what_needs_one_network
@@ -50,6 +51,8 @@ class Expert:
     """The MODEL, as it is without the other experts."""
     cfg: Cfg = None
     """What takes the place of the sampler's cfg in this phase, or in each step of it; None leaves the sampler's."""
+    strength: float | None = None
+    """The strength of its LoRA, to show it; None where there is none that we know."""
 
 
 class Composite:
@@ -310,6 +313,7 @@ class _Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_samp
     pass
 
 
+@in_words
 def _outer_sample(
     executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kw: Any
 ) -> Any:
@@ -320,7 +324,7 @@ def _outer_sample(
     if guider.model_patcher.get_additional_models_with_key("multigpu"):
         raise NodeError("phased experts run on one GPU: take the multi-GPU node out of this MODEL")
     if getattr(guider, "uncond_model_patcher", None) is not None:
-        raise NodeError(_ONE_MODEL)
+        raise NodeError(said(_ONE_MODEL))
     values = sigmas.flatten().tolist()
     warn_of_sigmas(composite.plan, values)
     run = Run(guider, composite, values)
@@ -345,9 +349,10 @@ def _only_in_a_run(patcher: Any) -> None:
     """Refuse to be run by what does not switch experts, such as a guider's second MODEL: the first would run alone."""
     run = _RUN.get()
     if composite_of(patcher) is not None and (run is None or run.carrier is not patcher):
-        raise NodeError(_ONE_MODEL)
+        raise NodeError(said(_ONE_MODEL))
 
 
+@in_words
 def _predict_noise(
     executor: Callable[..., Any], x: Any, timestep: Any, model_options: dict[str, Any] | None = None, seed: Any = None
 ) -> Any:

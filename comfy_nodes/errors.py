@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ..pdmd_core.experts.errors import ExpertsError
 from ..pdmd_core.phases import PhasePlanError
+from .language import said
 
 _Result = TypeVar("_Result")
 
@@ -19,13 +20,13 @@ class NodeError(ValueError):
 
 NodeError.__module__ = "builtins"  # ComfyUI writes the module before the name, and ours is a path on the user's disk
 _LEADING_FILE = re.compile(
-    r"(?P<file>(?:/|[A-Za-z]:\\)[^:]*?[/\\](?P<name>[^/\\:]+)|[\w.+-]+\.\w{2,12}): (?P<rest>.+)", re.S
+    r"(?P<file>(?:/|[A-Za-z]:\\)[^:]*?[/\\](?P<name>[^/\\:]+)|[\w.+-]+\.\w{2,12}(?: of [^/\\:]+)?): (?P<rest>.+)", re.S
 )
 _PATH = re.compile(r"(?<![\w:/])(?:/|[A-Za-z]:\\)(?:[^\s:'\"/\\]+[/\\])+(?=[^\s:'\"/\\])")
 
 
 def worded(text: str) -> str:
-    """Let an error lead with its sentence, and name files without their folders.
+    """Let an error lead with its sentence, in the reader's language, and name files without their folders.
 
     Args:
         text: An error of the library, such as ``/models/loras/x.safetensors: not a readable safetensors file``.
@@ -34,9 +35,9 @@ def worded(text: str) -> str:
         For example ``not a readable safetensors file (x.safetensors)``.
     """
     found = _LEADING_FILE.fullmatch(text)
-    if found:
-        text = f"{found['rest']} ({found['name'] or found['file']})"
-    return _PATH.sub("", text)
+    if found is None:
+        return _PATH.sub("", said(text))
+    return _PATH.sub("", f"{said(found['rest'])} ({found['name'] or found['file']})")
 
 
 def in_words(execute: Callable[..., _Result]) -> Callable[..., _Result]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from ..pdmd_core.experts.convert.released import open_lora, open_source
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
 from .errors import NodeError, in_words
+from .language import said
 from .loaded import let_go
 from .loading import FROM_HUB, base_warnings, expert_model, experts_names, fingerprint, open_experts
 from .loras import Lora, apply_lora
 from .notices import warn_of_base, warn_of_loras
-from .schema import Plan, cfg_input, plan_input, schema, shift_input
+from .parts import Parts, in_parts
+from .schema import Plan, cfg_input, plan_input, schema, shift_input, strengths_input
 from .timeline import timeline
-from .widget_text import TRAINED, read_cfgs, read_numbers
+from .widget_text import TRAINED, read_cfgs, read_strengths
 
 MAX_MODELS, MAX_LORAS, NO_LORA = 6, 4, "none"
 _MODEL = "Carries all experts and switches between them by sigma inside one sampler run; for any sampler node."
@@ -67,13 +69,7 @@ class LoadExperts(io.ComfyNode):
                 io.Model.Input(
                     "base_2", optional=True, tooltip="The low-noise network, when the base has two (Wan2.2 14B)."
                 ),
-                io.String.Input(
-                    "expert_strengths",
-                    default="",
-                    optional=True,
-                    tooltip="Strength of each LoRA expert with commas between (1.1, 0.8), by which strength is "
-                    "multiplied. Empty: strength for all.",
-                ),
+                strengths_input("expert_strengths", "LoRA expert", "strength"),
             ],
             outputs=[
                 io.Model.Output(tooltip=_MODEL),
@@ -90,7 +86,7 @@ class LoadExperts(io.ComfyNode):
     def validate_inputs(cls, experts: str, hub_id: str) -> bool | str:
         """Check the choice; taking ``experts`` in turns off the check against a list that is older than the folder."""
         if experts == FROM_HUB and not hub_id.strip():
-            return "give a Hub id (user/name) or pick an experts folder in models/phased_experts"
+            return said("give a Hub id (user/name) or pick an experts folder in models/phased_experts")
         return True
 
     @classmethod
@@ -100,38 +96,39 @@ class LoadExperts(io.ComfyNode):
         experts: str,
         hub_id: str,
         strength: float,
-        cfg: str,
+        cfg: Any,
         set_shift: bool,
         base_1: Any = None,
         base_2: Any = None,
-        expert_strengths: str = "",
+        expert_strengths: Any = "",
     ) -> io.NodeOutput:
         """Load the experts and compose them."""
         opened = open_experts(experts, hub_id)
         manifest = opened.manifest
-        cfgs = read_cfgs(cfg, manifest.plan, manifest.guidance_scale)
-        strengths = cls.strengths(manifest, strength, expert_strengths)
+        parts = cls.parts(manifest, cfg, strength, expert_strengths)
         given = {"transformer": base_1, "transformer_2": base_2}
         bases = {component: model for component, model in given.items() if model is not None}
         warnings: list[str] = []
-        entries = [
-            Expert(expert_model(opened, expert, bases, each, warnings.append), value)
-            for expert, value, each in zip(manifest.experts, cfgs, strengths, strict=True)
-        ]
+        entries = []
+        for k, each, value in zip(parts.phases, parts.strengths, parts.cfgs, strict=True):
+            expert = manifest.experts[k]
+            shown = each if expert.kind == "lora" else None
+            entries.append(Expert(expert_model(opened, expert, bases, each, warnings.append), value, shown))
+        warnings = [*dict.fromkeys(warnings)]  # an expert of several strengths warns once
         let_go()
         warnings += base_warnings(opened, bases)
         warn_of_base(warnings)
-        model = compose(manifest.plan, entries, set_shift, warnings)
-        shown = [
-            each if expert.kind == "lora" else None for expert, each in zip(manifest.experts, strengths, strict=True)
-        ]
-        return io.NodeOutput(model, manifest.plan, ui={"phase_plan": [timeline(manifest.plan, cfgs, strengths=shown)]})
+        model = compose(parts.plan, entries, set_shift, warnings)
+        return io.NodeOutput(model, parts.plan, ui={"phase_plan": [timeline_of(entries, parts.plan)]})
 
     @staticmethod
-    def strengths(manifest: Manifest, strength: float, each: str) -> list[float]:
-        """Compute the strength of each expert from the two widgets."""
-        names = [phase.name for phase in manifest.plan.phases]
-        return [strength * value for value in read_numbers(each if str(each).strip() else "1", "strength", names)]
+    def parts(manifest: Manifest, cfg: Any, strength: float, each: Any) -> Parts:
+        """Read cfg and strengths; experts without a LoRA have none to change."""
+        given = [
+            value if expert.kind == "lora" else 1.0
+            for expert, value in zip(manifest.experts, read_strengths(each, manifest.plan), strict=True)
+        ]
+        return in_parts(manifest.plan, given, read_cfgs(cfg, manifest.plan, manifest.guidance_scale), strength)
 
 
 class ExpertsFromModels(io.ComfyNode):
@@ -161,7 +158,7 @@ class ExpertsFromModels(io.ComfyNode):
 
     @classmethod
     @in_words
-    def execute(cls, plan: PhasePlan, cfg: str, set_shift: bool, **models: Any) -> io.NodeOutput:
+    def execute(cls, plan: PhasePlan, cfg: Any, set_shift: bool, **models: Any) -> io.NodeOutput:
         """Compose the connected MODELs."""
         connected = [models.get(f"model_{k}") for k in range(1, MAX_MODELS + 1)]
         names = [phase.name for phase in plan.phases]
@@ -173,9 +170,8 @@ class ExpertsFromModels(io.ComfyNode):
         extra = [f"model_{k + 1}" for k in range(len(names), MAX_MODELS) if connected[k] is not None]
         if extra:
             raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: disconnect it")
-        cfgs = read_cfgs(cfg, plan)
-        model = compose(plan, [Expert(connected[k], cfgs[k]) for k in range(len(names))], set_shift)
-        return io.NodeOutput(model, ui={"phase_plan": [timeline(plan, cfgs)]})
+        experts = [Expert(connected[k], value) for k, value in enumerate(read_cfgs(cfg, plan))]
+        return io.NodeOutput(compose(plan, experts, set_shift), ui={"phase_plan": [timeline_of(experts, plan)]})
 
 
 class ExpertsFromLoRAs(io.ComfyNode):
@@ -210,41 +206,55 @@ class ExpertsFromLoRAs(io.ComfyNode):
                 cfg_input(),
                 shift_input(),
                 *loras,
+                strengths_input("strengths", "LoRA", "its strength above"),
             ],
             outputs=[io.Model.Output(tooltip=_MODEL)],
         )
 
     @classmethod
     @in_words
-    def execute(cls, model: Any, plan: PhasePlan, cfg: str, set_shift: bool, **loras: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, plan: PhasePlan, cfg: Any, set_shift: bool, strengths: Any = "", **loras: Any
+    ) -> io.NodeOutput:
         """Put the LoRAs onto the base and compose them."""
         names = [phase.name for phase in plan.phases]
-        if len(names) > MAX_LORAS:
-            raise NodeError(
-                f"up to {MAX_LORAS} phases fit this node, the plan has {len(names)}: use Phased Experts (models)"
-            )
+        parts = cls.parts(plan, cfg, strengths, loras)
         chosen = [loras[f"lora_{k}"] for k in range(1, MAX_LORAS + 1)]
         extra = [f"lora_{k + 1}" for k in range(len(names), MAX_LORAS) if chosen[k] != NO_LORA]
         if extra:
             raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: set it to none")
         if all(name == NO_LORA for name in chosen):
             raise NodeError("no LoRA is chosen for any phase: choose at least one")
-        cfgs = read_cfgs(cfg, plan)
         experts, warnings = [], list[str]()
-        for k, file in enumerate(chosen[: len(names)]):
-            expert = model if file == NO_LORA else _with_lora(model, file, loras[f"strength_{k + 1}"], warnings.append)
-            experts.append(Expert(expert, cfgs[k]))
+        for k, strength, value in zip(parts.phases, parts.strengths, parts.cfgs, strict=True):
+            if chosen[k] == NO_LORA:
+                experts.append(Expert(model, value))
+            else:
+                experts.append(Expert(_with_lora(model, chosen[k], strength, warnings.append), value, strength))
+        warnings = [*dict.fromkeys(warnings)]  # a LoRA of several strengths warns once
         warn_of_loras(warnings)
-        shown = timeline(plan, cfgs, strengths=cls.strengths(loras, len(names)))
-        return io.NodeOutput(compose(plan, experts, set_shift, warnings), ui={"phase_plan": [shown]})
+        composed = compose(parts.plan, experts, set_shift, warnings)
+        return io.NodeOutput(composed, ui={"phase_plan": [timeline_of(experts, parts.plan)]})
 
     @staticmethod
-    def strengths(inputs: Mapping[str, Any], count: int) -> list[float | None]:
-        """Read the strength of each of the first LoRAs; None where there is none."""
-        return [
-            None if inputs[f"lora_{k}"] == NO_LORA else float(inputs[f"strength_{k}"])
-            for k in range(1, min(count, MAX_LORAS) + 1)
-        ]
+    def parts(plan: PhasePlan, cfg: Any, strengths: Any, inputs: Mapping[str, Any]) -> Parts:
+        """Read cfg and strengths; phases without a LoRA have none to change."""
+        if len(plan) > MAX_LORAS:
+            raise NodeError(
+                f"up to {MAX_LORAS} phases fit this node, the plan has {len(plan)}: use Phased Experts (models)"
+            )
+        given = []
+        for k, value in enumerate(read_strengths(strengths, plan), start=1):
+            own = float(inputs[f"strength_{k}"]) if inputs[f"lora_{k}"] != NO_LORA else None
+            each = value if isinstance(value, tuple) else (value,)
+            scaled = tuple(1.0 if own is None else own * number for number in each)
+            given.append(scaled if len(scaled) > 1 else scaled[0])
+        return in_parts(plan, given, read_cfgs(cfg, plan))
+
+
+def timeline_of(experts: Sequence[Expert], plan: PhasePlan) -> dict[str, Any]:
+    """Describe experts under their plan, for the front end."""
+    return timeline(plan, [expert.cfg for expert in experts], strengths=[expert.strength for expert in experts])
 
 
 def _with_lora(model: Any, file: str, strength: float, warn: Callable[[str], None]) -> Any:

@@ -9,6 +9,7 @@ from ..pdmd_core.experts import ExpertsError
 from ..pdmd_core.phases import PhasePlanError
 from . import diffusers_folder, loaded, loading
 from .errors import NodeError, worded
+from .language import speaking
 
 PLAN_ROUTE = "/phased_dmd/plan"
 """The route on which the front end asks for the plan of widgets."""
@@ -62,9 +63,11 @@ async def _plan(request: web.Request) -> web.Response:
     from .preview import preview
 
     try:
-        shown = preview(await request.json())
-    except (NodeError, PhasePlanError, ExpertsError) as error:
-        return web.json_response({"error": worded(str(error))})
+        asked = await request.json()
+        with speaking(str(asked.get("locale", "en")), str(asked.get("client", ""))):
+            try:
+                return web.json_response(preview(asked))
+            except (NodeError, PhasePlanError, ExpertsError) as error:
+                return web.json_response({"error": worded(str(error))})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return web.json_response({"error": "not the widgets of a node of this pack"}, status=400)
-    return web.json_response(shown)

@@ -11,6 +11,8 @@ from server import PromptServer
 from ..pdmd_core.boundary_plan import BoundaryPlan
 from ..pdmd_core.phases import PhasePlan
 from ..pdmd_core.sampling import sigma_warnings
+from .language import said
+from .runs import Run, is_trained, nearest_start
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,26 @@ def advice(plan: PhasePlan, sigmas: Sequence[float]) -> list[str]:
         Sentences, what to do first; an empty list when all is well.
     """
     warnings = sigma_warnings(plan, sigmas)
-    if not warnings or len(sigmas) < 2:
+    if not warnings or len(sigmas) < 2 or isinstance(plan, BoundaryPlan):
         return warnings
     steps, trained = len(sigmas) - 1, len(plan.sigmas)
-    if isinstance(plan, BoundaryPlan):
-        return warnings
     if steps != trained and sigmas[0] >= 1:
-        return [f"{steps} steps, trained for {trained}: use {trained} and `simple`, or Phased Sigmas", *warnings]
-    return ["not the trained sigmas: use scheduler `simple` with set_shift on, or Phased Sigmas", *warnings]
+        first = f"{steps} steps, trained for {trained}: use {trained} and scheduler simple (0 on Phased Sampler)"
+    elif sigmas[0] < 1 and not is_trained(plan, sigmas[0]):
+        near = nearest_start(plan, sigmas[0])
+        first = f"take denoise {near:.3g} to start at a trained step: sigma {sigmas[0]:.4g} lies between two"
+    else:
+        first = "not the trained sigmas: use scheduler simple with set_shift on, or Phased Sigmas"
+    return [first, *warnings]
+
+
+def note_of(plan: PhasePlan, run: Run) -> str | None:
+    """Say on a time line what to do about a run of Phased Sampler, in few words; None when all is well."""
+    if isinstance(plan, BoundaryPlan) or all(is_trained(plan, sigma) for sigma in run.sigmas[:-1]):
+        return None
+    if run.start is not None and not is_trained(plan, run.sigmas[0]):
+        return f"denoise {run.start:.3g} is between trained steps, {nearest_start(plan, run.sigmas[0]):.3g} is at one"
+    return f"{len(run.skipped) + len(run.sigmas) - 1} steps, trained for {len(plan.sigmas)}: set steps to 0"
 
 
 def warn_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
@@ -47,18 +61,18 @@ def warn_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
             f" ({warnings[1]}{f'; and {len(warnings) - 2} more' if len(warnings) > 2 else ''})" if warnings[1:] else ""
         )
         logger.warning(f"Phased experts: {warnings[0]}{more}")
-        _show(warnings[0], warning=True)
+        _show(warnings[:1], warning=True)
     else:
-        _show("Phased experts: these are trained sigmas", warning=False)
+        _show(["these are trained sigmas"], warning=False)
 
 
-def say_where_it_starts(denoise: float, sigmas: Sequence[float], skipped: Sequence[float]) -> None:
-    """Say at which step a run with a denoise below 1 starts, since few-step plans have few such places."""
-    if skipped and len(sigmas) > 1:
-        total = len(skipped) + len(sigmas) - 1
+def say_where_it_starts(denoise: float, run: Run) -> None:
+    """Say in the log at which step a run with a denoise below 1 starts."""
+    if run.start is not None:
+        total = len(run.skipped) + len(run.sigmas) - 1
         logger.info(
-            f"Phased experts: denoise {denoise:g} starts at step {len(skipped) + 1} of {total}, sigma {sigmas[0]:.4g}; "
-            "more steps have more places to start at"
+            f"Phased experts: denoise {denoise:g} starts at {run.start:.3g}, step {len(run.skipped) + 1} of {total}, "
+            f"sigma {run.sigmas[0]:.4g}"
         )
 
 
@@ -66,20 +80,21 @@ def warn_of_base(warnings: Sequence[str]) -> None:
     """Warn, in one line each, of bases whose weights are not those that experts were distilled from."""
     for text in warnings:
         logger.warning(f"Phased experts: {text}")
-    _show(f"Phased experts: {'; '.join(warnings) or 'on their own base'}", warning=bool(warnings))
+    _show(warnings or ["on their own base"], warning=bool(warnings))
 
 
 def warn_of_loras(warnings: Sequence[str]) -> None:
     """Warn, in one line each, of keys of LoRA files that have no place in their base."""
     for text in warnings:
         logger.warning(f"Phased experts: {text}")
-    _show(f"Phased experts: {'; '.join(warnings) or 'every key of the LoRAs has its place'}", warning=bool(warnings))
+    _show(warnings or ["every key of the LoRAs has its place"], warning=bool(warnings))
 
 
-def _show(text: str, warning: bool) -> None:
+def _show(sentences: Sequence[str], warning: bool) -> None:
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is None or server is None:
         return
     if warning or context.node_id in _warned:
+        text = "; ".join(said(sentence) for sentence in sentences)
         server.send_progress_text(text, context.node_id, server.client_id)
     (_warned.add if warning else _warned.discard)(context.node_id)

@@ -9,6 +9,7 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP
 
 from .errors import NodeError
+from .language import said
 
 
 def refuse_what_needs_one_network(model: Any, key: str, names: str) -> None:
@@ -44,7 +45,7 @@ def _refused_by_prefix(patcher: Any, name: str, text: str) -> Callable[..., Any]
 
     def method_of_all(filter_prefix: str | None = None) -> Any:
         if filter_prefix is not None:
-            raise NodeError(text)
+            raise NodeError(said(text))
         return method(itself())
 
     return method_of_all
@@ -56,7 +57,7 @@ def _refused_when_forced(patcher: Any, text: str) -> Callable[..., Any]:
 
     def partially_load(*args: Any, force_patch_weights: bool = False, **inputs: Any) -> Any:
         if force_patch_weights:
-            raise NodeError(text)
+            raise NodeError(said(text))
         return method(itself(), *args, **inputs)
 
     return partially_load
@@ -64,6 +65,6 @@ def _refused_when_forced(patcher: Any, text: str) -> Callable[..., Any]:
 
 def _refused(text: str) -> Callable[..., Any]:
     def refuse(*_: Any, **__: Any) -> Any:
-        raise NodeError(text)
+        raise NodeError(said(text))
 
     return refuse

@@ -12,12 +12,13 @@ from ..pdmd_core.boundary_plan import BoundaryPlan
 from ..pdmd_core.noise_level import shift_sigma, unshift_sigma
 from ..pdmd_core.phases import Phase, PhasePlan
 from ..pdmd_core.presets import PRESETS
-from ..pdmd_core.sampling import sampling_sigmas
 from .composite import composite_of
-from .errors import NodeError, in_words
+from .errors import in_words
+from .language import said
 from .loading import experts_names, fingerprint, open_experts
 from .notices import advice
-from .schema import Plan, plan_input, schema
+from .runs import DENOISE, Run, run_of
+from .schema import Plan, plan_input, schema, text_input
 from .timeline import draw, report, timeline
 from .widget_text import read_boundaries, read_names, read_numbers, read_sigmas, read_steps
 
@@ -28,6 +29,10 @@ _NAMES = {
 }
 UNDISTILLED = "undistilled"
 """The name of the phase that the base runs without its few-step LoRA."""
+
+
+_NOTHING = "connect a plan, or the MODEL of Load Phased Experts or Phased Experts"
+_PLAIN = f"this MODEL carries no phased experts: {_NOTHING}"
 
 
 class PlanNode(io.ComfyNode):
@@ -59,7 +64,7 @@ class PlanFromSteps(PlanNode):
             "shifted. 2, 2 at shift 5 is the usual 4-step plan of Wan2.2; shift 3 that of Qwen-Image.",
             search_aliases=["phased dmd", "moe boundary", "high noise low noise", "4 steps", "expert schedule"],
             inputs=[
-                io.String.Input(
+                text_input(
                     "steps",
                     default="2, 2",
                     tooltip="Steps of each phase, high noise first: 2, 2 are two experts of two steps each.",
@@ -79,7 +84,7 @@ class PlanFromSteps(PlanNode):
         )
 
     @classmethod
-    def plan(cls, steps: str, shift: float, names: str = "") -> PhasePlan:
+    def plan(cls, steps: Any, shift: float, names: str = "") -> PhasePlan:
         """Make the plan of these widget values."""
         return PhasePlan.from_steps(read_steps(steps), shift, read_names(names))
 
@@ -193,14 +198,14 @@ class PlanFromBoundary(PlanNode):
                 "20 steps",
             ],
             inputs=[
-                io.String.Input(
+                text_input(
                     "boundary",
                     default="0.875",
                     tooltip="Sigma of the hand-over: 0.875 for Wan2.2 text to video, 0.9 for image to video, or half "
                     "(of the steps). More networks: 0.9, 0.5.",
                 ),
                 io.Int.Input("steps", default=20, min=2, max=1000, tooltip="Steps of a whole run."),
-                io.String.Input(
+                text_input(
                     "shift", default="5", tooltip="Shift of the steps, or one for each network (8, 5). Wan2.2: 5 to 12."
                 ),
                 io.String.Input("names", **_NAMES),
@@ -209,7 +214,7 @@ class PlanFromBoundary(PlanNode):
         )
 
     @classmethod
-    def plan(cls, boundary: str, steps: int, shift: str, names: str = "") -> PhasePlan:
+    def plan(cls, boundary: Any, steps: int, shift: Any, names: str = "") -> PhasePlan:
         """Make the plan of these widget values."""
         boundaries, found = read_boundaries(boundary), read_names(names)
         count = len(boundaries) + 1
@@ -247,21 +252,6 @@ class PlanFromExperts(PlanNode):
         return open_experts(experts).manifest.plan
 
 
-def run_of(plan: PhasePlan, steps: int, denoise: float) -> tuple[list[float], list[float]]:
-    """List the sigmas of a run, and those that its denoise leaves out.
-
-    Args:
-        plan: The plan.
-        steps: The number of steps; 0 takes the plan's own.
-        denoise: How much of the noise range is sampled.
-
-    Returns:
-        The sigmas of the run, and of the steps before it.
-    """
-    whole, sigmas = sampling_sigmas(plan, steps or None), sampling_sigmas(plan, steps or None, denoise)
-    return sigmas, whole[: len(whole) - max(len(sigmas), 1)]
-
-
 class Sigmas(io.ComfyNode):
     """The node that makes the sigmas of a run under a plan."""
 
@@ -288,7 +278,7 @@ class Sigmas(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan.",
+                    tooltip=f"1: from noise. {DENOISE}",
                 ),
             ],
             outputs=[io.Sigmas.Output(tooltip="Descending, with the final 0.")],
@@ -298,9 +288,9 @@ class Sigmas(io.ComfyNode):
     @in_words
     def execute(cls, plan: PhasePlan, steps: int, denoise: float) -> io.NodeOutput:
         """Compute the sigmas."""
-        sigmas, skipped = run_of(plan, steps, denoise)
-        shown = timeline(plan, sigmas=sigmas, skipped=skipped)
-        return io.NodeOutput(torch.tensor(sigmas, dtype=torch.float32), ui={"phase_plan": [shown]})
+        run = run_of(plan, steps, denoise)
+        shown = timeline(plan, run=run)
+        return io.NodeOutput(torch.tensor(run.sigmas, dtype=torch.float32), ui={"phase_plan": [shown]})
 
 
 class PlanReport(io.ComfyNode):
@@ -336,20 +326,19 @@ class PlanReport(io.ComfyNode):
     def execute(cls, plan: PhasePlan | None = None, model: Any = None, sigmas: Any = None) -> io.NodeOutput:
         """Draw and describe the plan, then the warnings."""
         carried = composite_of(model) if model is not None else None
-        if model is not None and carried is None and plan is None:
-            raise NodeError(
-                "this MODEL carries no phased experts: connect a plan, or the MODEL of a Phased Experts node"
-            )
         plan = plan or (carried.plan if carried else None)
         if plan is None:
-            raise NodeError("connect a plan or a MODEL that carries phased experts")
-        cfgs = [expert.cfg for expert in carried.experts] if carried and carried.plan == plan else None
-        run = None if sigmas is None else [float(sigma) for sigma in sigmas.flatten()]
-        warnings = [] if run is None else advice(plan, run)
+            text = said(_NOTHING if model is None else _PLAIN)
+            return io.NodeOutput(torch.zeros(1, 1, 1, 3), text, ui={"text": (text,)})
+        experts = carried.experts if carried and carried.plan == plan else ()
+        cfgs = [expert.cfg for expert in experts] or None
+        given = [] if sigmas is None else [float(sigma) for sigma in sigmas.flatten()]
+        run = Run.of(plan) if sigmas is None else Run(given, [])
+        warnings = [] if sigmas is None else advice(plan, given)
         if carried and carried.plan != plan:
             warnings.insert(0, "connect the plan of the MODEL: its experts follow another one than the connected plan")
         warnings += carried.warnings if carried else ()
-        text = report(plan, run, warnings, cfgs)
-        pixels = numpy.asarray(draw(plan, run, cfgs), dtype=numpy.float32) / 255
-        shown = timeline(plan, cfgs, run if run and len(run) > 1 else None)
+        text = said(report(plan, run.sigmas, warnings, cfgs))
+        pixels = numpy.asarray(draw(plan, run.sigmas, cfgs), dtype=numpy.float32) / 255
+        shown = timeline(plan, cfgs, run if len(run.sigmas) > 1 else None, [expert.strength for expert in experts])
         return io.NodeOutput(torch.from_numpy(pixels)[None], text, ui={"text": (text,), "phase_plan": [shown]})

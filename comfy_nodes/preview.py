@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..pdmd_core.phases import PhasePlan
 from .errors import NodeError
-from .expert_nodes import ExpertsFromLoRAs, LoadExperts
+from .expert_nodes import NO_LORA, ExpertsFromLoRAs, LoadExperts
+from .language import said
 from .loading import FROM_HUB, open_experts
-from .notices import advice
-from .plan_nodes import PlanFromBoundary, PlanFromExperts, PlanFromPreset, PlanFromSigmas, PlanFromSteps, run_of
+from .notices import advice, note_of
+from .plan_nodes import PlanFromBoundary, PlanFromExperts, PlanFromPreset, PlanFromSigmas, PlanFromSteps
+from .runs import run_of
 from .timeline import report, timeline
 from .widget_text import Cfg, read_cfgs
 
 _PLANS = {
     kind.define_schema().node_id: kind for kind in (PlanFromSteps, PlanFromPreset, PlanFromBoundary, PlanFromSigmas)
 } | {"PhasedDMDPlanFromExperts": PlanFromExperts}
+_CARRY = {*_PLANS, "PhasedDMDLoadExperts", "PhasedDMDExperts", "PhasedDMDExpertsLoRA"}
+"""The nodes whose plan or MODEL has a time line."""
 
 
 def preview(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,21 +41,26 @@ def preview(asked: Mapping[str, Any]) -> dict[str, Any]:
     plan, cfgs, strengths = _experts_of(asked)
     inputs, kind = asked["inputs"], asked["node"]
     if kind in ("PhasedDMDSigmas", "PhasedDMDSampler"):
-        sigmas, skipped = run_of(plan, int(inputs["steps"]), float(inputs["denoise"]))
-        if kind == "PhasedDMDSampler":
-            cfgs = [float(inputs["cfg"]) if cfg is None else cfg for cfg in cfgs or [None] * len(plan)]
-        return timeline(plan, cfgs, sigmas, skipped, strengths)
+        run = run_of(plan, int(inputs["steps"]), float(inputs["denoise"]))
+        if kind == "PhasedDMDSigmas":
+            return timeline(plan, cfgs, run, strengths)
+        cfgs = [float(inputs["cfg"]) if cfg is None else cfg for cfg in cfgs or [None] * len(plan)]
+        return timeline(plan, cfgs, run, strengths, note_of(plan, run))
     if kind == "PhasedDMDPlanReport":
-        shown: list[float] | None = None
-        if asked.get("from", {}).get("sigmas", {}).get("node") == "PhasedDMDSigmas":
-            given = asked["from"]["sigmas"]["inputs"]
-            shown = run_of(plan, int(given["steps"]), float(given["denoise"]))[0]
-        text = report(plan, shown, advice(plan, shown) if shown else (), cfgs)
-        return {**timeline(plan, cfgs, shown, strengths=strengths), "text": text}
+        given, run = asked.get("from", {}).get("sigmas"), None
+        if given is not None:
+            run = run_of(plan, int(given["inputs"]["steps"]), float(given["inputs"]["denoise"]))
+        warnings = advice(plan, run.sigmas) if run is not None else ()
+        text = report(plan, run.sigmas if run is not None else None, warnings, cfgs)
+        return {**timeline(plan, cfgs, run, strengths), "text": said(text)}
     return timeline(plan, cfgs, strengths=strengths)
 
 
-def _experts_of(asked: Mapping[str, Any]) -> tuple[PhasePlan, list[Cfg] | None, list[float | None] | None]:
+Known = tuple[PhasePlan, Sequence[Cfg] | None, Sequence[float | None] | None]
+"""A plan, and the cfg and LoRA strength of each phase as far as they are known."""
+
+
+def _experts_of(asked: Mapping[str, Any]) -> Known:
     kind, inputs, sources = asked["node"], asked["inputs"], asked.get("from", {})
     if asked.get("unknown"):
         raise NodeError(f"shown after a run: other nodes compute {', '.join(map(str, asked['unknown']))}")
@@ -62,15 +71,21 @@ def _experts_of(asked: Mapping[str, Any]) -> tuple[PhasePlan, list[Cfg] | None, 
         if inputs["experts"] == FROM_HUB:
             raise NodeError("shown after a run: the experts are on the Hub")
         manifest = open_experts(inputs["experts"]).manifest
-        given = LoadExperts.strengths(manifest, inputs["strength"], inputs.get("expert_strengths", ""))
-        pairs = zip(manifest.experts, given, strict=True)
-        shown = [value if expert.kind == "lora" else None for expert, value in pairs]
-        return manifest.plan, read_cfgs(inputs["cfg"], manifest.plan, manifest.guidance_scale), shown
+        each = inputs.get("expert_strengths", "")
+        parts = LoadExperts.parts(manifest, inputs["cfg"], float(inputs["strength"]), each)
+        shown = zip(parts.phases, parts.strengths, strict=True)
+        return parts.plan, parts.cfgs, [value if manifest.experts[k].kind == "lora" else None for k, value in shown]
     if kind in ("PhasedDMDExperts", "PhasedDMDExpertsLoRA") and "plan" in sources:
         plan = _experts_of(sources["plan"])[0]
-        strengths = ExpertsFromLoRAs.strengths(inputs, len(plan)) if kind.endswith("LoRA") else None
-        return plan, read_cfgs(inputs["cfg"], plan), strengths
+        if kind == "PhasedDMDExperts":
+            return plan, read_cfgs(inputs["cfg"], plan), None
+        parts = ExpertsFromLoRAs.parts(plan, inputs["cfg"], inputs.get("strengths", ""), inputs)
+        pairs = zip(parts.phases, parts.strengths, strict=True)
+        shown = [None if inputs[f"lora_{k + 1}"] == NO_LORA else value for k, value in pairs]
+        return parts.plan, parts.cfgs, shown
     for socket in ("plan", "model"):
-        if socket in sources and not kind.startswith("PhasedDMDExperts"):
+        if socket in sources and sources[socket]["node"] in _CARRY:
             return _experts_of(sources[socket])
+    if "model" in sources:
+        raise NodeError("this MODEL carries no phased experts")
     raise NodeError("connect a plan" if kind != "PhasedDMDSampler" else "connect a MODEL of phased experts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.samplers
@@ -11,11 +12,13 @@ from comfy_api.latest import io
 
 from .composite import composite_of
 from .errors import NodeError, in_words
-from .notices import say_where_it_starts
+from .notices import note_of, say_where_it_starts
 from .phase_samplers import sampler_of_phases
-from .plan_nodes import run_of
+from .runs import DENOISE, run_of
 from .schema import schema
 from .timeline import timeline
+
+logger = logging.getLogger(__name__)
 
 
 class PhasedSampler(io.ComfyNode):
@@ -44,7 +47,8 @@ class PhasedSampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="0: the steps that the experts were trained for. More go between them.",
+                    tooltip="0: the steps that the experts were trained for. More go between them. A MODEL without "
+                    "experts (a bypassed node) takes the steps that you give.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -70,8 +74,7 @@ class PhasedSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1: from noise. Less (image to image): starts at the nearest step of the plan, which the "
-                    "time line shows; more steps have more places to start at.",
+                    tooltip=f"1: from noise. {DENOISE}",
                 ),
                 io.String.Input(
                     "samplers",
@@ -101,13 +104,17 @@ class PhasedSampler(io.ComfyNode):
         """Sample."""
         composite = composite_of(model)
         if composite is None:
-            raise NodeError(
-                "this MODEL carries no phased experts: put a Phased Experts node before it, or use KSampler"
-            )
-        sigmas, skipped = run_of(composite.plan, steps, denoise)
-        say_where_it_starts(denoise, sigmas, skipped)
-        cfgs = [cfg if expert.cfg is None else expert.cfg for expert in composite.experts]
-        shown = {"phase_plan": [timeline(composite.plan, cfgs, sigmas, skipped)]}
+            sigmas, shown = sigmas_of_plain(model, sampler_name, steps, denoise), None
+            sampler_of_run = comfy.samplers.sampler_object(sampler_name)
+        else:
+            plan, experts = composite.plan, composite.experts
+            run = run_of(plan, steps, denoise)
+            say_where_it_starts(denoise, run)
+            cfgs = [cfg if expert.cfg is None else expert.cfg for expert in experts]
+            strengths = [expert.strength for expert in experts]
+            shown = {"phase_plan": [timeline(plan, cfgs, run, strengths, note_of(plan, run))]}
+            sigmas = torch.tensor(run.sigmas, dtype=torch.float32)
+            sampler_of_run = sampler_of_phases(plan, samplers, sampler_name)
         core = nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
         sample = core.execute if hasattr(core, "execute") else core().sample
         output = sample(
@@ -117,8 +124,32 @@ class PhasedSampler(io.ComfyNode):
             cfg=cfg,
             positive=positive,
             negative=negative,
-            sampler=sampler_of_phases(composite.plan, samplers, sampler_name),
-            sigmas=torch.tensor(sigmas, dtype=torch.float32),
+            sampler=sampler_of_run,
+            sigmas=sigmas,
             latent_image=latent_image,
         )
         return io.NodeOutput(output[0], ui=shown)
+
+
+def sigmas_of_plain(model: Any, sampler_name: str, steps: int, denoise: float) -> torch.Tensor:
+    """Compute what KSampler with scheduler simple takes, for a MODEL without experts.
+
+    Args:
+        model: The MODEL, such as the base that a bypassed node lets through.
+        sampler_name: The sampler, on which this depends.
+        steps: The number of steps.
+        denoise: How much of the noise range these steps sample.
+
+    Returns:
+        The sigmas.
+
+    Raises:
+        NodeError: If no number of steps is given.
+    """
+    if not steps:
+        raise NodeError(
+            "this MODEL carries no phased experts: put Load Phased Experts or Phased Experts before it (a bypassed one "
+            "lets the base through), or give steps, such as 20, to sample it alone"
+        )
+    logger.warning(f"Phased Sampler: this MODEL carries no phased experts, it runs alone: {steps} steps of simple")
+    return comfy.samplers.KSampler(model, steps, torch.device("cpu"), sampler_name, "simple", denoise).sigmas

@@ -28,14 +28,31 @@ def plan_input(**values: Any) -> Any:
     )
 
 
+def text_input(name: str, **values: Any) -> Any:
+    """Declare a widget of text whose socket takes a number, or a list of numbers, of another node as well."""
+    return io.MultiType.Input(io.String.Input(name, **values), types=[io.Float, io.Int])
+
+
 def cfg_input(default: str = "") -> Any:
     """Declare the widget whose text ``widget_text.read_cfgs`` reads."""
     trained = " trained: the guidance that the experts were distilled for." if default else ""
-    return io.String.Input(
+    return text_input(
         "cfg",
         default=default,
         tooltip=f"Guidance of each expert, in the place of the sampler's cfg.{trained} Empty: the sampler's for all. "
-        "3.5, 1, 1: one number for each phase; - is the sampler's. 3.5, 2 | 1, 1: one for each step, | between phases.",
+        "3.5, 1, 1: one number for each phase; - is the sampler's. 3.5, 2 | 1, 1: one for each step, | between phases. "
+        "Takes a number or a list of another node, too.",
+    )
+
+
+def strengths_input(name: str, what: str, factor: str) -> Any:
+    """Declare the widget whose text ``widget_text.read_strengths`` reads."""
+    return text_input(
+        name,
+        default="",
+        optional=True,
+        tooltip=f"Strength of each {what} with commas between (1.1, 0.8), by which {factor} is multiplied; with | one "
+        "for each step (1.1, 0.9 | 0.8, 0.8). Empty: 1 for all. Takes a number or a list of another node, too.",
     )
 
 

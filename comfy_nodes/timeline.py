@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..pdmd_core.boundary_plan import BoundaryPlan
 from ..pdmd_core.noise_level import signal_to_noise
 from ..pdmd_core.phases import PhasePlan
-from ..pdmd_core.sampling import TRAINED_TOLERANCE, sampling_sigmas
+from ..pdmd_core.sampling import sampling_sigmas
+from .language import said
+from .runs import Run, is_trained
 from .widget_text import Cfg, cfg_at
 
 if TYPE_CHECKING:
@@ -28,39 +30,44 @@ _WIDTH, _HEIGHT, _MARGIN = 1600, 220, 16
 def timeline(
     plan: PhasePlan,
     cfgs: Sequence[Cfg] | None = None,
-    sigmas: Sequence[float] | None = None,
-    skipped: Sequence[float] = (),
+    run: Run | None = None,
     strengths: Sequence[float | None] | None = None,
+    note: str | None = None,
 ) -> dict[str, Any]:
     """Describe a run as JSON for the front end.
 
     Args:
         plan: The plan.
         cfgs: The cfg of each phase, where None is the sampler's; None for all.
-        sigmas: The sigmas of the run, in [0, 1], with the final one; None takes the plan's own.
-        skipped: The sigmas of steps before the run's first one, which a denoise below 1 leaves out.
+        run: The run; None takes the plan's own.
         strengths: The strength of the LoRA of each phase, where None is no LoRA; None for all.
+        note: What to do about the run, short enough for a line under its cells.
 
     Returns:
         Phases with name, interval (end, start], colour and strength; steps with sigma, phase, cfg, and whether they are
-        trained and skipped; the shift; whether the plan is of a boundary alone.
+        trained and skipped; the shift; whether the plan is of a boundary alone; the denoise at which a run starts; the
+        note.
     """
     phases: list[dict[str, Any]] = []
     for k, phase in enumerate(plan.phases):
         end, start = plan.interval(k)
         entry = {"name": phase.name, "start": start, "end": end, "colour": COLOURS[k % len(COLOURS)]}
         phases.append({**entry, "strength": strengths[k] if strengths else None})
-    run = sampling_sigmas(plan) if sigmas is None else list(sigmas)
-    steps = [_step(plan, cfgs, sigma, skipped=True) for sigma in skipped]
-    steps += [_step(plan, cfgs, sigma, skipped=False) for sigma in run[:-1]]
-    return {"phases": phases, "steps": steps, "shift": plan.shift, "any_steps": isinstance(plan, BoundaryPlan)}
+    run = Run.of(plan) if run is None else run
+    steps = [_step(plan, cfgs, sigma, skipped=True) for sigma in run.skipped]
+    steps += [_step(plan, cfgs, sigma, skipped=False) for sigma in run.sigmas[:-1]]
+    about = {
+        "shift": plan.shift,
+        "any_steps": isinstance(plan, BoundaryPlan),
+        "start": run.start,
+        "note": note and said(note),
+    }
+    return {"phases": phases, "steps": steps, **about}
 
 
 def _step(plan: PhasePlan, cfgs: Sequence[Cfg] | None, sigma: float, skipped: bool) -> dict[str, Any]:
     k = plan.phase_index(min(sigma, 1.0)) if sigma > 0 else len(plan) - 1
-    trained = isinstance(plan, BoundaryPlan) or any(
-        math.isclose(sigma, other, rel_tol=TRAINED_TOLERANCE) for other in plan.sigmas
-    )
+    trained = isinstance(plan, BoundaryPlan) or is_trained(plan, sigma)
     cfg = cfg_at(plan, k, cfgs[k], sigma) if cfgs else None
     return {"sigma": sigma, "phase": k, "cfg": cfg, "trained": trained, "skipped": skipped}
 
@@ -113,7 +120,7 @@ def draw(plan: PhasePlan, sigmas: Sequence[float] | None = None, cfgs: Sequence[
     """
     from PIL import Image, ImageDraw
 
-    described = timeline(plan, cfgs, sigmas)
+    described = timeline(plan, cfgs, None if sigmas is None else Run(list(sigmas), []))
     steps, phases = described["steps"], described["phases"]
     image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
     pen, width = ImageDraw.Draw(image), (_WIDTH - 2 * _MARGIN) / max(len(steps), 1)

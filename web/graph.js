@@ -10,11 +10,17 @@ export function source(node, input) {
   return origin ? { origin, slot: link.origin_slot } : null;
 }
 
+// Of SIGMAS only what comes straight from a node of this pack is known: others change them on the way.
+function isPassed(origin, input) {
+  return input.type !== "SIGMAS" || origin.type === "Reroute" || origin.mode === BYPASSED;
+}
+
 function oursBefore(node, input) {
   let found = source(node, input);
   for (let hop = 0; found && hop < HOPS; hop += 1) {
     const { origin, slot } = found;
     if (OURS.test(origin.comfyClass ?? "") && origin.mode !== BYPASSED) return origin;
+    if (!isPassed(origin, input)) return null;
     const type = origin.outputs?.[slot]?.type;
     const next = origin.inputs?.find((each) => each.link !== null && (each.type === type || each.type === "*"));
     found = next ? source(origin, next) : null;
@@ -44,6 +50,7 @@ export function describe(node, hop = 0) {
     if (!SOCKETS.includes(input.name) || input.widget || hop > 8) continue;
     const before = oursBefore(node, input);
     if (before) from[input.name] = describe(before, hop + 1);
+    else if (input.type === "SIGMAS" && source(node, input)) unknown.push(input.name);
   }
   return { node: node.comfyClass, inputs, from, unknown };
 }

@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { describe } from "./graph.js";
 import { draw, HEIGHT } from "./timeline.js";
-import { words } from "./words.js";
+import { localeOf, words } from "./words.js";
 
 const ROUTE = "/phased_dmd/plan";
 const PLANS = ["Steps", "Preset", "Boundary", "Sigmas", "Experts"].map((kind) => `PhasedDMDPlanFrom${kind}`);
@@ -50,6 +50,7 @@ function show(node, answer) {
     line.style.cssText = "color: #ffb454; font-size: 12px; overflow: auto; max-height: 100%";
     line.textContent = answer.error;
     box.replaceChildren(line);
+    if (node.phasedText) write(node, "");
     return;
   }
   const moved = MOVES[node.comfyClass];
@@ -61,13 +62,13 @@ function write(node, text) {
   for (const line of text.split("\n")) {
     const row = document.createElement("div");
     row.textContent = line;
-    if (line.startsWith("Warning: ")) row.style.color = "#ffb454";
+    if (line.startsWith(words(app).warning)) row.style.color = "#ffb454";
     node.phasedText.append(row);
   }
 }
 
 async function ask(node) {
-  const asked = JSON.stringify(describe(node));
+  const asked = JSON.stringify({ ...describe(node), locale: localeOf(app), client: api.clientId ?? "" });
   if (asked === node.phasedAsked) return;
   node.phasedAsked = asked;
   try {

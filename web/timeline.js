@@ -17,11 +17,16 @@ function element(name, attributes, text) {
   return made;
 }
 
+// Letters of a text in widths of a Latin one: Chinese ones are as wide as high.
+function letters(text) {
+  return [...text].reduce((sum, letter) => sum + (letter > "\u2e7f" ? 1.9 : 1), 0);
+}
+
 function label(text, left, width, y, look) {
   const room = width - 3;
   const fits = Math.floor(room / (0.72 * LETTER));
-  const short = text.length <= fits ? text : fits > 3 ? `${text.slice(0, fits - 1)}\u2026` : "";
-  const narrow = short.length * LETTER > room ? { textLength: room, lengthAdjust: "spacingAndGlyphs" } : {};
+  const short = letters(text) <= fits ? text : fits > 3 ? `${text.slice(0, fits - 1)}\u2026` : "";
+  const narrow = letters(short) * LETTER > room ? { textLength: room, lengthAdjust: "spacingAndGlyphs" } : {};
   const place = { x: left + width / 2, y, "text-anchor": "middle", "font-size": 11, "pointer-events": "none" };
   return element("text", { ...place, ...narrow, ...look }, short);
 }
@@ -82,9 +87,12 @@ export function draw(plan, words, moved) {
   const run = steps.filter((step) => !step.skipped);
   const kind = plan.any_steps ? words.anySteps : run.every((step) => step.trained) ? words.trained : words.notTrained;
   const shift = plan.shift === null ? "" : `, shift ${number(plan.shift)}`;
-  const line = `${words.steps.replace("{}", run.length)}${shift}, ${kind}`;
-  const all = { x: EDGE, y: 84, "font-size": 11, fill: FAINT, class: "summary" };
-  svg.append(element("text", all, line));
+  const from = plan.start === null || plan.start === undefined ? shift : `, ${words.starts.replace("{}", number(plan.start))}`;
+  const line = plan.note ?? `${words.steps.replace("{}", run.length)}${from}, ${kind}`;
+  const look = { fill: plan.note ? WARNING : FAINT, class: "summary", "text-anchor": "start" };
+  const summary = label(line, 0, WIDTH - 2 * EDGE, 84, look);
+  summary.setAttribute("x", EDGE);
+  svg.append(summary);
   if (moved) addHandles(svg, plan, x, width, moved, words);
   return svg;
 }

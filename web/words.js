@@ -7,6 +7,8 @@ const WORDS = {
     notTrained: "not the trained sigmas",
     anySteps: "any steps",
     steps: "{} steps",
+    starts: "denoise starts at {}",
+    warning: "Warning: ",
     drag: "drag the boundary to another step",
   },
   zh: {
@@ -16,11 +18,16 @@ const WORDS = {
     notTrained: "\u4e0d\u662f\u8bad\u7ec3\u65f6\u7684 sigma",
     anySteps: "\u6b65\u6570\u4efb\u610f",
     steps: "{} \u6b65",
+    starts: "\u4ece\u964d\u566a {} \u5f00\u59cb",
+    warning: "\u8b66\u544a\uff1a",
     drag: "\u62d6\u52a8\u8fb9\u754c\u5230\u53e6\u4e00\u6b65",
   },
 };
 
+export function localeOf(app) {
+  return app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
+}
+
 export function words(app) {
-  const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
-  return WORDS[locale.split("-")[0]] ?? WORDS.en;
+  return WORDS[localeOf(app).split("-")[0]] ?? WORDS.en;
 }

@@ -39,7 +39,10 @@ def test_the_data_has_a_step_for_each_cell_and_covers_the_noise_range(part, plan
 
 def test_a_run_shows_what_it_skips_and_what_was_not_trained(part, plans) -> None:
     timeline = part("timeline").timeline
-    found = timeline(plan_of(plans), None, [0.8333, 0.7, 0.0], [1.0, 0.9375])["steps"]
+    run = part("runs").Run([0.8333, 0.7, 0.0], [1.0, 0.9375], 0.5)
+    described = timeline(plan_of(plans), None, run, note="what to do")
+    assert (described["start"], described["note"]) == (0.5, "what to do")
+    found = described["steps"]
     assert [step["skipped"] for step in found] == [True, True, False, False]
     assert [step["trained"] for step in found] == [True, True, True, False]
     undistilled = timeline(plans[1].at([0.875], 20, [5.0]))

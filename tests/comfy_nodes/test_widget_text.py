@@ -53,6 +53,8 @@ def test_names_as_people_write_them_become_those_of_files(part) -> None:
         ("3.5, 2 | -", None, [(3.5, 2.0), None]),
         ("1 | 2, -", None, [1.0, (2.0, None)]),
         (3.5, None, [3.5, 3.5]),
+        ([3.5, 1], None, [3.5, 1.0]),  # lists of other nodes: for each phase, for each step
+        ((3.5, 2, 1, 1), None, [(3.5, 2.0), (1.0, 1.0)]),
     ],
 )
 def test_cfgs(part, text: str, trained: float | None, expected: list[float | None]) -> None:
@@ -74,6 +76,23 @@ def test_cfgs(part, text: str, trained: float | None, expected: list[float | Non
 def test_cfgs_that_are_none(part, text: str, message: str) -> None:
     with pytest.raises(part("errors").NodeError, match=message):
         part("widget_text").read_cfgs(text, plan_of(part))
+
+
+def test_strengths_are_read_as_cfgs_are(part) -> None:
+    read, plan = part("widget_text").read_strengths, plan_of(part)
+    assert read("", plan) == [1.0, 1.0] and read(" 1.1, -0.8", plan) == [1.1, -0.8]
+    assert read("1, 0.9 | 0.8", plan) == [(1.0, 0.9), 0.8]
+    assert read([1, 0.9, 0.8, 0.8], plan) == [(1.0, 0.9), (0.8, 0.8)]
+    for text, message in (("11", "from -10 to 10"), ("a", "from -10 to 10"), ([1, 2, 3], "strength has one number")):
+        with pytest.raises(part("errors").NodeError, match=message):
+            read(text, plan)
+
+
+def test_other_widgets_take_numbers_and_lists_of_other_nodes(part) -> None:
+    text = part("widget_text")
+    assert text.read_steps([2, 2]) == [2, 2] and text.read_steps(4) == [4]
+    assert text.read_boundaries(0.875) == text.read_boundaries([0.875]) == [0.875]
+    assert text.read_numbers([8.0, 5.0], "shift", ["a", "b"]) == [8.0, 5.0]
 
 
 def test_cfg_at_a_sigma(part) -> None:
