@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
@@ -16,6 +18,7 @@ from .runs import Run, is_trained, nearest_start
 
 logger = logging.getLogger(__name__)
 
+_ON_TIME_LINE: ContextVar[bool] = ContextVar("on_time_line", default=False)
 _warned: set[str] = set()
 """The nodes on which a warning stands: the front end keeps the last text of a node."""
 
@@ -61,9 +64,18 @@ def warn_of_sigmas(plan: PhasePlan, sigmas: Sequence[float]) -> None:
             f" ({warnings[1]}{f'; and {len(warnings) - 2} more' if len(warnings) > 2 else ''})" if warnings[1:] else ""
         )
         logger.warning(f"Phased experts: {warnings[0]}{more}")
-        _show(warnings[:1], warning=True)
-    else:
-        _show(["these are trained sigmas"], warning=False)
+    if not _ON_TIME_LINE.get():
+        _show(warnings[:1] or ["these are trained sigmas"], warning=bool(warnings))
+
+
+@contextmanager
+def on_time_line() -> Iterator[None]:
+    """Let the run inside warn of its sigmas in the log alone: the node's time line has the note."""
+    token = _ON_TIME_LINE.set(True)
+    try:
+        yield
+    finally:
+        _ON_TIME_LINE.reset(token)
 
 
 def say_where_it_starts(denoise: float, run: Run) -> None:

@@ -12,7 +12,7 @@ from .language import said
 from .loading import FROM_HUB, open_experts
 from .notices import advice, note_of
 from .plan_nodes import PlanFromBoundary, PlanFromExperts, PlanFromPreset, PlanFromSigmas, PlanFromSteps
-from .runs import run_of
+from .runs import Run, run_of
 from .timeline import report, timeline
 from .widget_text import Cfg, read_cfgs
 
@@ -47,11 +47,9 @@ def preview(asked: Mapping[str, Any]) -> dict[str, Any]:
         cfgs = [float(inputs["cfg"]) if cfg is None else cfg for cfg in cfgs or [None] * len(plan)]
         return timeline(plan, cfgs, run, strengths, note_of(plan, run))
     if kind == "PhasedDMDPlanReport":
-        given, run = asked.get("from", {}).get("sigmas"), None
-        if given is not None:
-            run = run_of(plan, int(given["inputs"]["steps"]), float(given["inputs"]["denoise"]))
-        warnings = advice(plan, run.sigmas) if run is not None else ()
-        text = report(plan, run.sigmas if run is not None else None, warnings, cfgs)
+        given = asked.get("from", {}).get("sigmas", {}).get("inputs")
+        run = Run.of(plan) if given is None else run_of(plan, int(given["steps"]), float(given["denoise"]))
+        text = report(plan, run.sigmas, advice(plan, run.sigmas), cfgs)
         return {**timeline(plan, cfgs, run, strengths), "text": said(text)}
     return timeline(plan, cfgs, strengths=strengths)
 
@@ -73,8 +71,8 @@ def _experts_of(asked: Mapping[str, Any]) -> Known:
         manifest = open_experts(inputs["experts"]).manifest
         each = inputs.get("expert_strengths", "")
         parts = LoadExperts.parts(manifest, inputs["cfg"], float(inputs["strength"]), each)
-        shown = zip(parts.phases, parts.strengths, strict=True)
-        return parts.plan, parts.cfgs, [value if manifest.experts[k].kind == "lora" else None for k, value in shown]
+        pairs = zip(parts.phases, parts.strengths, strict=True)
+        return parts.plan, parts.cfgs, [value if manifest.experts[k].kind == "lora" else None for k, value in pairs]
     if kind in ("PhasedDMDExperts", "PhasedDMDExpertsLoRA") and "plan" in sources:
         plan = _experts_of(sources["plan"])[0]
         if kind == "PhasedDMDExperts":

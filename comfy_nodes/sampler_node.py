@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from .composite import composite_of
 from .errors import NodeError, in_words
-from .notices import note_of, say_where_it_starts
+from .notices import note_of, on_time_line, say_where_it_starts
 from .phase_samplers import sampler_of_phases
 from .runs import DENOISE, run_of
 from .schema import schema
@@ -117,17 +117,18 @@ class PhasedSampler(io.ComfyNode):
             sampler_of_run = sampler_of_phases(plan, samplers, sampler_name)
         core = nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]
         sample = core.execute if hasattr(core, "execute") else core().sample
-        output = sample(
-            model=model,
-            add_noise=True,
-            noise_seed=seed,
-            cfg=cfg,
-            positive=positive,
-            negative=negative,
-            sampler=sampler_of_run,
-            sigmas=sigmas,
-            latent_image=latent_image,
-        )
+        with on_time_line():
+            output = sample(
+                model=model,
+                add_noise=True,
+                noise_seed=seed,
+                cfg=cfg,
+                positive=positive,
+                negative=negative,
+                sampler=sampler_of_run,
+                sigmas=sigmas,
+                latent_image=latent_image,
+            )
         return io.NodeOutput(output[0], ui=shown)
 
 

@@ -72,11 +72,14 @@ export function draw(plan, words, moved) {
   for (const run of runsOf(steps.map((step) => step.phase))) {
     const phase = phases[run.value];
     const place = { x: x(run.first) + 0.5, y: 2, width: run.count * width - 1, height: 20, fill: phase.colour };
-    const strength = phase.strength === null || phase.strength === undefined ? "" : `, LoRA ${number(phase.strength)}`;
+    const has = phase.strength !== null && phase.strength !== undefined;
+    const strength = has ? `, LoRA ${number(phase.strength)}` : "";
+    const room = run.count * width - 3;
+    const name = letters(phase.name + strength) * 0.72 * LETTER <= room || !has ? phase.name + strength : `${phase.name} \u00d7${number(phase.strength)}`;
     const band = element("rect", { ...place, class: "phase" });
     band.append(element("title", {}, `${phase.name}${strength}: ${phase.end.toFixed(4)} < sigma <= ${phase.start.toFixed(4)}`));
     svg.append(band);
-    svg.append(label(`${phase.name}${strength}`, x(run.first), run.count * width, 16, { fill: INK, class: "name" }));
+    svg.append(label(name, x(run.first), run.count * width, 16, { fill: INK, class: "name" }));
   }
   for (const run of runsOf(steps.map((step) => `${step.phase} ${step.cfg}`))) {
     const cfg = steps[run.first].cfg;

@@ -135,6 +135,12 @@ def test_the_phased_sampler_equals_sampler_custom_advanced(pack, models, fails) 
     (found,) = pack.call("PhasedDMDSampler", model=model, **{**inputs, "denoise": 0.0})
     assert torch.equal(found["samples"], latent["samples"])
     fails("this MODEL carries no phased experts", "PhasedDMDSampler", model=models.wan(), **inputs)
+    for changes in ({"steps": 3}, {"steps": 3, "denoise": 0.5, "sampler_name": "uni_pc"}):
+        both = [
+            pack.call(node, model=models.wan(), **{**inputs, **changes}, **more)[0]["samples"]
+            for node, more in (("PhasedDMDSampler", {}), ("KSampler", {"scheduler": "simple"}))
+        ]
+        assert torch.equal(*both)
     fails("at least the 4 steps of the plan", "PhasedDMDSampler", model=model, **{**inputs, "steps": 2})
 
 
@@ -164,16 +170,14 @@ def test_a_sampler_for_each_phase(pack, models, fails) -> None:
     fails("found 'best'", "PhasedDMDSampler", samplers="heun, best", **inputs)
 
 
-def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models, fails) -> None:
+def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models) -> None:
     plan = plan_of(pack)
     picture, text = pack.call("PhasedDMDPlanReport", plan=plan, sigmas=sigmas_of(TWO))
     assert picture.ndim == 4 and picture.shape[-1] == 3 and 0 <= picture.min() < picture.max() <= 1
     assert "Warning" not in text and text.count("low_noise  sigma") == 2
     (simple,) = pack.call("BasicScheduler", model=models.wan(), scheduler="beta", steps=4, denoise=1.0)
     _, text = pack.call("PhasedDMDPlanReport", plan=plan, sigmas=simple)
-    assert text.startswith(
-        "Warning: not the trained sigmas: use scheduler `simple` with set_shift on, or Phased Sigmas"
-    )
+    assert text.startswith("Warning: not the trained sigmas: use scheduler simple with set_shift on, or Phased Sigmas")
     assert "was not trained to step" in text
     model_inputs = {"plan": plan, "cfg": "3.5, 1", "set_shift": True, "model_1": models.wan(), "model_2": models.wan()}
     (model,) = pack.call("PhasedDMDExperts", **model_inputs)
@@ -182,8 +186,10 @@ def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models, fails) -
     _, text = pack.call("PhasedDMDPlanReport", model=model, plan=plan_of(pack, "1, 1, 2"))
     assert "Warning: connect the plan of the MODEL: its experts follow another one" in text
     assert pack.call("PhasedDMDPlanReport", model=models.wan(), plan=plan)[1].count("step ") == 4
-    fails("connect a plan or a MODEL", "PhasedDMDPlanReport")
-    fails("this MODEL carries no phased experts", "PhasedDMDPlanReport", model=models.wan())
+    picture, text = pack.call("PhasedDMDPlanReport")
+    assert text == "connect a plan, or the MODEL of Load Phased Experts or Phased Experts" and picture.ndim == 4
+    _, text = pack.call("PhasedDMDPlanReport", model=models.wan())  # what a bypassed node lets through
+    assert text.startswith("this MODEL carries no phased experts: connect a plan")
 
 
 def test_a_run_with_sigmas_that_were_not_trained_is_warned_of_once(pack, models, caplog) -> None:
@@ -198,11 +204,14 @@ def test_a_run_with_sigmas_that_were_not_trained_is_warned_of_once(pack, models,
 
     (beta,) = pack.call("BasicScheduler", model=model, scheduler="beta", steps=4, denoise=1.0)
     (line,) = said(beta, "heun")
-    assert "not the trained sigmas: use scheduler `simple`" in line and "expert high_noise was not trained to" in line
+    assert "not the trained sigmas: use scheduler simple" in line and "expert high_noise was not trained to" in line
     (simple,) = pack.call("BasicScheduler", model=model, scheduler="simple", steps=20, denoise=1.0)
     (line,) = said(simple)
-    assert "20 steps, trained for 4: use 4 and `simple`, or Phased Sigmas" in line and "and 15 more" in line
-    assert "\n" not in line
+    assert "20 steps, trained for 4: use 4 and scheduler simple (0 on Phased Sampler)" in line
+    assert "and 15 more" in line and "\n" not in line
+    (gentle,) = pack.call("PhasedDMDSigmas", plan=plan, steps=0, denoise=0.1)
+    (line,) = said(gentle)
+    assert "take denoise 0.25 to start at a trained step: sigma 0.4167 lies between two" in line
     (skipped,) = said(sigmas_of(TWO)[[0, 1, 4]])
     assert "jumps over the boundary 0.8333" in skipped
     for sigmas in (sigmas_of(TWO), sigmas_of(TWO)[2:], sigmas_of(TWO)[:3]):
@@ -238,7 +247,24 @@ def test_the_front_ends_question_is_answered_by_the_same_code(pack) -> None:
     assert [(step["skipped"], step["cfg"]) for step in data["steps"]] == [(True, 3.5)] * 2 + [(False, 2.0)] * 2
     sigmas = {"node": "PhasedDMDSigmas", "inputs": {"steps": 6, "denoise": 1.0}, "from": {"plan": steps}}
     status, data = ask({"node": "PhasedDMDPlanReport", "inputs": {}, "from": {"model": experts, "sigmas": sigmas}})
-    assert len(data["steps"]) == 6 and data["text"].startswith("Warning: 6 steps, trained for 4: use 4 and `simple`")
+    assert len(data["steps"]) == 6 and data["text"].startswith(
+        "Warning: 6 steps, trained for 4: use 4 and scheduler simple"
+    )
+    gentle = {"node": "PhasedDMDSampler", "inputs": {**widgets, "denoise": 0.1}, "from": {"model": lora}}
+    status, data = ask(gentle)
+    assert data["note"] == "denoise 0.125 is between trained steps, 0.25 is at one"
+    assert data["start"] == pytest.approx(0.125)
+    assert [phase["strength"] for phase in data["phases"]] == [None, 0.5]
+    lora["inputs"]["strengths"] = "1 | 1, 0.5"
+    status, data = ask({**gentle, "locale": "zh", "client": "x"})
+    assert (
+        data["note"]
+        == "\u964d\u566a 0.125 \u5728\u8bad\u7ec3\u6b65\u4e4b\u95f4\uff0c0.25 \u5728\u8bad\u7ec3\u6b65\u4e0a"
+    )
+    assert [phase["strength"] for phase in data["phases"]] == [None, 0.5, 0.25]
+    assert ask({"node": "PhasedDMDSampler", "inputs": widgets, "locale": "zh"})[1]["error"].startswith(
+        "\u8bf7\u8fde\u63a5"
+    )
     for body, message in (
         (
             {"node": "PhasedDMDPlanFromSteps", "inputs": {"steps": "0", "shift": 5}},
@@ -246,6 +272,11 @@ def test_the_front_ends_question_is_answered_by_the_same_code(pack) -> None:
         ),
         ({"node": "PhasedDMDSampler", "inputs": widgets}, "connect a MODEL of phased experts"),
         ({**experts, "from": {}}, "connect a plan"),
+        ({**experts, "node": "PhasedDMDPlanReport", "unknown": ["sigmas"]}, "other nodes compute sigmas"),
+        (
+            {**gentle, "from": {"model": {"node": "PhasedDMDLoadDiffusersFolder"}}},
+            "this MODEL carries no phased experts",
+        ),
         ({**steps, "unknown": ["shift"]}, "shown after a run: other nodes compute shift"),
         ({"node": "PhasedDMDLoadExperts", "inputs": {"experts": "(Hub id)"}}, "shown after a run: the experts are on"),
     ):

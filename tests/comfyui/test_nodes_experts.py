@@ -53,6 +53,25 @@ def test_experts_from_loras_equal_core_lora_loaders_before_the_models_node(pack,
     assert torch.equal(*outputs)
 
 
+def test_strengths_by_step_are_those_of_a_phase_for_each_step(pack, models, lora_files) -> None:
+    base, common = models.wan(), {"cfg": "", "set_shift": True}
+    chosen = {**NO_LORAS, "lora_1": lora_files[0], "lora_2": lora_files[1], "strength_2": 0.5}
+    by_hand = {**NO_LORAS, "strength_2": 0.6}
+    for k, file in enumerate((lora_files[0], lora_files[0], lora_files[1]), start=1):
+        by_hand[f"lora_{k}"] = file
+    by_hand["strength_3"] = 0.4
+    steps = plan_of(pack, "1, 1, 2")
+    (expected,) = pack.call("PhasedDMDExpertsLoRA", model=base, plan=steps, **common, **by_hand)
+    wanted = sample(pack, models, expected, "wan", sigmas_of(TWO))
+    for strengths in ("1, 0.6 | 0.8", [1, 0.6, 0.8, 0.8]):
+        (model,) = pack.call(
+            "PhasedDMDExpertsLoRA", model=base, plan=plan_of(pack), strengths=strengths, **common, **chosen
+        )
+        assert torch.equal(sample(pack, models, model, "wan", sigmas_of(TWO)), wanted)
+    _, text = pack.call("PhasedDMDPlanReport", model=model)
+    assert "step 2  high_noise_2  sigma 0.9375" in text and "step 4  low_noise  sigma 0.6250" in text
+
+
 def test_an_undistilled_first_step_with_cfg(pack, models, lora_files) -> None:
     """The plan's first step becomes a phase of its own, without LoRA and with guidance; the sigmas stay."""
     base, plan = models.wan(), plan_of(pack, "1, 1, 2")
@@ -202,6 +221,9 @@ def test_load_phased_experts_gives_what_core_nodes_give_by_hand(pack, models, ex
     assert torch.equal(*outputs)  # cfg 6 of the sampler gives way to the guidance of training, 1
     (weak, _) = pack.call("PhasedDMDLoadExperts", experts="tiny/lora", base_1=base, **{**LOAD, "strength": 0.0})
     assert torch.equal(sample(pack, models, weak, "wan", sigmas), sample(pack, models, base, "wan", sigmas))
+    by_step = {**LOAD, "expert_strengths": "1, 0.5 | 1"}
+    (_, divided) = pack.call("PhasedDMDLoadExperts", experts="tiny/lora", base_1=base, **by_step)
+    assert [phase.name for phase in divided.phases] == ["high_noise_1", "high_noise_2", "low_noise"]
     (both, _) = pack.call("PhasedDMDLoadExperts", experts="tiny_two_networks", base_1=base, base_2=second, **LOAD)
     outputs = [sample(pack, models, each, "wan", sigmas) for each in (both, by_hand("two_networks", base, second))]
     assert torch.equal(*outputs)
@@ -257,7 +279,8 @@ def test_experts_that_cannot_be_loaded_say_why(pack, models, experts_folders, fa
         unlike.values(), ("ComfyUI does not know this network (WanT", "does not load: "), strict=True
     ):
         write_experts(broken, manifest, dict.fromkeys([phase.name for phase in TWO.phases], state))
-        fails(f"high_noise.safetensors of broken: {message}", experts="broken", base_1=models.wan(), **load)
+        fails(message, experts="broken", base_1=models.wan(), **load)
+        fails("(high_noise.safetensors of broken)", experts="broken", base_1=models.wan(), **load)
     lacking = {key: value for key, value in tiny.transformer().state_dict().items() if key != "proj_out.bias"}
     write_experts(broken, manifest, dict.fromkeys([phase.name for phase in TWO.phases], lacking))
     fails("1 weights are missing or unknown, for example 'head.head.bias'", experts="broken", **load)

@@ -39,7 +39,7 @@ class Graph:
         sockets, values = [], []
         for name, spec in {**entry["input"].get("required", {}), **entry["input"].get("optional", {})}.items():
             accepts, options = spec[0], spec[1] if len(spec) > 1 else {}
-            if isinstance(accepts, list) or accepts in WIDGETS:
+            if isinstance(accepts, list) or options.get("widgetType", accepts) in WIDGETS:
                 choices = accepts if isinstance(accepts, list) else options.get("options", [])
                 values.append(inputs.pop(name, options.get("default", choices[0] if choices else "")))
                 if options.get("control_after_generate"):
