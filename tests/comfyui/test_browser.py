@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
-from tests.helpers.comfyui.browser import FrontEnd, fresh_page, front_end, workflow
+from tests.helpers.comfyui.browser import SOON, FrontEnd, fresh_page, front_end, workflow
 from tests.helpers.comfyui.example_workflows import WORKFLOWS
 from tests.helpers.comfyui.server import Server
 
@@ -102,7 +103,13 @@ def test_the_time_line_is_there_before_a_run_and_follows_widgets_links_and_drags
     )
     shown = ui.timeline(sampler)
     assert shown["skipped"] == 2 and shown["cfgs"] == ["cfg 3.5", "cfg 2", "cfg 1"]
-    assert shown["summary"] == "2 steps, shift 5, trained sigmas"
+    assert shown["summary"] == "2 steps, denoise starts at 0.5, trained sigmas"
+    ui.set_widget(sampler, "denoise", 0.1)
+    ui.cells(sampler, 8)
+    shown = ui.timeline(sampler)
+    assert shown["summary"] == "denoise 0.125 is between trained steps, 0.25 is at one" and shown["cut_off"] == []
+    assert shown["skipped"] == 7
+    ui.set_widget(sampler, "denoise", 0.5)
     ui.set_widget(plan, "steps", "1, 1, 2")
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelectorAll('text.name').length === 3", plan)
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelector('.phased-dmd-error')", experts)
@@ -110,6 +117,7 @@ def test_the_time_line_is_there_before_a_run_and_follows_widgets_links_and_drags
     ui.set_widget(plan, "steps", "two")
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.querySelector('.phased-dmd-error')", plan)
     assert "steps are whole numbers" in ui.timeline(plan)["error"]
+    assert ui.do("(id) => window.app.graph.getNodeById(id).phasedText.innerText", report) == ""  # of no plan
     ui.set_widget(plan, "steps", "2, 2")
     ui.set_widget(experts, "cfg", "1")
     ui.cells(sampler, 4)
@@ -160,6 +168,18 @@ def test_values_from_other_nodes_are_followed_or_said(ui: FrontEnd) -> None:
         plan,
     )
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.includes('shift 8')", plan)
+    experts = ui.node("PhasedDMDExperts")
+    ui.do(
+        """(id) => {
+            const graph = window.app.graph, node = graph.getNodeById(id);
+            const number = graph.nodes.find((each) => each.type === "PrimitiveFloat");
+            number.connect(0, node, node.inputs.findIndex((input) => input.name === "cfg"));
+        }""",
+        experts,
+    )
+    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.includes('cfg 8')", experts)
+    prompt = ui.do("async () => (await window.app.graphToPrompt()).output")
+    assert isinstance(prompt[str(experts)]["inputs"]["cfg"], list)
     ui.do(
         """(id) => {
             const graph = window.app.graph, node = graph.getNodeById(id);
@@ -220,6 +240,27 @@ def test_time_lines_and_help_are_in_chinese_for_who_reads_that(ui: FrontEnd, ser
         assert shown["summary"] == "20 \u6b65, shift 8, \u6b65\u6570\u4efb\u610f" and shown["cut_off"] == []
         ui.fit()
         ui.screenshot("chinese")
+        ui.load(workflow("phased_tiny_on_cpu"))
+        ui.close_dialogs()
+        load, sampler, report = (ui.node(f"PhasedDMD{kind}") for kind in ("LoadExperts", "Sampler", "PlanReport"))
+        ui.set_widget(sampler, "steps", 8)
+        ui.cells(sampler, 8)
+        assert (
+            ui.timeline(sampler)["summary"]
+            == "8 \u6b65\uff0c\u8bad\u7ec3\u65f6\u4e3a 4 \u6b65\uff1a\u8bf7\u628a\u6b65\u6570\u8bbe\u4e3a 0"
+        )
+        assert "\u7b2c 3 \u6b65  low_noise  sigma 0.8333" in ui.do(
+            "(id) => window.app.graph.getNodeById(id).phasedText.innerText", report
+        )
+        ui.set_widget(load, "cfg", "a lot")
+        ui.do("() => window.app.queuePrompt(0, 1)")
+        error = "cfg \u662f 0 \u5230 100 \u7684\u6570"
+        ui.wait(f"(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.startsWith('{error}')", load)
+        deadline = time.monotonic() + SOON
+        while not any(error in str(entry["status"]["messages"]) for entry in server.get("/history").values()):
+            assert time.monotonic() < deadline  # what ComfyUI shows of a run that failed
+            time.sleep(0.1)
+        ui.close_dialogs()
         for kind in ("PhasedDMDSampler", "PhasedDMDPlanFromBoundary"):
             text = server.get(f"/extensions/phased-dmd/docs/{kind}/zh.md").decode()
             assert text.startswith("# \u5206\u9636\u6bb5") or text.startswith("# \u9636\u6bb5")

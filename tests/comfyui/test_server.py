@@ -134,7 +134,7 @@ def test_a_wrong_number_of_steps_is_said_on_the_sampler_and_in_the_log(server: S
     assert run(4) == ([], [])
     (text,), (line,) = run(9)
     assert text == "9 steps, trained for 4: use 4 and scheduler simple (0 on Phased Sampler)" and text in line
-    assert run(4) == (["Phased experts: these are trained sigmas"], [])  # in the place of the warning
+    assert run(4) == (["these are trained sigmas"], [])  # in the place of the warning
     assert run(4) == ([], [])
 
 
