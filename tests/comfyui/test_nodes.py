@@ -256,7 +256,7 @@ def test_the_front_ends_question_is_answered_by_the_same_code(pack) -> None:
     assert data["start"] == pytest.approx(0.125)
     assert [phase["strength"] for phase in data["phases"]] == [None, 0.5]
     lora["inputs"]["strengths"] = "1 | 1, 0.5"
-    status, data = ask({**gentle, "locale": "zh", "client": "x"})
+    status, data = ask({**gentle, "locale": "zh", "client": ""})
     assert (
         data["note"]
         == "\u964d\u566a 0.125 \u5728\u8bad\u7ec3\u6b65\u4e4b\u95f4\uff0c0.25 \u5728\u8bad\u7ec3\u6b65\u4e0a"
