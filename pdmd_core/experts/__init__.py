@@ -12,14 +12,15 @@ from .errors import ExpertsError
 from .format.manifest import MANIFEST_NAME, BaseModel, Expert, Manifest, read_manifest
 
 if TYPE_CHECKING:
-    from .folder import PhasedExperts, write_experts
+    from .folder import PhasedExperts
     from .format.lora_keys import lora_from_file, lora_to_file
+    from .writing import write_experts
 
 _HOMES = {
     "PhasedExperts": "folder",
     "lora_from_file": "format.lora_keys",
     "lora_to_file": "format.lora_keys",
-    "write_experts": "folder",
+    "write_experts": "writing",
 }
 """Public name to the module that has it, of those that need torch."""
 

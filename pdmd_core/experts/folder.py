@@ -1,7 +1,4 @@
-"""Expert weights on disk: writing a folder, and reading one back.
-
-Each file carries the manifest (without hashes) in its safetensors metadata. Only safetensors are read.
-"""
+"""Experts as they are opened: a checked manifest, and weights that are read when asked for, from safetensors alone."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..families import FAMILIES, ModelFamily, family
@@ -16,60 +14,20 @@ from ..phases import PhasePlan
 from ..presets import find_preset
 from .convert.released import BESIDE, manifest_of_lora_files, on_network, open_source
 from .errors import ExpertsError
-from .format.files import RELEASED, SCHEDULER_CONFIG, check_folder, check_hash, expert_metadata
+from .format.files import RELEASED, SCHEDULER_CONFIG, check_folder, check_hash
 from .format.header import read_header
 from .format.lora_keys import check_lora, lora_from_file
 from .format.manifest import MANIFEST_NAME, Manifest, read_manifest
-from .format.untrusted import check_inside, read_json, shown
+from .format.untrusted import shown
 from .hub.download import download_experts
 from .hub.ids import hub_address, is_hub_id
 from .hub.lora_files import local_lora_file
+from .hub.push import push_experts
 from .lora.alpha import Alphas, alphas_in
 from .lora.file import LoraFile, read_lora
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mapping[str, Tensor]]) -> Manifest:
-    """Write the files of all experts, then the manifest. All is written before any of it takes its place.
-
-    Args:
-        folder: The folder to write into; it is made where it does not exist.
-        manifest: The manifest, complete but for the hashes, which are filled in.
-        weights: Expert name to the tensors of its file (``lora_to_file`` for LoRA experts).
-
-    Returns:
-        The manifest that was written.
-
-    Raises:
-        ExpertsError: If it could not be read back: an expert has no weights, values are not finite, or the manifest is
-            not valid.
-    """
-    from .format.weights import weights_of, write_weights
-
-    if lacking := [expert.name for expert in manifest.experts if expert.name not in weights]:
-        given = ", ".join(weights) or "none"
-        raise ExpertsError(f"cannot write {folder}: no weights of {', '.join(lacking)}, found those of {given}")
-    Manifest.from_dict(manifest.without_hashes().to_dict())
-    folder.mkdir(parents=True, exist_ok=True)
-    part = {name: folder / f".{name}.part" for name in [*(e.file for e in manifest.experts), MANIFEST_NAME]}
-    try:
-        experts = []
-        for expert in manifest.experts:
-            metadata, own = expert_metadata(manifest, expert), weights_of(weights[expert.name])
-            try:
-                experts.append(replace(expert, sha256=write_weights(part[expert.file], own, metadata)))
-            except ExpertsError as error:
-                raise ExpertsError(f"cannot write {folder}: {expert.name}: {error}") from None
-        written = replace(manifest, experts=tuple(experts))
-        part[MANIFEST_NAME].write_text(written.to_json(), encoding="utf-8")
-        for name, path in part.items():
-            path.replace(folder / name)
-    finally:
-        for path in part.values():
-            path.unlink(missing_ok=True)
-    return written
 
 
 @dataclass(frozen=True)
@@ -278,22 +236,44 @@ class PhasedExperts:
         for expert in self.manifest.experts:
             if (path := self.verify(expert.name)).resolve() != (folder / expert.file).resolve():
                 shutil.copyfile(path, folder / expert.file)
-        if (self.folder / SCHEDULER_CONFIG).is_file() and folder.resolve() != self.folder.resolve():
+        if self.paths or not (self.folder / SCHEDULER_CONFIG).is_file():
+            from ..scheduler import PhasedDMDScheduler
+
+            PhasedDMDScheduler.from_plan(self.manifest.plan).save_pretrained((folder / SCHEDULER_CONFIG).parent)
+        elif folder.resolve() != self.folder.resolve():
             (folder / SCHEDULER_CONFIG).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG)
         (folder / MANIFEST_NAME).write_text(self.manifest.to_json(), encoding="utf-8")
 
-    def check_scheduler(self) -> None:
-        """Check that the folder's scheduler is there and has the manifest's plan.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Phased experts",
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Put the experts on the Hub as one commit, with a model card that loads them from there.
+
+        Args:
+            repo_id: The repository, ``user/name``; it is created when it does not exist.
+            commit_message: The message of the commit.
+            private: Whether the repository is made private; refused for one that exists and is public.
+            token: A token with write access; None takes the one of ``hf auth login`` or HF_TOKEN.
+            revision: A branch for the commit, created when it does not exist; None is the main branch.
+
+        Returns:
+            The URL of the repository.
 
         Raises:
-            ExpertsError: If it is missing, or has another plan.
+            ExpertsError: If a file is not the manifest's, or if the push fails; see ``hub.push_experts``.
         """
-        path = self.folder / SCHEDULER_CONFIG
-        check_inside(path, self.folder)
-        config = read_json(path)
-        if not isinstance(config, dict) or config.get("plan") != self.manifest.plan.to_dict():
-            raise ExpertsError(f"{path}: its plan is not the manifest's")
+        as_they_are = not self.paths and (self.folder / SCHEDULER_CONFIG).is_file()
+        if as_they_are and read_manifest(self.folder) == self.manifest:
+            return push_experts(self.folder, repo_id, private, token, revision, commit_message)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_experts(folder, repo_id, private, token, revision, commit_message)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read all tensors of an expert's file, on the CPU.

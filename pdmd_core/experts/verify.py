@@ -16,7 +16,7 @@ from ..hashing import sha256_of
 from .base_files import BaseFiles
 from .errors import ExpertsError
 from .folder import PhasedExperts
-from .format.files import RELEASED, SCHEDULER_CONFIG, read_expert_metadata
+from .format.files import RELEASED, SCHEDULER_CONFIG, check_scheduler, read_expert_metadata
 from .format.fingerprint import base_warning, compare
 from .format.header import read_header
 from .format.lora_keys import lora_from_file
@@ -134,7 +134,7 @@ def check_files(experts: PhasedExperts) -> None:
 
 def _same_plan(experts: PhasedExperts) -> str:
     try:
-        experts.check_scheduler()
+        check_scheduler(experts.folder, experts.manifest)
     except ExpertsError as error:
         raise ExpertsError(f"{error}: convert or download the experts again") from None
     return "has the manifest's plan"

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..experts import MANIFEST_NAME, ExpertsError, PhasedExperts
 from ..experts.convert.released import UNKNOWN
-from ..experts.format.untrusted import read_json
+from ..experts.format.files import GUIDANCE, SCHEDULER_ENTRY
 from ..scheduler import PhasedDMDScheduler
 from .attach import attach_opened, kind_of
 from .networks import (
@@ -25,7 +25,7 @@ from .networks import (
     no_base,
     pipeline_class,
 )
-from .phased import BASE_SCHEDULER, GUIDANCE, SCHEDULER, Attachment, PhasedPipeline, phased_class
+from .phased import BASE_SCHEDULER, Attachment, PhasedPipeline, phased_class
 from .routing import Route, guard_networks
 
 _EXPERTS_ARGUMENTS = ("token", "cache_dir", "local_files_only")
@@ -65,21 +65,22 @@ def load_phased_pipeline(
     """
     if isinstance(experts, PhasedExperts):
         return _load(experts, base, PhasedDMDScheduler.from_plan(experts.manifest.plan), **kwargs)
-    folder = Path(experts)
-    if (folder / "model_index.json").is_file():
-        if not (folder / MANIFEST_NAME).is_file():
-            return _load_stock(str(folder), **kwargs)
-        saved = _switched(PhasedDMDScheduler.from_pretrained(folder, subfolder="scheduler"))
-        return _load(PhasedExperts.open(folder), folder if base is None else base, saved, **kwargs)
+    source, hub = str(experts), {name: kwargs[name] for name in _EXPERTS_ARGUMENTS if name in kwargs}
+    at = {} if experts_revision is None else {"revision": experts_revision}
+    if Path(source, "model_index.json").is_file() and not Path(source, MANIFEST_NAME).is_file():
+        return _load_stock(source, **kwargs)
     try:
-        hub = {name: kwargs[name] for name in _EXPERTS_ARGUMENTS if name in kwargs}
         opened = PhasedExperts.from_pretrained(experts, revision=experts_revision, **hub)
     except ExpertsError:
-        at = {} if experts_revision is None else {"revision": experts_revision}
-        if folder.is_dir() or not _is_phased_index(str(experts), kwargs | at):
+        if Path(source).is_dir() or not _is_saved(source, hub | at):
             raise
-        return _load_stock(str(experts), **(kwargs | at))
-    return load_phased_pipeline(opened, base, **kwargs)
+        return _load_stock(source, **(kwargs | at))
+    if not _is_saved(source, hub | at):
+        return load_phased_pipeline(opened, base, **kwargs)
+    if base is None:
+        base, kwargs = source, kwargs | at
+    saved = _switched(PhasedDMDScheduler.from_pretrained(opened.folder, subfolder="scheduler"))
+    return _load(opened, base, saved, **kwargs)
 
 
 def _load(
@@ -118,8 +119,8 @@ def _load(
     # DiffusionPipeline itself would load components that are optional in this class although they are given
     if "custom_pipeline" not in kwargs and (networks or given):
         kind = pipeline_class(source, index)
-    if index.get("scheduler") == list(SCHEDULER):  # saved with its experts; the base's own is beside it
-        kwargs["scheduler"] = _base_scheduler(source)
+    if index.get("scheduler") == SCHEDULER_ENTRY:  # saved with its experts; the base's own is beside it
+        kwargs["scheduler"] = _base_scheduler(source, hub)
     try:
         pipe = kind.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
@@ -147,21 +148,19 @@ def _switched(scheduler: PhasedDMDScheduler) -> PhasedDMDScheduler:
     return made
 
 
-def _base_scheduler(source: str) -> Any:
+def _base_scheduler(source: str, hub: dict[str, Any]) -> Any:
     """The base's own scheduler in a saved pipeline; one that can be replaced where there is none."""
-    folder = Path(source, BASE_SCHEDULER)
-    if not folder.is_dir():
-        return FlowMatchEulerDiscreteScheduler()
-    config = read_json(folder / SchedulerMixin.config_name)
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    kind = class_of(name, SchedulerMixin, f"{folder} names")
-    return kind.from_pretrained(str(folder))
-
-
-def _is_phased_index(source: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a Hub repository holds a saved pipeline of full experts."""
     try:
-        return GUIDANCE in load_index(source, {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
+        config = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder=BASE_SCHEDULER, **hub)
+    except (OSError, ValueError):
+        return FlowMatchEulerDiscreteScheduler()
+    return class_of(config.get("_class_name"), SchedulerMixin, f"{source}/{BASE_SCHEDULER} names").from_config(config)
+
+
+def _is_saved(source: str, hub: dict[str, Any]) -> bool:
+    """Whether a folder, or a repository of the Hub, is a pipeline that was saved with its experts."""
+    try:
+        return load_index(source, hub).get("scheduler") == SCHEDULER_ENTRY
     except ExpertsError:
         return False
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from ..experts import MANIFEST_NAME, ExpertsError, PhasedExperts
+from ..experts import ExpertsError, PhasedExperts
+from ..experts.format.files import GUIDANCE, SCHEDULER_ENTRY
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import without_adapters
@@ -32,17 +32,14 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(f"diffusers.{__name__}")
 
-SCHEDULER = ("pdmd_core", "PhasedDMDScheduler")
-"""The entry of the scheduler in model_index.json, which diffusers loads where ``pdmd_core`` was imported."""
-
 BASE_SCHEDULER = "base_scheduler"
 """The folder of the base's own scheduler in a saved pipeline with LoRA experts."""
 
+TO_HUB = ("repo_id", "commit_message", "private", "token", "create_pr")
+"""Arguments of ``save_pretrained`` for ``push_to_hub``."""
+
 LOADER = "pdmd_core.load_phased_pipeline(folder)"
 """What loads a saved pipeline whose experts a stock pipeline does not switch."""
-
-GUIDANCE = "_phased_guidance_scale"
-"""The key of model_index.json for the guidance of full experts."""
 
 
 @dataclass
@@ -217,16 +214,18 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
 
     def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         attachment, folder = _attachment(self), Path(save_directory)
+        if kwargs.pop("push_to_hub", False):
+            given = {name: kwargs[name] for name in TO_HUB if name in kwargs}
+            self.save_pretrained(folder, *args, **{name: value for name, value in kwargs.items() if name not in given})
+            self.push_to_hub(given.pop("repo_id", folder.name), **given)  # once all is as it has to be
+            return
         if networks:
             base.save_pretrained(self, str(folder), *args, **kwargs)
             _save_scheduler(self.scheduler, folder, None if _switches_itself(self, base, networks) else LOADER)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        experts = attachment.experts
-        if experts is not None and experts.folder.resolve() != folder.resolve():
-            for expert in experts.manifest.experts:
-                shutil.copyfile(experts.path(expert.name), folder / expert.file)
-            (folder / MANIFEST_NAME).write_text(experts.manifest.to_json(), encoding="utf-8")
+        if (experts := attachment.experts) is not None:
+            experts.save_pretrained(folder)
         scheduler = self.scheduler
         with _as_it_was(self):  # the base without adapters; the experts are in their own files
             self.save_pretrained(str(folder), *args, **kwargs)
@@ -256,7 +255,7 @@ def _save_scheduler(scheduler: PhasedDMDScheduler, folder: Path, needs_switching
     copy = PhasedDMDScheduler.from_config(scheduler.config, needs_switching=needs_switching)
     copy.save_pretrained(folder / "scheduler")
     path = folder / DiffusionPipeline.config_name
-    index = json.loads(path.read_text(encoding="utf-8")) | {"scheduler": list(SCHEDULER)}
+    index = json.loads(path.read_text(encoding="utf-8")) | {"scheduler": SCHEDULER_ENTRY}
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -374,7 +373,7 @@ def _components_of_full_experts(base: type[DiffusionPipeline], names: list[str])
         base.save_config(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
-        index |= {"scheduler": list(SCHEDULER), GUIDANCE: _attachment(self).guidance_scale}
+        index |= {"scheduler": SCHEDULER_ENTRY, GUIDANCE: _attachment(self).guidance_scale}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     sequence = base.model_cpu_offload_seq

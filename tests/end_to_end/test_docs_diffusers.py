@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from pdmd_core.experts.__main__ import main
 from pdmd_core.phases import PhasePlan
 from tests.helpers.families.cases import CASES
 from tests.helpers.tiny_pipelines import lora_experts
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path("training/embedded/models")
 TEXT = (ROOT / "docs/diffusers.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.S | re.M)
+COMMANDS = re.findall(r"^phased-dmd (.*)$", TEXT, re.M)
 
 
 @pytest.fixture
@@ -48,7 +51,9 @@ def test_the_snippets_run_as_written(clone: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(nn.Module, "compile", with_a_quick_backend)
     names: dict[str, object] = {}
-    assert len(SNIPPETS) > 12
+    assert len(SNIPPETS) > 12 and len(COMMANDS) == 1
+    for command in COMMANDS:
+        main(shlex.split(command))
     for number, snippet in enumerate(SNIPPETS):
         exec(compile(snippet, f"docs/diffusers.md, snippet {number}", "exec"), names)  # noqa: S102
         if "picture" in names:

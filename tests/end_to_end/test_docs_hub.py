@@ -41,7 +41,7 @@ def hub() -> Iterator[Hub]:
 
 
 def test_all_code_runs_in_order_and_does_what_the_text_says(clone: Path, hub: Hub) -> None:
-    assert [language for language, _ in BLOCKS].count("python") == 6
+    assert [language for language, _ in BLOCKS].count("python") == 7
     said = ""
     with Client(hub.url, clone / "home", cwd=clone) as client:
         before = ""

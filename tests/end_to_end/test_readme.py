@@ -31,7 +31,7 @@ def run(clone: Path, *command: str) -> None:
 
 
 def test_every_shell_line_is_of_a_kind_that_is_tested() -> None:
-    kinds = ("make ", "python training/", "pip install ")
+    kinds = ("make ", "python training/", "pip install ", "phased-dmd convert ")
     assert len(SHELL) >= 6
     assert not [line for line in SHELL if not line.startswith(kinds)]
 
@@ -57,8 +57,11 @@ def test_the_package_and_its_extras_exist() -> None:
 
 
 def test_the_code_for_diffusers_runs_as_written(clone: Path) -> None:
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other one: test_readme_lora_files.py
-    run(clone, sys.executable, "-c", code)
+    *codes, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the last one: test_readme_lora_files.py
+    assert len(codes) == 2
+    (convert,) = (line for line in SHELL if line.startswith("phased-dmd"))
+    first = f"from pdmd_core.experts.__main__ import main\nmain({shlex.split(convert)[1:]!r})"
+    run(clone, sys.executable, "-c", "\nimport os\nos.remove('panda.png')\n".join([f"{first}\n{codes[0]}", codes[1]]))
     assert (clone / "panda.png").stat().st_size > 500
 
 

@@ -13,7 +13,7 @@ from tests.helpers.hub_client import Client, client_environment
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "training" / "embedded" / "models"
 FOLDER = '"training/embedded/models/experts"'
-CODE, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+_, CODE, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 def picture(code: str, cwd: Path, environment: dict[str, str] | None = None) -> bytes:

@@ -30,6 +30,7 @@ def test_mypy_is_strict_in_the_library() -> None:
     assert {name for name, value in strict.items() if value is True} == STRICT
     assert {name for name, value in settings.items() if value is True} >= FOR_ALL
     assert settings["implicit_reexport"] is False
+    assert "tests/helpers/typed_use.py" in settings["files"], "what a type checker knows of the code of users"
 
 
 def test_any_stands_at_the_borders_alone() -> None:

@@ -15,13 +15,14 @@ import torch
 from ...families.guidance import pipeline_named
 from ..base_files import WEIGHTS_NAME, BaseFiles, family_of_base
 from ..errors import ExpertsError
-from ..folder import PhasedExperts, write_experts
-from ..format.files import RELEASED, expert_metadata
+from ..folder import PhasedExperts
+from ..format.files import GUIDANCE, RELEASED, SCHEDULER_ENTRY, expert_metadata
 from ..format.fingerprint import base_warning, take_fingerprint
 from ..format.lora_keys import lora_to_file
 from ..format.manifest import MANIFEST_NAME, BaseModel, Expert, Manifest
 from ..format.weights import Weights, dtype_name, open_weights, write_weights
 from ..hub.card import card_text
+from ..writing import write_experts
 from .low_rank import extract, merged
 from .output import check_output, new_folder
 from .released import BESIDE, GIVEN
@@ -174,14 +175,15 @@ class Conversion:
                 config = base.config(expert.component)
                 write_network(folder / component, weights[expert.name], config)
                 index[component] = ["diffusers", base.family.architecture]
-            # A stock class, so that from_pretrained loads the folder without this package.
-            index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], **routing}
+            index |= {"scheduler": SCHEDULER_ENTRY, GUIDANCE: self.experts.manifest.guidance_scale, **routing}
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             _save_scheduler(folder, self.experts.manifest)
-            arguments = base.family.guidance_arguments(1.0, pipeline_named(index.get("_class_name")))
+            arguments = base.family.guidance_arguments(
+                self.experts.manifest.guidance_scale, pipeline_named(index.get("_class_name"))
+            )
             guidance = ", ".join(f"{k}={v}" for k, v in arguments.items()) or "as by default"
             output = json.dumps(self.output.as_posix())
-            text = _STOCK_CARD.format(output=output, table=plan.describe(), guidance=guidance)
+            text = _STOCK_CARD.format(output=output, table=plan.describe(), steps=len(plan.sigmas), guidance=guidance)
             (folder / "README.md").write_text(text, encoding="utf-8")
         return self._full_manifest(base, weights)
 
@@ -298,14 +300,12 @@ _STOCK_CARD = """# A stock pipeline of phased experts
 ```
 
 ```python
+import pdmd_core.scheduler  # where diffusers finds the scheduler
 from diffusers import DiffusionPipeline
-from pdmd_core.scheduler import PhasedDMDScheduler
 
-folder = {output}
-scheduler = PhasedDMDScheduler.from_pretrained(folder, subfolder="scheduler")
-pipe = DiffusionPipeline.from_pretrained(folder, scheduler=scheduler)
+pipe = DiffusionPipeline.from_pretrained({output})
 ```
 
-Pass the scheduler as above: the stock scheduler that loads without it walks other sigmas than the experts were trained
-on. Sample without guidance (`{guidance}`).
+Sample in {steps} steps; guidance is in the experts (`{guidance}`). Without the first line diffusers refuses to
+load the scheduler: a stock one would walk other sigmas than the experts were trained on.
 """

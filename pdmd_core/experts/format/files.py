@@ -9,12 +9,16 @@ from pathlib import Path
 from ...hashing import sha256_of
 from ..errors import ExpertsError
 from .manifest import Expert, Manifest
-from .untrusted import check_inside, parse_json
+from .untrusted import check_inside, parse_json, read_json
 
 METADATA_KEY = "phased_experts"
 """The key under which a file carries its manifest in its safetensors metadata."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 """The path of the scheduler's config in an experts folder."""
+SCHEDULER_ENTRY = ["pdmd_core", "PhasedDMDScheduler"]
+"""The scheduler in a model_index.json: what diffusers loads where ``pdmd_core`` was imported, and refuses elsewhere."""
+GUIDANCE = "_phased_guidance_scale"
+"""The key of model_index.json for the guidance of full experts."""
 RELEASED = "files"
 """The key of ``Manifest.training`` for the names of LoRA files that other projects released (``convert.released``)."""
 
@@ -52,6 +56,23 @@ def check_hash(path: Path, expert: Expert) -> None:
             f"{path}: sha256 is {found[:12]}..., the manifest says {expert.sha256[:12]}...: the file was "
             "changed or cut off, download it again"
         )
+
+
+def check_scheduler(folder: Path, manifest: Manifest) -> None:
+    """Check that the scheduler of an experts folder is there and has the manifest's plan.
+
+    Args:
+        folder: The experts folder.
+        manifest: Its manifest.
+
+    Raises:
+        ExpertsError: If it is missing, or has another plan.
+    """
+    path = folder / SCHEDULER_CONFIG
+    check_inside(path, folder)
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("plan") != manifest.plan.to_dict():
+        raise ExpertsError(f"{path}: its plan is not the manifest's")
 
 
 def expert_metadata(manifest: Manifest, expert: Expert) -> dict[str, str]:

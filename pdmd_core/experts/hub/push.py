@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExpertsError
-from ..folder import PhasedExperts
-from ..format.files import SCHEDULER_CONFIG
-from ..format.manifest import MANIFEST_NAME, Manifest
+from ..format.files import SCHEDULER_CONFIG, check_folder, check_hash, check_scheduler
+from ..format.manifest import MANIFEST_NAME, Manifest, read_manifest
 from .card import card_text, is_generated
 from .retries import explain, is_passing, one_line, patience, persistently
 
@@ -61,27 +60,29 @@ def push_experts(
     """
     from huggingface_hub import HfApi
 
-    experts = PhasedExperts.open(folder)
-    for expert in experts.manifest.experts:
-        experts.verify(expert.name)
-    _check_scheduler(experts)
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_folder(folder, manifest)
+    for expert in manifest.experts:
+        check_hash(folder / expert.file, expert)
+    _check_scheduler(folder, manifest)
     _check_access(repo_id, token)
-    card_text(experts.manifest, repo_id, experts.folder)  # a report that is none is found before anything is sent
-    files = _files(experts)
+    card_text(manifest, repo_id, folder)  # a report that is none is found before anything is sent
+    files = _files(folder, manifest)
     api = HfApi(token=token)
-    with one_line(f"cannot push {experts.folder} to {repo_id!r}", revision):
+    with one_line(f"cannot push {folder} to {repo_id!r}", revision):
         repo = persistently("creating the repository", timeout, lambda: _create(api, repo_id, private))
         if revision:
             persistently(
                 "creating the branch", timeout, lambda: api.create_branch(repo, branch=revision, exist_ok=True)
             )
-        card = _card(experts, repo, api)
+        card = _card(folder, manifest, repo, api)
         # new operations for each attempt: they ask the Hub what it has, also after an answer that was lost
         persistently(
             "uploading",
             timeout,
             lambda: api.create_commit(
-                repo, _operations(experts.folder, files, card), commit_message=commit_message, revision=revision
+                repo, _operations(folder, files, card), commit_message=commit_message, revision=revision
             ),
         )
         return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
@@ -128,11 +129,11 @@ def _check_access(repo_id: str, token: str | None) -> None:
         )
 
 
-def _check_scheduler(experts: PhasedExperts) -> None:
+def _check_scheduler(folder: Path, manifest: Manifest) -> None:
     try:
-        experts.check_scheduler()
+        check_scheduler(folder, manifest)
     except ExpertsError as error:
-        target = str((experts.folder / SCHEDULER_CONFIG).parent)
+        target = str((folder / SCHEDULER_CONFIG).parent)
         raise ExpertsError(
             f"{error}: write it with PhasedDMDScheduler.from_plan(manifest.plan).save_pretrained({target!r})"
         ) from None
@@ -145,12 +146,11 @@ def _create(api: HfApi, repo_id: str, private: bool) -> str:
     return repo
 
 
-def _card(experts: PhasedExperts, repo: str, api: HfApi) -> bytes:
-    path = experts.folder / "README.md"
+def _card(folder: Path, manifest: Manifest, repo: str, api: HfApi) -> bytes:
+    path = folder / "README.md"
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
         return path.read_bytes()
-    text = card_text(experts.manifest, repo, experts.folder, licence=_licence_of_base(experts.manifest, api))
-    return text.encode()
+    return card_text(manifest, repo, folder, licence=_licence_of_base(manifest, api)).encode()
 
 
 def _licence_of_base(manifest: Manifest, api: HfApi) -> dict[str, str]:
@@ -175,9 +175,8 @@ def _licence_of_base(manifest: Manifest, api: HfApi) -> dict[str, str]:
     return found
 
 
-def _files(experts: PhasedExperts) -> list[Path]:
-    folder = experts.folder
-    named = [MANIFEST_NAME, SCHEDULER_CONFIG, *(expert.file for expert in experts.manifest.experts)]
+def _files(folder: Path, manifest: Manifest) -> list[Path]:
+    named = [MANIFEST_NAME, SCHEDULER_CONFIG, *(expert.file for expert in manifest.experts)]
     files = [folder / name for name in named]
     files += [path for pattern in _SHOWN for path in sorted(folder.glob(pattern)) if path.is_file()]
     present = (path for path in folder.rglob("[!.]*") if path.is_file() and path != folder / "README.md")

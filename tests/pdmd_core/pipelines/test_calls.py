@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxControlPipeline, WanVideoToVideoPipeline
+from diffusers.utils import logging as verbosity_of
 from torch import nn
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
@@ -104,6 +105,13 @@ def test_no_guidance_unless_it_is_asked_for_which_warns(
     assert sum(seen) == 8
     assert re.search(rf"{argument}=3.0: these experts were distilled with the teacher's guidance in them", caplog.text)
     assert f"leave it at {none:g}" in caplog.text
+    if name == "wan":  # the level is that of diffusers
+        caplog.clear()
+        verbosity = verbosity_of.get_verbosity()
+        verbosity_of.set_verbosity_error()
+        case.sample(pipe, **{argument: 3.0})
+        verbosity_of.set_verbosity(verbosity)
+        assert not caplog.text
     logging.getLogger("diffusers.pdmd_core.pipelines.phased").removeHandler(caplog.handler)
 
 

@@ -22,6 +22,7 @@ from pdmd_core.experts.convert.conversions import write_network
 from pdmd_core.experts.format.header import TensorSpec, read_header
 from pdmd_core.experts.format.weights import Weights
 from pdmd_core.phases import PhasePlan
+from pdmd_core.pipelines import load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.conversions import (
     HIGH,
@@ -85,15 +86,12 @@ def test_the_stock_folder_samples_in_a_stock_pipeline_what_the_experts_sample(
     shards = list((out / "transformer").glob("*.safetensors"))
     assert (len(shards) > 3) if shard else (len(shards) == 1)
     assert all(path.stat().st_size < 40_000 for path in shards) or not shard
-    plain = DiffusionPipeline.from_pretrained(out)
-    assert type(plain) is WanPipeline, "loads without this package"
-    scheduler = PhasedDMDScheduler.from_pretrained(out, subfolder="scheduler")
-    pipeline = DiffusionPipeline.from_pretrained(out, scheduler=scheduler)
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert type(pipeline) is WanPipeline and type(pipeline.scheduler) is PhasedDMDScheduler
     pipeline.set_progress_bar_config(disable=True)
     assert PLAN.phases[0].sigmas[-1] > pipeline.config.boundary_ratio > PLAN.phases[1].sigmas[0]
     torch.testing.assert_close(pipeline_latents(pipeline, 4), sampled(lora), rtol=1e-4, atol=1e-5)
-    index = json.loads((out / "model_index.json").read_text())
-    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    torch.testing.assert_close(pipeline_latents(load_phased_pipeline(out), 4), sampled(lora), rtol=1e-4, atol=1e-5)
     code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     assert code
     variables: dict[str, Any] = {}
@@ -105,8 +103,7 @@ def test_one_expert_is_a_stock_pipeline_of_one_network(base: Path, tmp_path: Pat
     plan = PhasePlan.from_steps([3], shift=5.0)
     experts = write_lora_folder(tmp_path / "experts", base, plan)
     conversion(experts, tmp_path / "stock").to_diffusers()
-    scheduler = PhasedDMDScheduler.from_plan(plan)
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "stock", scheduler=scheduler)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "stock")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer_2 is None and pipeline.config.boundary_ratio is None
     torch.testing.assert_close(pipeline_latents(pipeline, 3), sampled(experts), rtol=1e-4, atol=1e-5)

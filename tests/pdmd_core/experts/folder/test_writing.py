@@ -26,7 +26,8 @@ from pdmd_core.experts import (
     read_manifest,
     write_experts,
 )
-from pdmd_core.experts.format import weights as weights_module
+from pdmd_core.experts import writing as writing_module
+from pdmd_core.experts.format.files import check_scheduler
 from pdmd_core.roles import Roles, RoleSpec
 from tests.helpers.experts_folder import ALPHA, MODULE, PLAN, RANK, WAN, refused, rewrite
 from tests.helpers.tiny import lora_roles, randomise, transformer, write_lora_experts
@@ -170,7 +171,7 @@ def test_half_precision_files_keep_their_alpha(folder: Path, roles: Roles) -> No
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """The disk is full: in the second expert's file, half written, or in the manifest, half written."""
-    write_weights, write_text = weights_module.write_weights, Path.write_text
+    write_weights, write_text = writing_module.write_weights, Path.write_text
 
     def half_a_file(path: Path, *arguments: Any) -> str:
         digest = write_weights(path, *arguments)
@@ -184,7 +185,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         raise OSError(28, "No space left on device")
 
     if where == "expert":
-        monkeypatch.setattr(weights_module, "write_weights", half_a_file)
+        monkeypatch.setattr(writing_module, "write_weights", half_a_file)
     else:
         monkeypatch.setattr(Path, "write_text", half_a_text)
 
@@ -222,6 +223,6 @@ def test_experts_are_saved_as_a_folder_that_opens(tmp_path: Path) -> None:
     shipped.save_pretrained(tmp_path / "saved")
     again = PhasedExperts.from_pretrained(tmp_path / "saved")
     assert again.manifest == shipped.manifest
-    again.check_scheduler()
+    check_scheduler(again.folder, again.manifest)
     again.save_pretrained(tmp_path / "saved")
     assert all(again.verify(expert.name).is_file() for expert in again.manifest.experts)

@@ -16,7 +16,7 @@ from tests.helpers.pushed_experts import PLAN
 from tests.helpers.tiny import lora_roles, write_lora_experts
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
     with Hub() as hub:
         yield hub
@@ -29,14 +29,14 @@ def no_faults(hub: Hub) -> Iterator[None]:
     hub.faults.clear()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """With the token of ``user``."""
     with Client(hub.url, tmp_path_factory.mktemp("home")) as client:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def anonymous(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Without a token."""
     with Client(hub.url, tmp_path_factory.mktemp("home"), token=None) as client:
