@@ -53,6 +53,8 @@ class Expert:
     """What takes the place of the sampler's cfg in this phase, or in each step of it; None leaves the sampler's."""
     strength: float | None = None
     """The strength of its LoRA, to show it; None where there is none that we know."""
+    guidance: float | None = None
+    """The guidance that it was distilled for; None where that is not known."""
 
 
 class Composite:
@@ -73,6 +75,11 @@ class Composite:
     def on_model_patcher_clone(self) -> Composite:
         """Return the attachment of a clone, which is this one: experts are never changed."""
         return self
+
+    def cfgs(self) -> set[float]:
+        """Collect the experts' own cfgs."""
+        each = [expert.cfg if isinstance(expert.cfg, tuple) else (expert.cfg,) for expert in self.experts]
+        return {cfg for cfgs in each for cfg in cfgs if cfg is not None}
 
     def patcher(self, carrier: Any, k: int) -> Any:
         """Make expert k as a MODEL uses it: what was patched onto the MODEL after it was made goes to every expert."""
@@ -116,6 +123,10 @@ class Run:
     def start(self) -> None:
         """Put the expert of the first sigma in place before ComfyUI loads anything, so that it alone is loaded."""
         self.guider.model_patcher = self._patchers[self.active]
+        given, own = getattr(self.guider, "cfg", None), self.composite.cfgs()
+        if given is not None and own and own != {given}:
+            text = ", ".join(f"{cfg:g}" for cfg in sorted(own))
+            logger.info(f"Phased experts: their own cfg, {text}, takes the place of the sampler's, {given:g}")
 
     def use(self, sigma: float, shape: Sequence[int]) -> None:
         """Load the expert of this sigma unless it is the active one."""

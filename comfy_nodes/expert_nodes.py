@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from comfy_api.latest import io
 
 from ..pdmd_core.experts import Manifest
 from ..pdmd_core.experts.convert.released import open_lora, open_source
+from ..pdmd_core.experts.format.header import read_header
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
 from .errors import NodeError, in_words
@@ -21,6 +23,7 @@ from .loras import Lora, apply_lora
 from .notices import warn_of_base, warn_of_loras
 from .parts import Parts, in_parts
 from .schema import Plan, cfg_input, plan_input, schema, shift_input, strengths_input
+from .slots import slot_warnings
 from .timeline import timeline
 from .widget_text import TRAINED, read_cfgs, read_strengths
 
@@ -113,7 +116,11 @@ class LoadExperts(io.ComfyNode):
         for k, each, value in zip(parts.phases, parts.strengths, parts.cfgs, strict=True):
             expert = manifest.experts[k]
             shown = each if expert.kind == "lora" else None
-            entries.append(Expert(expert_model(opened, expert, bases, each, warnings.append), value, shown))
+            entries.append(
+                Expert(
+                    expert_model(opened, expert, bases, each, warnings.append), value, shown, manifest.guidance_scale
+                )
+            )
         warnings = [*dict.fromkeys(warnings)]  # an expert of several strengths warns once
         let_go()
         warnings += base_warnings(opened, bases)
@@ -225,12 +232,16 @@ class ExpertsFromLoRAs(io.ComfyNode):
             raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: set it to none")
         if all(name == NO_LORA for name in chosen):
             raise NodeError("no LoRA is chosen for any phase: choose at least one")
-        experts, warnings = [], list[str]()
+        files = [None if name == NO_LORA else name for name in chosen[: len(names)]]
+        sources = [None if file is None else _source(file) for file in files]
+        warnings = slot_warnings(plan, files, [source.metadata if source else {} for source in sources])
+        experts = []
         for k, strength, value in zip(parts.phases, parts.strengths, parts.cfgs, strict=True):
-            if chosen[k] == NO_LORA:
+            source = sources[k]
+            if source is None:
                 experts.append(Expert(model, value))
             else:
-                experts.append(Expert(_with_lora(model, chosen[k], strength, warnings.append), value, strength))
+                experts.append(Expert(apply_lora(model, source.lora, strength, warnings.append), value, strength))
         warnings = [*dict.fromkeys(warnings)]  # a LoRA of several strengths warns once
         warn_of_loras(warnings)
         composed = compose(parts.plan, experts, set_shift, warnings)
@@ -257,8 +268,16 @@ def timeline_of(experts: Sequence[Expert], plan: PhasePlan) -> dict[str, Any]:
     return timeline(plan, [expert.cfg for expert in experts], strengths=[expert.strength for expert in experts])
 
 
-def _with_lora(model: Any, file: str, strength: float, warn: Callable[[str], None]) -> Any:
+@dataclass(frozen=True)
+class _File:
+    """A LoRA file that was opened."""
+
+    lora: Lora
+    metadata: Mapping[str, str]
+
+
+def _source(file: str) -> _File:
     source = open_source(Path(folder_paths.get_full_path_or_raise("loras", file)), own=True)
     weights = open_lora(source.path)
     tensors = {name: weights.read(name) for name in weights.specs}
-    return apply_lora(model, Lora(tensors, source.alphas, file), strength, warn)
+    return _File(Lora(tensors, source.alphas, file), read_header(source.path).metadata)

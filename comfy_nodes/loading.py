@@ -125,8 +125,8 @@ def expert_model(
     if base is None:
         number = 2 if expert.component == "transformer_2" else 1
         raise NodeError(
-            f"{what} belongs to the {expert.component} of {experts.manifest.base.model}: connect that network to "
-            f"base_{number}"
+            f"{what}: connect its base to base_{number}, which is the {expert.component} of "
+            f"{experts.manifest.base.model}"
         )
     try:
         if RELEASED not in experts.manifest.training:

@@ -15,9 +15,12 @@ from ..pdmd_core.phases import PhasePlan
 from ..pdmd_core.sampling import sigma_warnings
 from .language import said
 from .runs import Run, is_trained, nearest_start
+from .widget_text import Cfg
 
 logger = logging.getLogger(__name__)
 
+MUCH = 2.0
+"""The cfg from which a few-step LoRA is likely to burn: they are distilled with guidance inside of them."""
 _ON_TIME_LINE: ContextVar[bool] = ContextVar("on_time_line", default=False)
 _warned: set[str] = set()
 """The nodes on which a warning stands: the front end keeps the last text of a node."""
@@ -47,10 +50,27 @@ def advice(plan: PhasePlan, sigmas: Sequence[float]) -> list[str]:
     return [first, *warnings]
 
 
-def note_of(plan: PhasePlan, run: Run) -> str | None:
-    """Say on a time line what to do about a run of Phased Sampler, in few words; None when all is well."""
-    if isinstance(plan, BoundaryPlan) or all(is_trained(plan, sigma) for sigma in run.sigmas[:-1]):
+def note_of(
+    plan: PhasePlan, run: Run, cfgs: Sequence[Cfg], strengths: Sequence[float | None] | None = None
+) -> str | None:
+    """Say on a time line what to do about a run of Phased Sampler, in few words.
+
+    Args:
+        plan: The plan of the experts.
+        run: The run.
+        cfgs: The cfg of each phase.
+        strengths: The strength of the LoRA of each phase whose guidance is not known; None for no such LoRA, and for
+            all.
+
+    Returns:
+        The words; None when all is well.
+    """
+    if isinstance(plan, BoundaryPlan):
         return None
+    if all(is_trained(plan, sigma) for sigma in run.sigmas[:-1]):
+        pairs = zip(cfgs, strengths or [None] * len(plan), strict=True)
+        guided = [cfg for cfg, strength in pairs if strength and isinstance(cfg, float) and cfg >= MUCH]
+        return f"cfg {max(guided):g} with few-step LoRAs: most of them want 1" if guided else None
     if run.start is not None and not is_trained(plan, run.sigmas[0]):
         return f"denoise {run.start:.3g} is between trained steps, {nearest_start(plan, run.sigmas[0]):.3g} is at one"
     return f"{len(run.skipped) + len(run.sigmas) - 1} steps, trained for {len(plan.sigmas)}: set steps to 0"

@@ -32,7 +32,7 @@ def sampler_of_phases(plan: PhasePlan, text: str, usual: str) -> Any:
     """
     if not text.strip():
         return comfy.samplers.sampler_object(usual)
-    names = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.replace("\uff0c", ",").split(",")]
     phases = [phase.name for phase in plan.phases]
     known = [name for name in comfy.samplers.SAMPLER_NAMES if name not in _NOT_IN_PARTS]
     unknown = [name for name in names if name not in known]

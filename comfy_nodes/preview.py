@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..pdmd_core.phases import PhasePlan
@@ -38,14 +39,16 @@ def preview(asked: Mapping[str, Any]) -> dict[str, Any]:
         PhasePlanError: If the widgets make no plan.
         ExpertsError: If an experts folder is damaged.
     """
-    plan, cfgs, strengths = _experts_of(asked)
+    known = _experts_of(asked)
+    plan, cfgs, strengths = known.plan, known.cfgs, known.strengths
     inputs, kind = asked["inputs"], asked["node"]
     if kind in ("PhasedDMDSigmas", "PhasedDMDSampler"):
         run = run_of(plan, int(inputs["steps"]), float(inputs["denoise"]))
         if kind == "PhasedDMDSigmas":
             return timeline(plan, cfgs, run, strengths)
         cfgs = [float(inputs["cfg"]) if cfg is None else cfg for cfg in cfgs or [None] * len(plan)]
-        return timeline(plan, cfgs, run, strengths, note_of(plan, run))
+        note = note_of(plan, run, cfgs, strengths if known.guidance is None else None)
+        return timeline(plan, cfgs, run, strengths, note)
     if kind == "PhasedDMDPlanReport":
         given = asked.get("from", {}).get("sigmas", {}).get("inputs")
         run = Run.of(plan) if given is None else run_of(plan, int(given["steps"]), float(given["denoise"]))
@@ -54,36 +57,45 @@ def preview(asked: Mapping[str, Any]) -> dict[str, Any]:
     return timeline(plan, cfgs, strengths=strengths)
 
 
-Known = tuple[PhasePlan, Sequence[Cfg] | None, Sequence[float | None] | None]
-"""A plan, and the cfg and LoRA strength of each phase as far as they are known."""
+@dataclass(frozen=True)
+class _Known:
+    """What the widgets of nodes tell of experts."""
+
+    plan: PhasePlan
+    cfgs: Sequence[Cfg] | None = None
+    strengths: Sequence[float | None] | None = None
+    guidance: float | None = None
 
 
-def _experts_of(asked: Mapping[str, Any]) -> Known:
+def _experts_of(asked: Mapping[str, Any]) -> _Known:
     kind, inputs, sources = asked["node"], asked["inputs"], asked.get("from", {})
     if asked.get("unknown"):
         raise NodeError(f"shown after a run: other nodes compute {', '.join(map(str, asked['unknown']))}")
     if kind in _PLANS:
         known = {entry.id for entry in _PLANS[kind].define_schema().inputs}
-        return _PLANS[kind].plan(**{key: value for key, value in inputs.items() if key in known}), None, None
+        return _Known(_PLANS[kind].plan(**{key: value for key, value in inputs.items() if key in known}))
     if kind == "PhasedDMDLoadExperts":
         if inputs["experts"] == FROM_HUB:
             raise NodeError("shown after a run: the experts are on the Hub")
         manifest = open_experts(inputs["experts"]).manifest
         each = inputs.get("expert_strengths", "")
         parts = LoadExperts.parts(manifest, inputs["cfg"], float(inputs["strength"]), each)
-        pairs = zip(parts.phases, parts.strengths, strict=True)
-        return parts.plan, parts.cfgs, [value if manifest.experts[k].kind == "lora" else None for k, value in pairs]
+        loras = [manifest.experts[k].kind == "lora" for k in parts.phases]
+        return _Known(parts.plan, parts.cfgs, _where(loras, parts.strengths), manifest.guidance_scale)
     if kind in ("PhasedDMDExperts", "PhasedDMDExpertsLoRA") and "plan" in sources:
-        plan = _experts_of(sources["plan"])[0]
+        plan = _experts_of(sources["plan"]).plan
         if kind == "PhasedDMDExperts":
-            return plan, read_cfgs(inputs["cfg"], plan), None
+            return _Known(plan, read_cfgs(inputs["cfg"], plan))
         parts = ExpertsFromLoRAs.parts(plan, inputs["cfg"], inputs.get("strengths", ""), inputs)
-        pairs = zip(parts.phases, parts.strengths, strict=True)
-        shown = [None if inputs[f"lora_{k + 1}"] == NO_LORA else value for k, value in pairs]
-        return parts.plan, parts.cfgs, shown
+        loras = [inputs[f"lora_{k + 1}"] != NO_LORA for k in parts.phases]
+        return _Known(parts.plan, parts.cfgs, _where(loras, parts.strengths))
     for socket in ("plan", "model"):
         if socket in sources and sources[socket]["node"] in _CARRY:
             return _experts_of(sources[socket])
     if "model" in sources:
         raise NodeError("this MODEL carries no phased experts")
     raise NodeError("connect a plan" if kind != "PhasedDMDSampler" else "connect a MODEL of phased experts")
+
+
+def _where(loras: Sequence[bool], strengths: Sequence[float]) -> list[float | None]:
+    return [strength if lora else None for lora, strength in zip(loras, strengths, strict=True)]

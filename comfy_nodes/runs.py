@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..pdmd_core.boundary_plan import BoundaryPlan
 from ..pdmd_core.noise_level import unshift_sigma
 from ..pdmd_core.phases import MAX_STEPS, PhasePlan
 from ..pdmd_core.sampling import TRAINED_TOLERANCE, sampling_sigmas
+from .errors import NodeError
 
 DENOISE = (
     "Less (image to image): starts at the step of the plan that is nearest, or, where none is within 0.06, at one put "
@@ -64,7 +66,14 @@ def run_of(plan: PhasePlan, steps: int, denoise: float) -> Run:
 
     Returns:
         The run.
+
+    Raises:
+        NodeError: If these are fewer steps than the plan's.
     """
+    if steps and not isinstance(plan, BoundaryPlan) and steps < len(plan.sigmas):
+        raise NodeError(
+            f"steps are at least the {len(plan.sigmas)} that the experts were trained for, or 0: found {steps}"
+        )
     whole = sampling_sigmas(plan, steps or None)
     sigmas = sampling_sigmas(plan, steps or None, denoise)
     more = len(whole) - 1

@@ -112,7 +112,8 @@ class PhasedSampler(io.ComfyNode):
             say_where_it_starts(denoise, run)
             cfgs = [cfg if expert.cfg is None else expert.cfg for expert in experts]
             strengths = [expert.strength for expert in experts]
-            shown = {"phase_plan": [timeline(plan, cfgs, run, strengths, note_of(plan, run))]}
+            few_step = [expert.strength if expert.guidance is None else None for expert in experts]
+            shown = {"phase_plan": [timeline(plan, cfgs, run, strengths, note_of(plan, run, cfgs, few_step))]}
             sigmas = torch.tensor(run.sigmas, dtype=torch.float32)
             sampler_of_run = sampler_of_phases(plan, samplers, sampler_name)
         core = nodes.NODE_CLASS_MAPPINGS["SamplerCustom"]

@@ -15,6 +15,8 @@ from .errors import NodeError
 Cfg = float | None | tuple[float | None, ...]
 """Of a phase: a number, the sampler's (None), or one of these for each of its steps."""
 
+_AS_TYPED = str.maketrans("\uff0c\u3001\uff5c", ",,|")
+"""Commas and lines as Chinese keyboards type them."""
 _Value = TypeVar("_Value")
 
 TRAINED = "trained"
@@ -55,7 +57,7 @@ def read_sigmas(text: str) -> list[list[float]]:
         NodeError: If the text is anything else.
     """
     try:
-        return [[float(Fraction(word)) for word in _split(group, ",")] for group in _split(text, "|")]
+        return [[float(Fraction(word)) for word in _split(group, ",")] for group in _split(_text(text), "|")]
     except (ValueError, ZeroDivisionError, OverflowError):
         raise NodeError(
             "sigmas are numbers or fractions with commas between and | between phases (1, 0.9375 | 5/6, 0.625), "
@@ -71,7 +73,7 @@ def read_names(text: str) -> list[str] | None:
     """
     if not text.strip():
         return None
-    return [_safe(name, place) for place, name in enumerate(re.split(r"[,，、]", text), start=1)]
+    return [_safe(name, place) for place, name in enumerate(_split(_text(text), ","), start=1)]
 
 
 _CHINESE = {"高": "high_noise", "中": "middle_noise", "低": "low_noise"}
@@ -199,7 +201,7 @@ def _by_step(
 def _text(value: Any, counts: Sequence[int] = ()) -> str:
     """What a user would have typed for a value of another node; a list of a number for each step has | in it."""
     if not isinstance(value, list | tuple):
-        return str(value)
+        return str(value).translate(_AS_TYPED)
     words = [str(each) for each in value]
     if len(words) == len(counts) or len(words) != sum(counts):
         return ", ".join(words)

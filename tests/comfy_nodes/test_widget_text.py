@@ -53,6 +53,7 @@ def test_names_as_people_write_them_become_those_of_files(part) -> None:
         ("3.5, 2 | -", None, [(3.5, 2.0), None]),
         ("1 | 2, -", None, [1.0, (2.0, None)]),
         (3.5, None, [3.5, 3.5]),
+        ("3.5\uff0c2 \uff5c -", None, [(3.5, 2.0), None]),  # as Chinese keyboards type it
         ([3.5, 1], None, [3.5, 1.0]),  # lists of other nodes: for each phase, for each step
         ((3.5, 2, 1, 1), None, [(3.5, 2.0), (1.0, 1.0)]),
     ],

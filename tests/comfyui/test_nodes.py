@@ -255,6 +255,10 @@ def test_the_front_ends_question_is_answered_by_the_same_code(pack) -> None:
     assert data["note"] == "denoise 0.125 is between trained steps, 0.25 is at one"
     assert data["start"] == pytest.approx(0.125)
     assert [phase["strength"] for phase in data["phases"]] == [None, 0.5]
+    status, data = ask({**gentle, "inputs": {**widgets, "cfg": 7.0}})
+    assert data["note"] == "cfg 7 with few-step LoRAs: most of them want 1"
+    status, data = ask({**gentle, "inputs": {**widgets, "steps": 2}})
+    assert data["error"] == "steps are at least the 4 that the experts were trained for, or 0: found 2"
     lora["inputs"]["strengths"] = "1 | 1, 0.5"
     status, data = ask({**gentle, "locale": "zh", "client": ""})
     assert (

@@ -257,8 +257,8 @@ def test_full_experts_are_the_networks_themselves(pack, models, experts_folders,
 
 def test_experts_that_cannot_be_loaded_say_why(pack, models, experts_folders, fails, base: Path) -> None:
     load = {"node": "PhasedDMDLoadExperts", **LOAD}
-    fails("connect that network to base_1", experts="tiny/lora", **load)
-    fails("connect that network to base_2", experts="tiny_two_networks", base_1=models.wan(), **load)
+    fails("connect its base to base_1", experts="tiny/lora", **load)
+    fails("connect its base to base_2", experts="tiny_two_networks", base_1=models.wan(), **load)
     fails("these experts belong to tiny/wan (WanTransformer3DModel)", experts="tiny/lora", base_1=models.qwen(), **load)
     fails("give a Hub id", experts="(Hub id)", **load)
     fails("no experts folder 'x'", experts="x", **load)
