@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from comfy_api.latest import io
 
 from ..pdmd_core.experts import Manifest
 from ..pdmd_core.experts.convert.released import open_lora, open_source
+from ..pdmd_core.experts.errors import ExpertsError
 from ..pdmd_core.experts.format.header import read_header
 from ..pdmd_core.phases import PhasePlan
 from .composite import Expert, compose
@@ -126,7 +126,7 @@ class LoadExperts(io.ComfyNode):
         warnings += base_warnings(opened, bases)
         warn_of_base(warnings)
         model = compose(parts.plan, entries, set_shift, warnings)
-        return io.NodeOutput(model, parts.plan, ui={"phase_plan": [timeline_of(entries, parts.plan)]})
+        return io.NodeOutput(model, parts.plan, ui={"phase_plan": [timeline_of(entries, parts.plan, warnings)]})
 
     @staticmethod
     def parts(manifest: Manifest, cfg: Any, strength: float, each: Any) -> Parts:
@@ -232,20 +232,33 @@ class ExpertsFromLoRAs(io.ComfyNode):
             raise NodeError(f"the plan has {len(names)} phase(s), {', '.join(extra)} would never run: set it to none")
         if all(name == NO_LORA for name in chosen):
             raise NodeError("no LoRA is chosen for any phase: choose at least one")
-        files = [None if name == NO_LORA else name for name in chosen[: len(names)]]
-        sources = [None if file is None else _source(file) for file in files]
-        warnings = slot_warnings(plan, files, [source.metadata if source else {} for source in sources])
-        experts = []
+        misplaced = cls.misplaced(plan, loras)
+        sources = [None if name == NO_LORA else _lora(name) for name in chosen[: len(names)]]
+        experts, warnings = [], list[str]()
         for k, strength, value in zip(parts.phases, parts.strengths, parts.cfgs, strict=True):
             source = sources[k]
             if source is None:
                 experts.append(Expert(model, value))
             else:
-                experts.append(Expert(apply_lora(model, source.lora, strength, warnings.append), value, strength))
+                experts.append(Expert(apply_lora(model, source, strength, warnings.append), value, strength))
         warnings = [*dict.fromkeys(warnings)]  # a LoRA of several strengths warns once
-        warn_of_loras(warnings)
-        composed = compose(parts.plan, experts, set_shift, warnings)
-        return io.NodeOutput(composed, ui={"phase_plan": [timeline_of(experts, parts.plan)]})
+        warn_of_loras(warnings, misplaced)
+        composed = compose(parts.plan, experts, set_shift, [*misplaced, *warnings])
+        shown = timeline_of(experts, parts.plan, misplaced)
+        return io.NodeOutput(composed, ui={"phase_plan": [shown]})
+
+    @staticmethod
+    def misplaced(plan: PhasePlan, inputs: Mapping[str, Any]) -> list[str]:
+        """Say which LoRAs are in slots of other phases; a file that cannot be read says so when it is loaded."""
+        names = [inputs[f"lora_{k}"] for k in range(1, len(plan) + 1)]
+        metadata: list[Mapping[str, str]] = []
+        for name in names:
+            path = None if name == NO_LORA else folder_paths.get_full_path("loras", name)
+            try:
+                metadata.append(read_header(Path(path)).metadata if path else {})
+            except ExpertsError:
+                metadata.append({})
+        return slot_warnings(plan, [None if name == NO_LORA else name for name in names], metadata)
 
     @staticmethod
     def parts(plan: PhasePlan, cfg: Any, strengths: Any, inputs: Mapping[str, Any]) -> Parts:
@@ -263,21 +276,13 @@ class ExpertsFromLoRAs(io.ComfyNode):
         return in_parts(plan, given, read_cfgs(cfg, plan))
 
 
-def timeline_of(experts: Sequence[Expert], plan: PhasePlan) -> dict[str, Any]:
+def timeline_of(experts: Sequence[Expert], plan: PhasePlan, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Describe experts under their plan, for the front end."""
-    return timeline(plan, [expert.cfg for expert in experts], strengths=[expert.strength for expert in experts])
+    strengths = [expert.strength for expert in experts]
+    return timeline(plan, [expert.cfg for expert in experts], strengths=strengths, note=next(iter(notes), None))
 
 
-@dataclass(frozen=True)
-class _File:
-    """A LoRA file that was opened."""
-
-    lora: Lora
-    metadata: Mapping[str, str]
-
-
-def _source(file: str) -> _File:
+def _lora(file: str) -> Lora:
     source = open_source(Path(folder_paths.get_full_path_or_raise("loras", file)), own=True)
     weights = open_lora(source.path)
-    tensors = {name: weights.read(name) for name in weights.specs}
-    return _File(Lora(tensors, source.alphas, file), read_header(source.path).metadata)
+    return Lora({name: weights.read(name) for name in weights.specs}, source.alphas, file)

@@ -115,9 +115,14 @@ def warn_of_base(warnings: Sequence[str]) -> None:
     _show(warnings or ["on their own base"], warning=bool(warnings))
 
 
-def warn_of_loras(warnings: Sequence[str]) -> None:
-    """Warn, in one line each, of keys of LoRA files that have no place in their base."""
-    for text in warnings:
+def warn_of_loras(warnings: Sequence[str], misplaced: Sequence[str] = ()) -> None:
+    """Warn, in one line each, of keys of LoRA files that have no place in their base, and of files in wrong slots.
+
+    Args:
+        warnings: What the node says.
+        misplaced: What its time line says already.
+    """
+    for text in [*misplaced, *warnings]:
         logger.warning(f"Phased experts: {text}")
     _show(warnings or ["every key of the LoRAs has its place"], warning=bool(warnings))
 

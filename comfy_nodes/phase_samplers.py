@@ -20,7 +20,7 @@ def sampler_of_phases(plan: PhasePlan, text: str, usual: str) -> Any:
 
     Args:
         plan: The plan.
-        text: Names of samplers with commas between, one for each phase; empty for the usual one.
+        text: Names of samplers with commas between, one for each phase or one for all; empty for the usual one.
         usual: The name of the sampler for all phases.
 
     Returns:
@@ -34,6 +34,8 @@ def sampler_of_phases(plan: PhasePlan, text: str, usual: str) -> Any:
         return comfy.samplers.sampler_object(usual)
     names = [name.strip() for name in text.replace("\uff0c", ",").split(",")]
     phases = [phase.name for phase in plan.phases]
+    if len(names) == 1:
+        names *= len(phases)
     known = [name for name in comfy.samplers.SAMPLER_NAMES if name not in _NOT_IN_PARTS]
     unknown = [name for name in names if name not in known]
     if len(names) != len(phases) or unknown:

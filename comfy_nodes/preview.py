@@ -54,7 +54,7 @@ def preview(asked: Mapping[str, Any]) -> dict[str, Any]:
         run = Run.of(plan) if given is None else run_of(plan, int(given["steps"]), float(given["denoise"]))
         text = report(plan, run.sigmas, advice(plan, run.sigmas), cfgs)
         return {**timeline(plan, cfgs, run, strengths), "text": said(text)}
-    return timeline(plan, cfgs, strengths=strengths)
+    return timeline(plan, cfgs, strengths=strengths, note=known.note)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class _Known:
     cfgs: Sequence[Cfg] | None = None
     strengths: Sequence[float | None] | None = None
     guidance: float | None = None
+    note: str | None = None
 
 
 def _experts_of(asked: Mapping[str, Any]) -> _Known:
@@ -88,7 +89,8 @@ def _experts_of(asked: Mapping[str, Any]) -> _Known:
             return _Known(plan, read_cfgs(inputs["cfg"], plan))
         parts = ExpertsFromLoRAs.parts(plan, inputs["cfg"], inputs.get("strengths", ""), inputs)
         loras = [inputs[f"lora_{k + 1}"] != NO_LORA for k in parts.phases]
-        return _Known(parts.plan, parts.cfgs, _where(loras, parts.strengths))
+        note = next(iter(ExpertsFromLoRAs.misplaced(plan, inputs)), None)
+        return _Known(parts.plan, parts.cfgs, _where(loras, parts.strengths), note=note)
     for socket in ("plan", "model"):
         if socket in sources and sources[socket]["node"] in _CARRY:
             return _experts_of(sources[socket])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..pdmd_core.boundary_plan import BoundaryPlan
 from ..pdmd_core.noise_level import unshift_sigma
-from ..pdmd_core.phases import MAX_STEPS, PhasePlan
+from ..pdmd_core.phases import MAX_STEPS, PhasePlan, PhasePlanError
 from ..pdmd_core.sampling import TRAINED_TOLERANCE, sampling_sigmas
 from .errors import NodeError
 
@@ -68,14 +68,18 @@ def run_of(plan: PhasePlan, steps: int, denoise: float) -> Run:
         The run.
 
     Raises:
-        NodeError: If these are fewer steps than the plan's.
+        NodeError: If these are fewer steps than the plan's, or more than fit between them.
     """
     if steps and not isinstance(plan, BoundaryPlan) and steps < len(plan.sigmas):
         raise NodeError(
             f"steps are at least the {len(plan.sigmas)} that the experts were trained for, or 0: found {steps}"
         )
-    whole = sampling_sigmas(plan, steps or None)
-    sigmas = sampling_sigmas(plan, steps or None, denoise)
+    try:
+        whole, sigmas = sampling_sigmas(plan, steps or None), sampling_sigmas(plan, steps or None, denoise)
+    except PhasePlanError:
+        if not steps or not 0 <= denoise <= 1:
+            raise
+        raise NodeError(f"{steps} steps do not fit between the trained ones: take fewer, or 0") from None
     more = len(whole) - 1
     while sigmas and more < MAX_STEPS and abs(start_of(plan, sigmas[0]) - denoise) > NEAR + 1e-9:
         more += 1

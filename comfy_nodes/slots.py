@@ -25,23 +25,23 @@ def slot_warnings(plan: PhasePlan, files: Sequence[str | None], metadata: Sequen
         Sentences, what to do first. Experts of this project carry the plan that they were distilled for; of other
         files only a name with "low" before one with "high" tells.
     """
+    own = [_sigmas(carried) for carried in metadata]
+    places = [[n + 1 for n, phase in enumerate(plan.phases) if each and _same(each, phase.sigmas)] for each in own]
+    wrong = [k for k, each in enumerate(own, start=1) if each and k not in places[k - 1]]
+    if len(wrong) == 2 and places[wrong[0] - 1] == wrong[1:] and places[wrong[1] - 1] == wrong[:1]:
+        return [f"exchange lora_{wrong[0]} and lora_{wrong[1]}: each was distilled for the phase of the other"]
     warnings = []
-    for k, (file, carried) in enumerate(zip(files, metadata, strict=True)):
-        own = _sigmas(carried)
-        if file is None or own is None or _same(own, plan.phases[k].sigmas):
-            continue
-        fits = [n for n, phase in enumerate(plan.phases) if _same(own, phase.sigmas)]
-        sigmas = ", ".join(f"{sigma:.4g}" for sigma in own)
-        if fits:
-            warnings.append(
-                f"put {file} into lora_{fits[0] + 1}: it was distilled for the sigmas {sigmas} of that phase"
-            )
+    for k in wrong:
+        sigmas = f"it was distilled for the sigmas {', '.join(f'{sigma:.4g}' for sigma in own[k - 1] or ())}"
+        if places[k - 1]:
+            warnings.append(f"move lora_{k} to lora_{places[k - 1][0]}: {sigmas}")
         else:
-            warnings.append(f"connect the plan of {file}: it was distilled for the sigmas {sigmas}, which no phase has")
+            warnings.append(f"connect the plan of lora_{k}: {sigmas}")
     ends = [_end(file) if file is not None else None for file in files]
-    if not warnings and "low" in ends and "high" in ends[ends.index("low") :]:
-        low, high = ends.index("low"), ends.index("high", ends.index("low"))
-        warnings.append(f"exchange {files[low]} and {files[high]}, by their names: high noise comes first")
+    if not wrong and "low" in ends and "high" in ends[ends.index("low") :]:
+        low = ends.index("low")
+        high = ends.index("high", low)
+        warnings.append(f"exchange lora_{low + 1} and lora_{high + 1}: high noise comes first, say their names")
     return warnings
 
 

@@ -95,6 +95,10 @@ export function draw(plan, words, moved) {
   const look = { fill: plan.note ? WARNING : FAINT, class: "summary", "text-anchor": "start" };
   const summary = label(line, 0, WIDTH - 2 * EDGE, 84, look);
   summary.setAttribute("x", EDGE);
+  if (plan.note) {
+    summary.setAttribute("pointer-events", "auto");
+    summary.append(element("title", {}, plan.note));
+  }
   svg.append(summary);
   if (moved) addHandles(svg, plan, x, width, moved, words);
   return svg;

@@ -43,3 +43,11 @@ def test_nothing_is_sampled_without_denoise_and_any_boundary_plan_is_fine(part, 
     boundary = importlib.import_module(type(plan).__module__.replace("phases", "boundary_plan")).BoundaryPlan
     run = part("runs").run_of(boundary.at([0.875], 20, [5.0]), 0, 0.3)
     assert run.start == pytest.approx(0.3) and len(run.sigmas) == 7
+
+
+def test_steps_that_cannot_be_say_what_to_do(part, plan) -> None:
+    for steps, message in ((2, "at least the 4 that the experts were trained for"), (400, "take fewer, or 0")):
+        with pytest.raises(part("errors").NodeError, match=message):
+            part("runs").run_of(plan, steps, 1.0)
+    with pytest.raises(ValueError, match="denoise is a number"):
+        part("runs").run_of(plan, 8, 2.0)

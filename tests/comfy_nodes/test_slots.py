@@ -27,12 +27,12 @@ def warned(part):
 
 def test_experts_of_this_project_say_where_they_belong(warned) -> None:
     assert warned(["high_noise", "low_noise"]) == warned([None, "low_noise"]) == []
-    assert warned(["low_noise", "high_noise"]) == [
-        "put low_noise into lora_2: it was distilled for the sigmas 0.8333, 0.625 of that phase",
-        "put high_noise into lora_1: it was distilled for the sigmas 1, 0.9375 of that phase",
-    ]
-    (first, _) = warned(["high_noise", "low_noise"], shift=3.0)
-    assert first == "connect the plan of high_noise: it was distilled for the sigmas 1, 0.9375, which no phase has"
+    exchanged = "exchange lora_1 and lora_2: each was distilled for the phase of the other"
+    assert warned(["low_noise", "high_noise"]) == [exchanged]
+    moved = "move lora_1 to lora_2: it was distilled for the sigmas 0.8333, 0.625"
+    assert warned(["low_noise", None]) == warned(["low_noise", "low_noise"]) == [moved]
+    other = "connect the plan of lora_1: it was distilled for the sigmas 1, 0.9375"
+    assert warned(["high_noise", None], shift=3.0) == [other]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,4 @@ def test_experts_of_this_project_say_where_they_belong(warned) -> None:
     ],
 )
 def test_other_files_are_known_by_their_names_alone(warned, files: list[str | None], exchanged: bool) -> None:
-    found = warned(files)
-    assert found == (
-        [f"exchange {files[0]} and {files[1]}, by their names: high noise comes first"] if exchanged else []
-    )
+    assert warned(files) == (["exchange lora_1 and lora_2: high noise comes first, say their names"] * exchanged)
