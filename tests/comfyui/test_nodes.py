@@ -141,7 +141,7 @@ def test_the_phased_sampler_equals_sampler_custom_advanced(pack, models, fails) 
             for node, more in (("PhasedDMDSampler", {}), ("KSampler", {"scheduler": "simple"}))
         ]
         assert torch.equal(*both)
-    fails("at least the 4 steps of the plan", "PhasedDMDSampler", model=model, **{**inputs, "steps": 2})
+    fails("at least the 4 that the experts were trained for", "PhasedDMDSampler", model=model, **{**inputs, "steps": 2})
 
 
 def test_a_sampler_for_each_phase(pack, models, fails) -> None:
@@ -166,7 +166,14 @@ def test_a_sampler_for_each_phase(pack, models, fails) -> None:
     (usual,) = pack.call("PhasedDMDSampler", **inputs)
     assert torch.equal(usual["samples"], outputs[1])
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
-    fails("samplers are one name for each of high_noise, low_noise", "PhasedDMDSampler", samplers="heun", **inputs)
+    fails(
+        "samplers are one name for each of high_noise, low_noise",
+        "PhasedDMDSampler",
+        samplers="heun, euler, heun",
+        **inputs,
+    )
+    (one,), (two,) = (pack.call("PhasedDMDSampler", samplers=each, **inputs) for each in ("heun", "heun\uff0cheun"))
+    assert torch.equal(one["samples"], two["samples"])
     fails("found 'best'", "PhasedDMDSampler", samplers="heun, best", **inputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,23 @@ def test_lora_slots_that_do_not_fit_the_plan(pack, models, lora_files, fails) ->
     fails("no LoRA is chosen for any phase", "PhasedDMDExpertsLoRA", **common, **NO_LORAS)
     extra = {**NO_LORAS, "lora_1": lora_files[0], "lora_3": lora_files[1]}
     fails("lora_3 would never run", "PhasedDMDExpertsLoRA", **common, **extra)
+
+
+def test_experts_of_the_other_phase_are_named_before_a_run_and_in_the_report(
+    pack, models, experts_folders, base: Path
+) -> None:
+    for phase in TWO.phases:
+        shutil.copy(
+            experts_folders["lora"] / f"{phase.name}.safetensors", base / f"models/loras/own_{phase.name}.safetensors"
+        )
+    exchanged = {**NO_LORAS, "lora_1": "own_low_noise.safetensors", "lora_2": "own_high_noise.safetensors"}
+    node, plan = pack.module("comfy_nodes.expert_nodes").ExpertsFromLoRAs, plan_of(pack)
+    said = "exchange lora_1 and lora_2: each was distilled for the phase of the other"
+    assert node.misplaced(plan, exchanged) == [said]
+    assert node.misplaced(plan, {**NO_LORAS, "lora_1": "own_high_noise.safetensors", "lora_2": "gone"}) == []
+    common = {"model": models.wan(), "plan": plan, "cfg": "", "set_shift": True}
+    (model,) = pack.call("PhasedDMDExpertsLoRA", **common, **exchanged)
+    assert pack.call("PhasedDMDPlanReport", model=model, sigmas=sigmas_of(TWO))[1].startswith(f"Warning: {said}")
 
 
 @pytest.fixture(scope="module")
