@@ -23,7 +23,7 @@ def test_the_report_has_each_plan_at_each_shift_in_more_steps(tmp_path: Path, mo
     monkeypatch.setattr(plans, "make_board", lambda teacher, work_dir: board)
     page = tmp_path / "plans.md"
     command = ["--teachers", "ring_5", "--plans", "2x1", "2_6", "--seeds", "2", "--output", str(page)]
-    plans.main(command)
+    plans.main([*command, "--work_dir", str(tmp_path), "--stages", "train", "report"])
     tables = page.read_text("utf-8").split("## ")[1:]
     assert [table.splitlines()[0] for table in tables] == [
         "ring of falling weights, shift 5",
@@ -37,7 +37,7 @@ def test_the_report_has_each_plan_at_each_shift_in_more_steps(tmp_path: Path, mo
         method = plans.at_shift(board, plans.PLANS["2x1"], shift)
         assert board.settings.plan(method).shift == pytest.approx(shift)
     monkeypatch.setattr(board, "measure", None)
-    plans.main([*command, "--stages", "train"])
+    plans.main([*command, "--work_dir", str(tmp_path), "--stages", "train"])
 
 
 def test_on_pictures_more_steps_are_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,9 +45,15 @@ def test_on_pictures_more_steps_are_rows_of_their_own(tmp_path: Path, monkeypatc
 
     def row(run: object, steps: int) -> Row:
         asked.append(steps)
-        return Row("pictures", "m", 0, steps, 1.0 / steps, 0.0, None, 1e-3, 1, 1.0 / steps)
+        return Row("pictures", "m", 0, steps, 1.0 / steps, 0.0, None, 1e-3, 1, 1.0 / steps, {"agreement": 1.0})
 
     monkeypatch.setattr(board.study, "row", row)
+    monkeypatch.setattr(board.study, "reference_row", lambda name, seed: row(None, int(name[8:])))
+    assert plans.refined_experts(board.study) == []
+    monkeypatch.setattr(board.study, "has_reference", lambda name, seed: seed == 0)
+    *_, table, _ = plans.refined_experts(board.study)
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["0.2500", "0.1667", "0.1250", "0.0625"]
+    asked.clear()
     (run,) = board.runs(Method("2x1", "2 x 1", (1, 1)), [1e-3], [0])
     board.refine(run)
     assert asked == [4, 6, 8, 16]

@@ -58,4 +58,4 @@ class EmbeddedBoard(Board):
         """Rows of the teacher, and of the experts where they teach."""
         names = [name for name in self.study.references if name != "data"]
         taught = any(self.reported(method) for method in VARIANTS.values() if method.of_experts)
-        return [self.study.reference_row(name, 0) for name in [*names, *(["experts"] if taught else [])]]
+        return [self.study.reference_row(name, 0) for name in [*names, *(["experts_4"] if taught else [])]]

@@ -217,12 +217,12 @@ class EmbeddedStudy:
             roles.load_state_dict(phase.name, own)
         return self._sampled(roles, plan if refined is None else plan.refined(refined), pairs)
 
-    def shipped_samples(self, pairs: list[tuple[int, int]]) -> Tensor:
-        """Pixels of the shipped experts."""
+    def shipped_samples(self, pairs: list[tuple[int, int]], steps: int) -> Tensor:
+        """Pixels of the shipped experts, in their four steps or in more."""
         experts = PhasedExperts.open(MODELS / "experts")
         networks = {"transformer": copy.deepcopy(self.sampler.pipeline.transformer)}
         roles = roles_from_experts(experts, networks, self.sampler.family, TeacherRouting())
-        return self._sampled(roles, experts.manifest.plan, pairs)
+        return self._sampled(roles, experts.manifest.plan.refined(steps), pairs)
 
     def _sampled(self, roles: Roles, plan: PhasePlan, pairs: list[tuple[int, int]]) -> Tensor:
         latents = []
@@ -299,6 +299,10 @@ class EmbeddedStudy:
             write_row(path, self._row(run.method.key, run.seed, steps, measured, run.lr, run.updates, extra))
         return read_row(path)
 
+    def has_reference(self, name: str, seed: int) -> bool:
+        """Whether what needs no training was measured."""
+        return self._row_path(f"{name}-seed-{seed}").exists()
+
     def reference_row(self, name: str, seed: int) -> Row:
         """Measure what needs no training, or read what is there."""
         path = self._row_path(f"{name}-seed-{seed}")
@@ -306,8 +310,9 @@ class EmbeddedStudy:
             evaluations = 0
             if name == "data":
                 pixels = self.data_samples(seed)
-            elif name == "experts":
-                evaluations, pixels = 4, self.shipped_samples(self.pairs(_noise_seed(seed)))
+            elif name.startswith("experts_"):
+                evaluations = int(name.removeprefix("experts_"))
+                pixels = self.shipped_samples(self.pairs(_noise_seed(seed)), evaluations)
             else:
                 steps = int(name.removeprefix("teacher_"))
                 evaluations = steps * (1 if self.settings.guidance_scale == 1 else 2)
