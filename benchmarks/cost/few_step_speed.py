@@ -2,10 +2,11 @@
 
 One pipeline class, one random Wan network of 100 million parameters and experts of its size; the base walks 40 steps
 with guidance (two forwards a step, 80 in all), the experts 4 without (4 forwards). Each repetition times in turn a call
-of the base, of full experts and of LoRA experts (not fused, so their low-rank products are extra work). A call is given
-text features and noise and returns latents: it is the denoising loop, without text encoding and decoding, which do not
-depend on the number of steps. Writes docs/benchmarks/few_step_speed.json and .md: medians and quartiles of times, and
-of the speed-up in the same repetition.
+of the base, of full experts, of LoRA experts as adapters (their low-rank products are extra work) and of LoRA experts
+that are merged as they take their turns. A call is given text features and noise and returns latents: it is the
+denoising loop with every switch and restoration, without text encoding and decoding, which do not depend on the number
+of steps. Writes docs/benchmarks/few_step_speed.json and .md: what is resident, medians and quartiles of times (on a CPU
+those of the processor, which other programs do not change), and of the speed-up in the same repetition.
 """
 
 from __future__ import annotations
@@ -25,15 +26,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks.cost.random_wan import PLAN, finished, inputs, machine, pipeline, spread, write_random_experts
+from pdmd_core.experts.lora.changes import LowRank
 from pdmd_core.pipelines import attach_experts
+from pdmd_core.pipelines.merging import Merge, MergedExperts
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, FULL = "base, 40 steps with guidance", "full experts, 4 steps"
-EXPERTS = {
-    FULL: ("full", 0),
-    "LoRA experts of rank 16, 4 steps": ("lora", 16),
-    "LoRA experts of rank 64, 4 steps": ("lora", 64),
+EXPERTS: dict[str, tuple[str, int, Merge]] = {
+    FULL: ("full", 0, False),
+    "LoRA experts of rank 16, 4 steps": ("lora", 16, False),
+    "LoRA experts of rank 64, 4 steps": ("lora", 64, False),
+    "LoRA experts of rank 64, merged in place, 4 steps": ("lora", 64, True),
+    "LoRA experts of rank 64, merged into copies, 4 steps": ("lora", 64, "copies"),
 }
+
+
+def resident(pipe: Any) -> tuple[int, int]:
+    """Bytes of weights on the device, and of what merging keeps in host memory."""
+    attachment = getattr(pipe, "phased", None)
+    networks = (attachment and attachment.networks) or [pipe.transformer]
+    held = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+    host = 0
+    for switch in attachment.switches.values() if attachment else ():
+        turns = switch.differences
+        if isinstance(turns, MergedExperts):
+            held += sum(value.nbytes for values in turns.of_phase.values() for value in values.values())
+            host += 0 if turns.copies else sum(value.nbytes for value in turns.base.values())
+            changes = [c for phase in turns.changes.values() for found in phase.values() for c in found]
+            host += sum(c.down.nbytes + c.up.nbytes for c in changes if isinstance(c, LowRank))
+    return held, host
 
 
 def main() -> None:
@@ -48,11 +69,12 @@ def main() -> None:
     pipes: dict[str, tuple[Any, dict[str, Any]]] = {
         BASE: (pipeline(arguments.layers, device), {"num_inference_steps": 40, "guidance_scale": 5.0})
     }
-    for name, (kind, rank) in EXPERTS.items():
+    for name, (kind, rank, merge) in EXPERTS.items():
         pipe = pipeline(arguments.layers, device)
         with tempfile.TemporaryDirectory() as folder:
-            attach_experts(pipe, write_random_experts(Path(folder), pipe.transformer, kind, rank))
+            attach_experts(pipe, write_random_experts(Path(folder), pipe.transformer, kind, rank), merge=merge)
         pipes[name] = (pipe, {})  # steps and guidance of the experts are the default
+    clock = time.process_time if device == "cpu" else time.perf_counter
     forwards, seconds = dict.fromkeys(pipes, 0), {name: list[float]() for name in pipes}
     for name, (pipe, _) in pipes.items():
         for network in pipe.phased.networks if name == FULL else [pipe.transformer]:
@@ -66,17 +88,22 @@ def main() -> None:
         for name, (pipe, how) in pipes.items():
             more = {"num_inference_steps": 2} if name == BASE and not repetition else {}
             finished(device)
-            start = time.perf_counter()
+            start = clock()
             pipe(**inputs(side, device, repetition), **call, **{**how, **more})
             finished(device)
             if repetition:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
                 print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
             else:
                 forwards[name] = 0
+    held = {name: resident(pipe) for name, (pipe, _) in pipes.items()}
+    whole = held[BASE][0]
     rows = [
         {
             "what": name,
+            "device": device,
+            "on_device": held[name][0] / whole,
+            "in_host_memory": held[name][1] / whole,
             "forwards": forwards[name] // arguments.repetitions,
             "seconds": spread(seconds[name]),
             "times_faster": spread([base / own for base, own in zip(seconds[BASE], seconds[name], strict=True)]),
@@ -86,18 +113,21 @@ def main() -> None:
     parameters = sum(p.numel() for p in pipes[BASE][0].transformer.parameters())
     lines = [
         f"{parameters / 1e6:.0f} million parameters, latents of {side} x {side}, {arguments.repetitions} repetitions, "
-        f"{len(PLAN)} experts; {machine(device)}. The denoising loop, without text encoding and decoding. Medians, "
-        "quartiles in brackets. Written by `python benchmarks/cost/few_step_speed.py`.",
+        f"{len(PLAN)} experts; {machine(device)}. The denoising loop, without text encoding and decoding. Seconds are "
+        f"{'those of the processor' if device == 'cpu' else 'of the clock'}; medians, quartiles in brackets. Resident "
+        "are weights on the device, and what is kept in host memory beside them, in units of the base. Written by "
+        "`python benchmarks/cost/few_step_speed.py`.",
         "",
-        "| | forwards | seconds | times faster |",
-        "| --- | ---: | ---: | ---: |",
+        "| | device | resident | in host memory | forwards | seconds | times faster |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         cells = [
             f"{v['median']:.2f} ({v['quartile_1']:.2f} to {v['quartile_3']:.2f})"
             for v in (row["seconds"], row["times_faster"])
         ]
-        lines.append(f"| {row['what']} | {row['forwards']} | {' | '.join(cells)} |")
+        kept = f"{row['device']} | {row['on_device']:.2f} | {row['in_host_memory']:.2f}"
+        lines.append(f"| {row['what']} | {kept} | {row['forwards']} | {' | '.join(cells)} |")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"parameters": parameters, "machine": machine(device), "side": side, "rows": rows}
     arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -15,6 +15,7 @@ from ..experts.format.files import RELEASED
 from ..experts.lora.changes import Change, LowRank, sum_of
 from ..families import FAMILIES, family
 from .differences import Differences, weight_shapes
+from .merging import Merge, MergedExperts
 from .networks import COMPONENT, network_of
 from .other_loras import load_unknown
 from .routing import AdapterSwitch, Route
@@ -25,13 +26,16 @@ PREFIX = "phased_"
 """The start of the names of the experts' adapters, which are called ``phased_<phase name>``."""
 
 
-def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route) -> dict[str, AdapterSwitch]:
+def load_adapters(
+    pipe: DiffusionPipeline, experts: PhasedExperts, route: Route, merge: Merge = False
+) -> dict[str, AdapterSwitch]:
     """Load one adapter for each phase, and make what switches them on each component.
 
     Args:
         pipe: The pipeline; its networks get the adapters.
         experts: LoRA experts.
         route: Says which phase is current.
+        merge: Whether experts are merged into the weights as they take their turns, instead of adapters.
 
     Returns:
         The switch of each component that has experts, by the component's name.
@@ -48,13 +52,23 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
         _check_usable(network)
     active = {name: _active_adapters(network) for name, network in networks.items()}
     adapters: dict[str, dict[int, str | None]] = {name: {} for name in networks}
-    differences = {name: Differences(network) for name, network in networks.items()}
+    differences = {
+        name: MergedExperts(network, merge == "copies") if merge else Differences(network)
+        for name, network in networks.items()
+    }
     try:
         for k, expert in enumerate(experts.manifest.experts):
             network, adapter = networks[expert.component], PREFIX + expert.name
-            load = _load_known if experts.manifest.base.family in FAMILIES else load_unknown
-            changes = load(pipe, network, experts, expert, adapter)
-            differences[expert.component].add(k, changes, expert.file)
+            turns = differences[expert.component]
+            if experts.manifest.base.family not in FAMILIES:
+                changes = load_unknown(pipe, network, experts, expert, adapter)
+            elif merge:
+                changes = _known_changes(network, experts, expert)
+            else:
+                changes = _load_known(pipe, network, experts, expert, adapter)
+            turns.add(k, changes, expert.file)
+            if isinstance(turns, MergedExperts):
+                turns.add_adapter(k, adapter, expert.file)
             held = any(adapter in layer._all_available_adapter_names() for layer in _tuner_layers(network).values())
             adapters[expert.component][k] = adapter if held else None
     except Exception as error:
@@ -67,6 +81,9 @@ def load_adapters(pipe: DiffusionPipeline, experts: PhasedExperts, route: Route)
             f"{experts.folder}: these experts do not fit the pipeline: {' '.join(str(error).split())[:300]}"
         ) from None
     for name, network in networks.items():
+        if merge:
+            remove_adapters(network)
+            adapters[name] = dict.fromkeys(adapters[name])
         first = adapters[name][min(adapters[name])]
         _activate(network, [*active[name], *([] if first is None else [first])])
     return {
@@ -78,15 +95,9 @@ def _load_known(
     pipe: DiffusionPipeline, network: Any, experts: PhasedExperts, expert: Expert, adapter: str
 ) -> dict[str, list[Change]]:
     """Load the products of a LoRA file of a known family as an adapter; returns the other changes of weights."""
-    kind = type(network).__name__
-    file = experts.lora_changes(expert.name).fitted(weight_shapes(network), kind)
-    if text := file.warning(kind):
-        if RELEASED not in experts.manifest.training:
-            raise ExpertsError(f"{text}; these experts were distilled from another base")
-        logger.warning(text)
     state: dict[str, Tensor] = {}
     others: dict[str, list[Change]] = {}
-    for name, changes in file.weights.items():
+    for name, changes in _known_changes(network, experts, expert).items():
         products = [change for change in changes if isinstance(change, LowRank)]
         if len(products) < len(changes):
             others[name] = [change for change in changes if not isinstance(change, LowRank)]
@@ -107,6 +118,17 @@ def _load_known(
         if adapter in layer._all_available_adapter_names():  # whatever the loader makes of ranks that differ
             layer.lora_alpha[adapter], layer.scaling[adapter] = layer.r[adapter], 1.0
     return others
+
+
+def _known_changes(network: Any, experts: PhasedExperts, expert: Expert) -> Mapping[str, list[Change]]:
+    """All changes of weights in a LoRA file of a known family; what has no place is named."""
+    kind = type(network).__name__
+    file = experts.lora_changes(expert.name).fitted(weight_shapes(network), kind)
+    if text := file.warning(kind):
+        if RELEASED not in experts.manifest.training:
+            raise ExpertsError(f"{text}; these experts were distilled from another base")
+        logger.warning(text)
+    return file.weights
 
 
 def _check_usable(network: Any) -> None:
@@ -147,7 +169,8 @@ def remove_adapters(network: Any) -> None:
         network: A network on which ``load_adapters`` has put experts.
     """
     active = [name for name in _active_adapters(network) if not name.startswith(PREFIX)]
-    network.delete_adapters([name for name in getattr(network, "peft_config", {}) if name.startswith(PREFIX)])
+    if own := [name for name in getattr(network, "peft_config", {}) if name.startswith(PREFIX)]:
+        network.delete_adapters(own)
     for name, layer in _tuner_layers(network).items():
         if not layer._all_available_adapter_names():
             parent, _, child = name.rpartition(".")

@@ -19,6 +19,7 @@ from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import load_adapters, remove_adapters
 from .guidance import guiders_of
+from .merging import Merge
 from .networks import (
     COMPONENT,
     component_names,
@@ -44,6 +45,7 @@ def attach_experts(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
+    merge: Merge = False,
 ) -> PhasedPipeline:
     """Make a pipeline sample with phased experts.
 
@@ -60,6 +62,9 @@ def attach_experts(
         cache_dir: Where downloads are kept; None is the Hub client's own cache.
         local_files_only: Whether only the cache is used, as with HF_HUB_OFFLINE=1.
         subfolder: The folder in which the experts lie, below the one or the repository that is given.
+        merge: Whether LoRA experts are merged into the network's weights as they take their turns, instead of computed
+            beside them: True in place, "copies" with weights of every phase that stay on the device. After each call
+            the weights are those of the base, bit for bit. Full experts are as they are.
 
     Returns:
         The same pipeline.
@@ -78,11 +83,15 @@ def attach_experts(
     """
     if isinstance(getattr(pipe, "phased", None), Attachment):
         raise ExpertsError("this pipeline already has phased experts: call detach_experts first")
+    if merge not in (False, True, "copies"):
+        raise ExpertsError(f"merge= is True, False or 'copies', found {merge!r}")
     if isinstance(experts, DiffusionPipeline):
+        if merge:
+            raise ExpertsError("merge= is decided where experts are loaded: leave it out when they are shared")
         return _share(pipe, experts)
     if not isinstance(experts, PhasedExperts):
         experts = PhasedExperts.from_pretrained(experts, revision, cache_dir, token, local_files_only, subfolder)
-    return attach_opened(pipe, experts)
+    return attach_opened(pipe, experts, merge=merge)
 
 
 def detach_experts(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -131,6 +140,7 @@ def attach_opened(
     experts: PhasedExperts,
     loaded: Sequence[nn.Module] | None = None,
     scheduler: PhasedDMDScheduler | None = None,
+    merge: Merge = False,
 ) -> PhasedPipeline:
     """Attach opened experts.
 
@@ -139,6 +149,7 @@ def attach_opened(
         experts: The experts.
         loaded: Full experts that the pipeline was loaded with in the base's place.
         scheduler: A scheduler that walks the experts' plan; None takes the pipeline's own where it does, or a new one.
+        merge: Whether LoRA experts are merged, as ``attach_experts`` says.
 
     Returns:
         The same pipeline.
@@ -151,9 +162,9 @@ def attach_opened(
     manifest = experts.manifest
     _check_fits(pipe, experts)
     scheduler = scheduler or _scheduler_of(pipe, manifest.plan)
-    attachment = Attachment(manifest.plan, manifest.guidance_scale, Route(scheduler), experts)
+    attachment = Attachment(manifest.plan, manifest.guidance_scale, Route(scheduler), experts, merge=merge)
     if kind_of(manifest) == "lora":
-        switches = load_adapters(pipe, experts, attachment.route)
+        switches = load_adapters(pipe, experts, attachment.route, merge)
         for component in switches:
             _warn_of_other_weights(pipe, component, manifest.base)
         if len(switches) == 1:  # adapters of one network take all noise on it: it stands first, whichever it was
@@ -201,14 +212,20 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> PhasedPipeline:
         own = [network_of(pipe, name) for name in component_names(2)]
         if not all(switch.network in own for switch in shared.switches.values()):
             assert shared.experts is not None  # LoRA experts come from a folder
-            return attach_opened(pipe, shared.experts)
+            return attach_opened(pipe, shared.experts, merge=shared.merge)
     elif type(network_of(pipe, COMPONENT)) is not type(shared.networks[0]):
         raise ExpertsError(
             f"the experts to share are of a {type(shared.networks[0]).__name__}, the pipeline has a "
             f"{type(network_of(pipe, COMPONENT)).__name__}"
         )
     attachment = Attachment(
-        shared.plan, shared.guidance_scale, shared.route, shared.experts, shared.networks, shared.switches
+        shared.plan,
+        shared.guidance_scale,
+        shared.route,
+        shared.experts,
+        shared.networks,
+        shared.switches,
+        merge=shared.merge,
     )
     scheduler = _scheduler_of(pipe, shared.plan)
     if scheduler is owner.scheduler:  # as from_pipe has it; two calls at a time need one each

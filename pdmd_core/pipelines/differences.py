@@ -91,3 +91,6 @@ class Differences:
         for name, value in self.base.items():
             weights[name].data.copy_(own.get(name, value))
         self.phase = phase
+
+    def rest(self) -> None:
+        """End a call of a pipeline; these few weights keep the values of its last phase until the next one."""

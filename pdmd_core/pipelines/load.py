@@ -14,6 +14,7 @@ from ..experts.convert.released import UNKNOWN
 from ..experts.format.files import GUIDANCE, SCHEDULER_ENTRY
 from ..scheduler import PhasedDMDScheduler
 from .attach import attach_opened, kind_of
+from .merging import Merge
 from .networks import (
     COMPONENT,
     class_of,
@@ -36,6 +37,7 @@ def load_phased_pipeline(
     experts: str | Path | PhasedExperts,
     base: str | Path | None = None,
     experts_revision: str | None = None,
+    merge: Merge = False,
     **kwargs: Any,
 ) -> PhasedPipeline:
     """Load a pipeline that samples with phased experts.
@@ -47,6 +49,8 @@ def load_phased_pipeline(
             experts.
         base: The model folder or Hub id of the base; None takes the one that the manifest names.
         experts_revision: A branch, tag or commit of experts on the Hub.
+        merge: Whether LoRA experts are merged into the base's weights as they take their turns, as ``attach_experts``
+            says.
         **kwargs: Arguments of ``DiffusionPipeline.from_pretrained`` for the base, such as ``dtype``, ``device_map``,
             ``variant`` and its ``revision``. ``token``, ``cache_dir`` and ``local_files_only`` serve for the experts
             too.
@@ -63,8 +67,10 @@ def load_phased_pipeline(
         >>> pipe("a panda on a blue background", output_type="np", **call).frames.shape
         (1, 1, 32, 32, 3)
     """
+    if merge not in (False, True, "copies"):
+        raise ExpertsError(f"merge= is True, False or 'copies', found {merge!r}")
     if isinstance(experts, PhasedExperts):
-        return _load(experts, base, PhasedDMDScheduler.from_plan(experts.manifest.plan), **kwargs)
+        return _load(experts, base, PhasedDMDScheduler.from_plan(experts.manifest.plan), merge, **kwargs)
     source, hub = str(experts), {name: kwargs[name] for name in _EXPERTS_ARGUMENTS if name in kwargs}
     at = {} if experts_revision is None else {"revision": experts_revision}
     if Path(source, "model_index.json").is_file() and not Path(source, MANIFEST_NAME).is_file():
@@ -76,15 +82,15 @@ def load_phased_pipeline(
             raise
         return _load_stock(source, **(kwargs | at))
     if not _is_saved(source, hub | at):
-        return load_phased_pipeline(opened, base, **kwargs)
+        return load_phased_pipeline(opened, base, merge=merge, **kwargs)
     if base is None:
         base, kwargs = source, kwargs | at
     saved = _switched(PhasedDMDScheduler.from_pretrained(opened.folder, subfolder="scheduler"))
-    return _load(opened, base, saved, **kwargs)
+    return _load(opened, base, saved, merge, **kwargs)
 
 
 def _load(
-    experts: PhasedExperts, base: str | Path | None, walks_plan: PhasedDMDScheduler, **kwargs: Any
+    experts: PhasedExperts, base: str | Path | None, walks_plan: PhasedDMDScheduler, merge: Merge, **kwargs: Any
 ) -> PhasedPipeline:
     manifest, kind = experts.manifest, DiffusionPipeline
     if base is None and manifest.base.model == UNKNOWN:
@@ -127,7 +133,7 @@ def _load(
         raise no_base(source, error) from None
     if dropped := [name for name, value in given.items() if getattr(pipe, name, None) is not value]:
         raise ExpertsError(f"a {type(pipe).__name__} from {source!r} does not take {', '.join(dropped)}= as given")
-    return attach_opened(pipe, experts, networks, scheduler)
+    return attach_opened(pipe, experts, networks, scheduler, merge)
 
 
 def _checked(given: object, scheduler: PhasedDMDScheduler) -> PhasedDMDScheduler:

@@ -22,6 +22,7 @@ from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import without_adapters
 from .guidance import guidances_of
+from .merging import Merge
 from .networks import COMPONENT, component_names, network_of
 from .offload import check_disk_files, offload_groups
 from .routing import AdapterSwitch, Route
@@ -74,6 +75,8 @@ class Attachment:
     """Handles of the hooks on the networks; empty where the experts are shared from another pipeline."""
     original: Original | None = None
     """The pipeline before the experts; None for one that was loaded from a stock folder of full experts."""
+    merge: Merge = False
+    """Whether LoRA experts are merged into the weights as they take their turns."""
     running: bool = False
     """Whether the pipeline is inside a call, when ``pipe.transformer`` is the expert of the current phase."""
     settings: tuple[object, ...] | None = None
@@ -128,7 +131,7 @@ class Attachment:
             if network_of(pipe, name) is not network:
                 raise ExpertsError(f"pipe.{name} was replaced and is no phased expert: detach, replace, attach again")
         for name in ("attention_kwargs", "joint_attention_kwargs"):
-            if self.switches and (given.get(name) or {}).get("scale", 1.0) != 1.0:
+            if self.switches and not self.merge and (given.get(name) or {}).get("scale", 1.0) != 1.0:
                 raise ExpertsError(f"{name}={given[name]} scales the experts too: weigh your LoRA with set_adapters")
         check_disk_files(expected)
         if len(self.networks) > 1 and (now := settings_of(self.networks[0])) != self.settings:
@@ -197,6 +200,9 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
                     return base.__call__(self, *args, **kwargs)
             finally:
                 attachment.running = outer
+                if not outer:
+                    for switch in attachment.switches.values():
+                        switch.differences.rest()
 
     def maybe_free_model_hooks(self: Any) -> None:
         if "phased" in self.__dict__:

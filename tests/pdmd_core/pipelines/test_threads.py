@@ -18,7 +18,7 @@ from pdmd_core.pipelines import attach_experts
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.case import Case
 from tests.helpers.families.cases import CASES
-from tests.helpers.tiny_pipelines import KINDS, PLAN, euler, networks_of
+from tests.helpers.tiny_pipelines import KINDS, PLAN, euler, lora_experts, networks_of
 
 SAMPLES = 6
 """Of each thread."""
@@ -65,6 +65,16 @@ def test_every_sample_of_every_thread_is_that_of_a_call_alone(
     assert len({id(pipe.scheduler) for pipe in pipes}) == threads
     networks, noises = networks_of(case, folder), [case.noise(seed) for seed in range(threads)]
     expected = [euler(case, PLAN, networks, noise) for noise in noises]
+    for found, right in zip(together(case, pipes, noises), expected, strict=True):
+        assert all(torch.equal(sample, right) for sample in found)
+
+
+def test_merged_experts_take_turns_whole(tmp_path: Path) -> None:
+    case = CASES["wan"]
+    first = case.build()
+    attach_experts(first, lora_experts(tmp_path, first, PLAN), merge=True)
+    pipes, noises = [first, another(first)], [case.noise(1), case.noise(2)]
+    expected = [case.sample(first, latents=noise) for noise in noises]
     for found, right in zip(together(case, pipes, noises), expected, strict=True):
         assert all(torch.equal(sample, right) for sample in found)
 
