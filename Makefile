@@ -10,7 +10,7 @@ WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo check format test-fast test docs audit hooks test-long test-oldest test-comfyui test-comfyui-load test-matrix \
-	environment clean
+	gpu-wheels environment clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,15 @@ test-matrix: ## the nodes on older ComfyUI
 		PHASED_DMD_COMFYUI_VERSION=$$version $(PHASED_DMD_COMFYUI)/venv/bin/python -m pytest \
 			-c tests/comfyui/pytest.ini --rootdir . $$tests || exit 1; \
 	done
+
+# What benchmarks/gpu_check.py may miss on a machine with a GPU, Python 3.12 and torch but no network: 34 MiB
+GPU_WHEELS := diffusers transformers tokenizers peft accelerate huggingface_hub safetensors pydantic pydantic_core \
+	annotated-types typing-inspection pyyaml psutil tqdm filelock regex ftfy wcwidth importlib_metadata zipp httpx anyio httpcore \
+	h11 idna certifi packaging torchao
+gpu-wheels: environment ## wheels for benchmarks/gpu_check.py on a machine without a network, in build/gpu-wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 \
+		--abi abi3 --abi none --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --dest build/gpu-wheels \
+		-c constraints.txt $(GPU_WHEELS)
 
 environment: $(VENV)/.installed ## install all that developing needs into .venv
 

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partialmethod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,17 +23,21 @@ from torch import nn
 from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
 from training.distributed.sharding import mesh_of
 
-CASES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]
-"""Processes, and groups of samples."""
+CASES = [(1, 1, "none"), (2, 1, "none"), (2, 1, "regional"), (2, 2, "none"), (4, 1, "none"), (4, 2, "none")]
+"""Processes, groups of samples, and whether blocks are compiled, to graphs that run as they are."""
 BATCH, UPDATES = 8, 4
 
 
-def count(processes: int, groups: int) -> dict[str, object]:
+nn.Module.compile = partialmethod(nn.Module.compile, backend=os.environ.get("BACKEND", "eager"))
+
+
+def count(processes: int, groups: int, compiled: str) -> dict[str, object]:
     config = small_config(
         plan={"steps": [1, 1], "shift": 5.0},
         batch_size=BATCH,
         fake_updates=2,
         score_groups=groups,
+        compile=compiled,
         memory={"micro_batch_size": 1},
         parallel={"sharding": "fsdp"},
         objective={"guidance_scale": 3.0},
@@ -55,10 +60,11 @@ def count(processes: int, groups: int) -> dict[str, object]:
     values = [training.update().values for _ in range(UPDATES)]
     if processes > 1:
         dist.all_reduce(passes)
-    return {"processes": processes, "groups": groups, "passes": passes.tolist(), "values": values}
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == (compiled != "none")
+    return {"processes": processes, "groups": groups, "compiled": compiled, "passes": passes.tolist(), "values": values}
 
 
-def fork(processes: int, groups: int, rendezvous: str) -> None:
+def fork(processes: int, groups: int, compiled: str, rendezvous: str) -> None:
     children = []
     for rank in range(processes):
         child = os.fork()
@@ -67,7 +73,7 @@ def fork(processes: int, groups: int, rendezvous: str) -> None:
             os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
             if processes > 1:
                 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
-            found = count(processes, groups)
+            found = count(processes, groups, compiled)
             if rank == 0:
                 print(json.dumps(found), flush=True)
             os._exit(0)
@@ -78,5 +84,5 @@ def fork(processes: int, groups: int, rendezvous: str) -> None:
 
 
 with tempfile.TemporaryDirectory() as folder:
-    for processes, groups in CASES:
-        fork(processes, groups, f"{folder}/{processes}-{groups}")
+    for case in CASES:
+        fork(*case, f"{folder}/{'-'.join(map(str, case))}")

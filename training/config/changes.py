@@ -14,6 +14,7 @@ from training.config.schema import ConfigError, DistillConfig, with_defaults
 FREE = (
     "output_dir",
     "compile",
+    "attention",
     "max_bad_updates",
     "model.path",
     "model.revision",

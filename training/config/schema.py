@@ -24,6 +24,7 @@ from training.config.keys import fields_of, is_text, kind_of, takes_null
 from training.config.moved import MOVED, moved_keys, with_todays_keys
 from training.config.problems import in_quotes, leaves_of, lines_of
 from training.config.sections import (
+    Attention,
     CheckpointsSection,
     Count,
     DataSection,
@@ -83,6 +84,8 @@ class DistillConfig(Section):
     """Autocast of the forward passes."""
     compile: Literal["none", "regional"] = "none"
     """torch.compile each repeated block of the networks; the first updates take minutes then."""
+    attention: Attention = "native"
+    """What computes attention; native where it does not run backwards on the device, which is said at the start."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, prompts, noise and sigmas."""
     output_dir: Path = Path("runs/distill")
@@ -121,14 +124,12 @@ class DistillConfig(Section):
             raise ValueError("memory.offload_idle_network is for a fake on all networks: leave fake.components out")
         if memory.offload_idle_experts and sharding != "none":
             raise ValueError(f"memory.offload_idle_experts keeps experts whole: {whole}")
-        if self.compile != "none" and sharding != "none":
-            raise ValueError(
-                "compile is for networks that are whole: set parallel.sharding to none, or compile to none"
-            )
         if self.compile != "none" and context_parallel > 1:
             raise ValueError(
                 "compile is for samples that are whole: set parallel.context_parallel to 1, or compile to none"
             )
+        if self.attention != "native" and context_parallel > 1:
+            raise ValueError("attention of divided samples is native: leave attention or parallel.context_parallel out")
         for section, role in (("generator", self.generator), ("fake", self.fake)):
             if sharding != "none" and role.kind == "full" and role.optimizer != "adamw":
                 raise ValueError(f"{section}.optimizer: {role.optimizer} is for weights that are whole: use adamw")

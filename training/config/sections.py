@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=1)]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 """Those that accelerate knows."""
+Attention = Literal["native", "cudnn", "flash"]
 
 
 class Section(BaseModel):

@@ -29,9 +29,9 @@ from training.config.schema import ConfigError, DistillConfig
 from training.data.buckets import Bucket
 from training.data.teacher import networks_of
 from training.data.training_data import buckets_of, latent_shapes
+from training.loop.attention import NORMS, as_attention_computes
 
 _TEXT = "encoder_hidden_states"
-_NORMS = {"norm_q", "norm_k", "norm_added_q", "norm_added_k"}
 
 
 def check_context_parallel(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPipeline) -> None:
@@ -85,17 +85,11 @@ def divide_samples(networks: Iterable[Any], degree: int, device: torch.device) -
             processor: Any = getattr(module, "processor", None)
             if hasattr(processor, "_parallel_config"):
                 processor._parallel_config = config
-                for name in _NORMS & set(dict(module.named_children())):
-                    module.get_submodule(name).register_forward_hook(_as_attention_computes)
+                for name in NORMS & set(dict(module.named_children())):
+                    module.get_submodule(name).register_forward_hook(as_attention_computes)
         apply_context_parallel(network, config.context_parallel_config, network._cp_plan)
         if any(isinstance(inputs, dict) and _TEXT in inputs for inputs in network._cp_plan.values()):
             network.register_forward_pre_hook(partial(_make_divisible, degree), with_kwargs=True)
-
-
-def _as_attention_computes(norm: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """Queries and keys in autocast's dtype, which values have: in its backward pass diffusers casts none of them."""
-    device = output.device.type
-    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
 
 def _make_divisible(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from training.data.teacher import TeacherSource, digest_of_networks, family_of_p
 from training.data.training_data import TrainingData, training_data
 from training.distributed.context_parallel import check_context_parallel, divide_samples
 from training.distributed.sharding import check_processes, mesh_of, shard_roles
+from training.loop.attention import set_attention
 from training.loop.compiling import compile_blocks
 from training.loop.distilled_teacher import check_base
 from training.loop.optimizers import check_libraries
@@ -130,7 +131,7 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     torch.manual_seed(config.seed)  # the weights of adapters
     mesh = mesh_of(config, accelerator.device, processes)
     routing = family.teacher_routing(pipeline.config)
-    roles = build_roles(config, family, networks, routing, accelerator.device, mesh, start.notes)
+    roles = build_roles(config, family, networks, routing, accelerator.device, mesh, start.notes, say=accelerator.print)
     for line in load_start(start, config, roles, pipeline):
         accelerator.print(line)
     together = config.parallel.context_parallel
@@ -151,6 +152,7 @@ def build_roles(
     mesh: DeviceMesh | None = None,
     start: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     kind: type[Roles] = Roles,
+    say: Callable[[str], None] = print,
 ) -> Roles:
     """Make the roles of a run on a teacher's networks, and put them where they compute.
 
@@ -167,6 +169,7 @@ def build_roles(
         mesh: The processes that share the weights; None when every one holds all of them.
         start: Notes of ``start.Start``: experts that are given have their own kind and rank.
         kind: The class of what is made.
+        say: Is told what computes attention, where something was asked for.
 
     Returns:
         The roles; everything is frozen.
@@ -181,6 +184,9 @@ def build_roles(
     roles = kind(networks, family, specs_of_run(config, routing, start), routing, empty_copies=mesh is not None)
     if config.precision == "bf16":
         leave_casts_to_autocast(roles.networks())
+    if config.attention != "native":
+        dtype = torch.bfloat16 if config.precision == "bf16" else getattr(torch, config.model.dtype)
+        set_attention(roles.networks(), config.attention, device, dtype, say)
     if config.compile == "regional":
         compile_blocks(roles.networks(), family)
     if mesh is not None:

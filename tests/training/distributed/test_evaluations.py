@@ -32,7 +32,7 @@ def test_a_teacher_of_two_networks_in_shards_computes_nothing_for_nothing(counte
     samples = 8 * 4  # of all updates
     backwards = counts["fake"] + counts["generator"]
     forwards = sum(counts.values()) + counts["teacher"]  # guidance is of twice the batch
-    assert len(counted) == 5
+    assert len(counted) == 6
     for found in counted:
         assert found["passes"] == [forwards * samples, backwards * samples], found["processes"]
 

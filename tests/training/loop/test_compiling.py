@@ -62,7 +62,7 @@ def test_blocks_are_compiled_in_the_first_updates_of_a_phase_and_never_again(
             assert values[key] == pytest.approx(value, rel=1e-4), key
 
 
-def test_compiled_networks_are_whole(config: DistillConfig) -> None:
-    with pytest.raises(ConfigError, match=r"set parallel\.sharding to none, or compile to none") as error:
-        with_two_phases(config, compile="regional", **{"parallel.sharding": "fsdp"})
+def test_compiled_samples_are_whole(config: DistillConfig) -> None:
+    with pytest.raises(ConfigError, match=r"set parallel\.context_parallel to 1, or compile to none") as error:
+        with_two_phases(config, compile="regional", **{"parallel.context_parallel": 2})
     assert "\n" not in str(error.value)
