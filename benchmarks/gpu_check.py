@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,7 @@ def wan_ten_blocks(device: str, rehearse: bool) -> Iterator[Row]:
     ways = [[], ["attention=cudnn"], ["attention=flash"], ["memory.offload_activations=true"]]
     ways += [] if rehearse else [["compile=regional"]]
     for way in ways:
-        yield from _guarded(
-            " ".join(way), lambda way=way: _updates("wan2_1_t2v_14b", layers, [*small, *way], (0,), device)
-        )
+        yield from _guarded(" ".join(way), partial(_updates, "wan2_1_t2v_14b", layers, [*small, *way], (0,), device))
 
 
 def wan(device: str, rehearse: bool) -> Iterator[Row]:
@@ -113,15 +112,18 @@ def _guarded(what: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
 
 
 def experts(device: str, rehearse: bool) -> Iterator[Row]:
-    """Switching experts and few steps at 100 million parameters."""
+    """Switching experts and few steps, merged and not, at 100 million parameters and at the width of 14B."""
+    sizes = [("100 M", [])] if rehearse else [("100 M", []), ("width of 14B", ["--heads", "80", "--layers", "2"])]
     for name, key in (("expert_switch", "percent_of_forward"), ("few_step_speed", "times_faster")):
-        with tempfile.TemporaryDirectory() as folder:
-            small = ["--layers", "1", "--side", "8", "--repetitions", "2"] if rehearse else []
-            command = [sys.executable, f"benchmarks/cost/{name}.py", "--device", device, "--output", f"{folder}/found"]
-            yield {"what": name, "seconds": _seconds([*command, *small])}
-            found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+        for size, settings in sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                small = ["--layers", "1", "--side", "8", "--repetitions", "2"] if rehearse else ["--side", "64"]
+                command = [sys.executable, f"benchmarks/cost/{name}.py", "--device", device, *settings, *small]
+                yield {"what": f"{name}, {size}", "seconds": _seconds([*command, "--output", f"{folder}/found"])}
+                found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
             for row in found["rows"]:
-                yield {"what": f"{name}: {row.get('experts', row.get('what'))}", key: row[key]["median"]}
+                what = f"{name}, {size}: {row.get('experts', row.get('what'))}"
+                yield {"what": what, key: row[key]["median"]}
 
 
 def synchronisations(device: str, rehearse: bool) -> Iterator[Row]:
@@ -143,9 +145,8 @@ def synchronisations(device: str, rehearse: bool) -> Iterator[Row]:
             torch.cuda.set_sync_debug_mode("error")
         try:
             with phase.accelerator.autocast():
-                rows = phase._on_device(batch)
-                rollout = phase.distiller.expert_rollout(rows, 0)
-                phase.distiller.generator_loss(rollout, rows, renoising).loss.backward()
+                rollout = phase.distiller.expert_rollout(batch, 0)  # random prompts are on the device already
+                phase.distiller.generator_loss(rollout, batch, renoising).loss.backward()
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")

@@ -61,16 +61,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--heads", type=int, default=12, help="of 64 channels each; 80 are the width of 14B")
     parser.add_argument("--side", type=int, default=16, help="of the latent; 16 is a picture of 128 pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/few_step_speed")
     arguments = parser.parse_args()
     device, side = arguments.device, arguments.side
     pipes: dict[str, tuple[Any, dict[str, Any]]] = {
-        BASE: (pipeline(arguments.layers, device), {"num_inference_steps": 40, "guidance_scale": 5.0})
+        BASE: (pipeline(arguments.layers, device, arguments.heads), {"num_inference_steps": 40, "guidance_scale": 5.0})
     }
     for name, (kind, rank, merge) in EXPERTS.items():
-        pipe = pipeline(arguments.layers, device)
+        pipe = pipeline(arguments.layers, device, arguments.heads)
         with tempfile.TemporaryDirectory() as folder:
             attach_experts(pipe, write_random_experts(Path(folder), pipe.transformer, kind, rank), merge=merge)
         pipes[name] = (pipe, {})  # steps and guidance of the experts are the default

@@ -37,6 +37,10 @@ from training.loop.precision import make_accelerator
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("qwen_image", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "wan2_1_t2v_14b", "wan2_1_t2v_1_3b")
 REHEARSAL = ["model.height=64", "model.width=64", "model.max_sequence_length=16", "fake_updates=1"]
+HONOURED = ("model", "plan", "objective", "generator", "fake", "memory", "batch_size", "fake_updates")
+HONOURED += ("draws_per_rollout", "precision", "compile", "attention", "max_grad_norm", "ema_decay", "seed")
+"""Sections and keys that decide what an update computes, and what it takes."""
+REFUSED = ("model.path", "model.revision", "model.pipeline")
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -66,6 +70,22 @@ def measure(config: DistillConfig, layers: int | None, phase: int, updates: int,
 def recipe_of(model: str, overrides: Sequence[str]) -> DistillConfig:
     """The recipe for one GPU."""
     return load_config(ROOT / f"training/configs/{model}_phased_single_gpu.yaml", overrides)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse keys that decide nothing of an update on random weights.
+
+    Raises:
+        ValueError: Naming the key, in a line.
+    """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        honoured = key in HONOURED or (key.partition(".")[0] in HONOURED and key not in REFUSED)
+        if not (equals and honoured):
+            raise ValueError(
+                f"{override}: expected key=value of {', '.join(HONOURED)}, which decide what an update computes here "
+                f"(--updates says how many; {', '.join(REFUSED)} and all other keys change nothing)"
+            )
 
 
 def needed(config: DistillConfig) -> str:
@@ -132,6 +152,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/full_size")
     arguments, overrides = parser.parse_known_args()
     os.chdir(ROOT)
+    try:
+        check_overrides(overrides)
+    except ValueError as error:
+        parser.error(str(error))
     device, rehearse = arguments.device, arguments.rehearse
     if device == "cpu" and not rehearse:
         parser.error("full size is for a GPU (--device cuda); --rehearse shows on a CPU that it runs")

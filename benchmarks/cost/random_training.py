@@ -176,7 +176,10 @@ class RandomPrompts:
         self.rows: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             size = (3, *shape)
-            values = torch.ones(size) if name == "prompt_mask" else torch.randn(size, generator=generator)
+            values = torch.randn(size, generator=generator)
+            if name == "prompt_mask":  # the negative prompt has a quarter of the tokens of the others
+                values = torch.ones(size)
+                values[2, shape[0] // 4 :] = 0
             self.rows[name] = values.to(device)
 
     def conditioning(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:

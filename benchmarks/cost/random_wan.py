@@ -20,17 +20,20 @@ PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
 TEXT_TOKENS, TEXT_FEATURES = 64, 512
 
 
-def pipeline(layers: int, device: str) -> WanPipeline:
-    """Width 768, 12 heads; 10 layers are 100 million parameters. No text encoder, no autoencoder."""
+def pipeline(layers: int, device: str, heads: int = 12) -> WanPipeline:
+    """Heads of 64 channels: 12 are a width of 768, where 10 layers are 100 million parameters; 80 are the width of 14B.
+
+    No text encoder, no autoencoder.
+    """
     torch.manual_seed(0)
     network = WanTransformer3DModel(
-        num_attention_heads=12,
+        num_attention_heads=heads,
         attention_head_dim=64,
         in_channels=16,
         out_channels=16,
         text_dim=TEXT_FEATURES,
         freq_dim=256,
-        ffn_dim=3072,
+        ffn_dim=4 * 64 * heads,
         num_layers=layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -120,7 +120,7 @@ def _load_known(
     return others
 
 
-def _known_changes(network: Any, experts: PhasedExperts, expert: Expert) -> Mapping[str, list[Change]]:
+def _known_changes(network: Any, experts: PhasedExperts, expert: Expert) -> dict[str, list[Change]]:
     """All changes of weights in a LoRA file of a known family; what has no place is named."""
     kind = type(network).__name__
     file = experts.lora_changes(expert.name).fitted(weight_shapes(network), kind)
@@ -128,7 +128,7 @@ def _known_changes(network: Any, experts: PhasedExperts, expert: Expert) -> Mapp
         if RELEASED not in experts.manifest.training:
             raise ExpertsError(f"{text}; these experts were distilled from another base")
         logger.warning(text)
-    return file.weights
+    return dict(file.weights)
 
 
 def _check_usable(network: Any) -> None:

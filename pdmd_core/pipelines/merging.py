@@ -84,8 +84,8 @@ class MergedExperts(Differences):
                 continue
             own: Any = layer
             if isinstance(layer, Linear) and not layer.use_dora[adapter]:
-                factors = (half[adapter].weight.detach().clone() for half in (own.lora_A, own.lora_B))
-                change: Change = LowRank(*factors, scale=own.scaling[adapter])
+                down, up = (half[adapter].weight.detach().clone() for half in (own.lora_A, own.lora_B))
+                change: Change = LowRank(down, up, own.scaling[adapter])
             else:
                 change = Dense(own.get_delta_weight(adapter).detach())
             self.add(phase, {f"{name.replace('_orig_mod.', '').replace('.base_layer', '')}.weight": [change]}, what)
@@ -136,15 +136,15 @@ class MergedExperts(Differences):
         if packed := next((name for name in names if not _plain(weights[name])), None):
             raise RuntimeError(f"{packed} was quantised after experts were merged: load them without merge=")
         sample = torch.cat([_sampled(weights[name]) for name in names]).cpu()
-        seen = sample, tuple(weights[name].dtype for name in names), *self._fused()
-        same = self._seen is not None and torch.equal(sample, self._seen[0]) and seen[1:] == self._seen[1:]
+        settings = (*(weights[name].dtype for name in names), *self._fused())
+        same = self._seen is not None and torch.equal(sample, self._seen[0]) and settings == self._seen[1]
         if not same:
             self.of_phase = {}
         if self.copies:
             self.base = {name: weights[name].data for name in names}
         elif not same:
             self.base = {name: weights[name].detach().to("cpu", copy=True) for name in names}
-        self._seen = seen
+        self._seen = sample, settings
 
     def _fused(self) -> tuple[object, ...]:
         """LoRAs that are fused into the base's weights."""

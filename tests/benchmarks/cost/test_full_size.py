@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks.cost import full_size
-from benchmarks.cost.full_size import REHEARSAL, measure, needed, page, recipe_of, table
+from benchmarks.cost.full_size import REHEARSAL, check_overrides, measure, needed, page, recipe_of, table
 from benchmarks.cost.random_training import released_teacher
 
 ROOT = Path(__file__).parents[3]
@@ -40,6 +40,13 @@ def test_a_model_that_does_not_fit_is_a_line_of_the_table(monkeypatch: pytest.Mo
     row = measure(recipe_of("wan2_1_t2v_1_3b", []), 1, 0, 1, "cpu")
     assert row == {"phase": "high_noise", "failed": "out of memory: tried to allocate 60 GiB"}
     assert table([{"model": "m", **row}]).splitlines()[-1] == "| m | high_noise |  |  | out of memory |  |  |"
+
+
+@pytest.mark.parametrize("key", ["parallel.sharding=fsdp", "updates=3", "model.path=x", "--steps", "lr_decay_share=0"])
+def test_keys_that_change_nothing_are_refused(key: str) -> None:
+    check_overrides(["memory.micro_batch_size=1", "attention=flash", "batch_size=2"])
+    with pytest.raises(ValueError, match=f"^{key}: expected key=value of model, plan, .* change nothing"):
+        check_overrides([key])
 
 
 def test_samples_are_those_of_the_recipe() -> None:
