@@ -212,7 +212,7 @@ def _finite(weights: Weights, path: Path) -> str:
 
 
 def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleRequest) -> str:
-    from diffusers import DiffusionPipeline
+    from diffusers import ClassifierFreeGuidance, DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -239,6 +239,8 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
     call = {"image": picture, **size, "max_sequence_length": length, **unguided}
     accepted = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in accepted}
+    if base.family.guider:
+        setattr(pipeline, base.family.guider, ClassifierFreeGuidance(guidance_scale=1.0))
     stock = _stock_sample(experts, base, pipeline, prompt=request.prompt, **call)
     own = base.family.decode(pipeline, _own_sample(experts, base, pipeline, conditioning, noise))
     difference = float((stock.reshape(own.shape).to(own.device) - own).abs().max())
@@ -265,7 +267,8 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
     own = {component: getattr(pipeline, component) for component in {e.component for e in manifest.experts}}
     try:
         pipeline.register_to_config(**base.family.stock_routing(manifest.plan, [e.component for e in manifest.experts]))
-        into = {component: base.family.lora_arguments(component) for component in own}
+        for component in own:
+            base.family.lora_arguments(component)
     except ValueError as error:
         raise ExpertsError(str(error)) from None
     pipeline.scheduler = PhasedDMDScheduler.from_plan(manifest.plan)
@@ -279,7 +282,7 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
             names = {"weight_name": expert.file, "adapter_name": expert.name}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
-                pipeline.load_lora_weights(experts.folder, **names, **into[expert.component])
+                base.family.load_lora(pipeline, experts.folder, expert.component, **names)
 
     def use(expert: Expert) -> None:
         if expert.kind == "full":
@@ -292,6 +295,17 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
         use(manifest.experts[pipe.scheduler.phase])
         return tensors
 
+    if "callback_on_step_end" not in base.family.call_lacks:
+        call["callback_on_step_end"] = use_expert_of_next_step
+    else:
+        step = pipeline.scheduler.step
+
+        def step_and_switch(*args: Any, **kwargs: Any) -> Any:
+            taken = step(*args, **kwargs)
+            use(manifest.experts[pipeline.scheduler.phase])
+            return taken
+
+        pipeline.scheduler.step = step_and_switch
     use(manifest.experts[0])
     output: Tensor = pipeline(
         **call,
@@ -299,11 +313,10 @@ def _stock_sample(experts: PhasedExperts, base: BaseFiles, pipeline: DiffusionPi
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
         return_dict=False,
-        callback_on_step_end=use_expert_of_next_step,
     )[0]
     for component, network in own.items():
         setattr(pipeline, component, network)
-    pipeline.unload_lora_weights()
+        network.unload_lora()
     return output
 
 

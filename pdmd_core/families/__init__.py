@@ -14,6 +14,8 @@ FAMILIES = {
     "chroma": "ChromaFamily",
     "flux": "FluxFamily",
     "flux2": "Flux2Family",
+    "hunyuan_video_15": "HunyuanVideo15Family",
+    "ltx2": "Ltx2Family",
     "ltx_video": "LtxVideoFamily",
     "qwen_image": "QwenImageFamily",
     "stable_diffusion_3": "StableDiffusion3Family",

@@ -7,7 +7,6 @@ noise``, and a velocity is ``noise - x_0`` (rectified flow; Phased DMD, arXiv 25
 from __future__ import annotations
 
 import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from ..flow import Sigma
 from ..phases import PhasePlan
 from .guidance import classifier_free_guidance
-from .lora_keys import LoraKeys
-from .module_names import ModuleNames
+from .lora_files import LoraFiles
 from .routing import TeacherRouting
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ Conditioning = Mapping[str, Tensor]
 """Named conditioning tensors, each of shape (batch, ...): ``{"prompt_embeds": (batch, tokens, features)}``."""
 
 
-class ModelFamily(ABC):
+class ModelFamily(LoraFiles, ABC):
     """Every fact about one network class of diffusers and the pipelines around it.
 
     A subclass has no state. It states the attributes that have no value here and implements the abstract methods; the
@@ -38,34 +36,24 @@ class ModelFamily(ABC):
 
     name: str
     """The key in ``FAMILIES`` and the name of the module; manifests carry it."""
-    title: str
-    """What the model is called in messages."""
     architecture: str
     """Class name of the network in diffusers."""
     extensions: tuple[str, ...] = ()
     """Other network classes that have this one's blocks beside their own, and take its LoRA files."""
 
-    blocks: tuple[str, ...]
-    """Names of the network's lists of blocks, whose linear layers LoRA experts adapt."""
-    modules: Mapping[str, str]
-    """Linear layers of a block that LoRA files may adapt: their names in diffusers to those in the native layout, which
-    is the one of the original code, of ComfyUI and of LoRA files."""
-    lora_targets: tuple[str, ...]
-    """Those of ``modules`` that LoRA experts adapt unless a configuration says otherwise: all but the modulation."""
-    lora_keys: LoraKeys = LoraKeys()
-    """How LoRA files name their tensors."""
-    default_base: str | None = None
-    """Hub id of the base that most LoRA files of other projects belong to; None where there is none to assume."""
-
     guidance_argument: str = "guidance_scale"
     """The argument of the pipeline's call that sets classifier-free guidance."""
     unguided: float = 1.0
     """Its value for no guidance: 0 in pipelines that count what is added."""
+    guider: str | None = None
+    """The component that guides, in pipelines whose call has no argument for it."""
     embedded_guidance: float = 1.0
     """What the pipeline's call gives by default to networks that take guidance as an input (``guidance_embeds`` in
     their configuration). It is no classifier-free guidance, and the same for teacher, fake and experts."""
     makes_clips: bool = False
     """Whether the pipeline's call takes ``num_frames`` and returns ``frames``; it returns ``images`` otherwise."""
+    call_lacks: tuple[str, ...] = ()
+    """Arguments that the calls of most pipelines have, and this one's has not."""
     frame_rate: float = 16.0
     """Frames a second of its clips, where the pipeline's call does not say otherwise."""
     context_parallel: bool = True
@@ -74,6 +62,9 @@ class ModelFamily(ABC):
     """ComfyUI's own node that sets the shift of this model."""
     comfyui_pipelines: tuple[str, ...] = ()
     """Pipeline classes whose folders the nodes load into ComfyUI, which needs ``native_autoencoder``."""
+
+    encoders: tuple[str, ...] = ()
+    """Components that a pipeline which encodes prompts cannot be made without, beside text encoders and tokenizers."""
 
     # --- the network ---------------------------------------------------------
 
@@ -247,12 +238,13 @@ class ModelFamily(ABC):
             pipeline: The class whose call is meant, where the pipelines of the family differ.
 
         Returns:
-            Keyword arguments of the call: for Z-Image and scale 1, ``{"guidance_scale": 0.0}``.
+            Keyword arguments of the call: for Z-Image and scale 1, ``{"guidance_scale": 0.0}``; none where a component
+            guides.
 
         Raises:
             ValueError: If the pipeline has no such guidance.
         """
-        return {self.guidance_argument: scale - 1.0 + self.unguided}
+        return {} if self.guider else {self.guidance_argument: scale - 1.0 + self.unguided}
 
     def stock_routing(self, plan: PhasePlan, components: Sequence[str]) -> dict[str, Any]:
         """Make the stock pipeline run each phase on a network of its own choice.
@@ -270,88 +262,6 @@ class ModelFamily(ABC):
         if set(components) == {"transformer"}:
             return {}
         raise ValueError(f"a stock pipeline of {self.name} holds one network, these experts take {len(components)}")
-
-    # --- LoRA files ----------------------------------------------------------
-
-    @property
-    def lora_names(self) -> ModuleNames:
-        """All that LoRA files of other projects change, with every name that they give it; ``modules`` by default."""
-        return ModuleNames(self.blocks, self.modules)
-
-    def lora_arguments(self, component: str) -> dict[str, Any]:
-        """Say in the words of ``load_lora_weights`` into which network a file goes.
-
-        Args:
-            component: A network of the pipeline.
-
-        Returns:
-            Keyword arguments of the call.
-
-        Raises:
-            ValueError: If the pipeline's loader does not reach this network.
-        """
-        if component == "transformer":
-            return {}
-        raise ValueError(f"the LoRA loader of {self.title} pipelines reaches transformer alone, found {component}")
-
-    def owns_lora(self, modules: Sequence[str]) -> bool:
-        """Tell a LoRA file of this family from those of all other models.
-
-        Args:
-            modules: Names of all modules that the file adapts, in any layout and with any prefix.
-
-        Returns:
-            Whether the names can only be of this family: false where other models have them too.
-        """
-        return False
-
-    def released_components(self, files: int) -> tuple[str, ...]:
-        """Tell which networks LoRA files are for that another project released together.
-
-        Args:
-            files: How many there are.
-
-        Returns:
-            The network for each of them, high noise first.
-        """
-        return ("transformer",) * files
-
-    def native_module_name(self, diffusers_name: str) -> str:
-        """Find a module's name in the native layout.
-
-        Args:
-            diffusers_name: Its name in diffusers.
-
-        Returns:
-            The name without the prefix of LoRA files.
-
-        Raises:
-            ValueError: If it is none that a LoRA file may adapt.
-        """
-        return self._renamed(diffusers_name, self.modules)
-
-    def diffusers_module_name(self, native_name: str) -> str:
-        """Find a module's name in diffusers, the inverse of ``native_module_name``.
-
-        Args:
-            native_name: Its name in the native layout, without the prefix of LoRA files.
-
-        Returns:
-            The name in diffusers.
-
-        Raises:
-            ValueError: If it is none that a LoRA file may adapt.
-        """
-        return self._renamed(native_name, {native: own for own, native in self.modules.items()})
-
-    def _renamed(self, name: str, names: Mapping[str, str]) -> str:
-        blocks = "|".join(self.blocks)
-        match = re.fullmatch(rf"((?:{blocks})\.\d+)\.(.+)", name)
-        if not match or match[2] not in names:
-            raise ValueError(
-                f"a {self.title} module to adapt is {blocks}.<n>.<one of {', '.join(names)}>, found {name!r}"
-            )
-        return f"{match[1]}.{names[match[2]]}"
 
     # --- ComfyUI -------------------------------------------------------------
 

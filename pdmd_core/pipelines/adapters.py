@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..experts import Expert, ExpertsError, PhasedExperts
 from ..experts.format.files import RELEASED
 from ..experts.lora.changes import Change, LowRank, sum_of
-from ..families import FAMILIES, family
+from ..families import FAMILIES, ModelFamily, family
 from .differences import Differences, weight_shapes
 from .merging import Merge, MergedExperts
 from .networks import COMPONENT, network_of
@@ -43,7 +43,8 @@ def load_adapters(
     Raises:
         ExpertsError: If the experts do not fit the pipeline. The networks are then as they were.
     """
-    if not hasattr(pipe, "load_lora_weights"):
+    known = family(name) if (name := experts.manifest.base.family) in FAMILIES else None
+    if known is None and not hasattr(pipe, "load_lora_weights"):
         raise ExpertsError(f"a {type(pipe).__name__} loads no LoRA files: convert the experts to full ones")
     networks = {name: network_of(pipe, name) for name in dict.fromkeys(e.component for e in experts.manifest.experts)}
     for network in networks.values():
@@ -60,12 +61,12 @@ def load_adapters(
         for k, expert in enumerate(experts.manifest.experts):
             network, adapter = networks[expert.component], PREFIX + expert.name
             turns = differences[expert.component]
-            if experts.manifest.base.family not in FAMILIES:
+            if known is None:
                 changes = load_unknown(pipe, network, experts, expert, adapter)
             elif merge:
                 changes = _known_changes(network, experts, expert)
             else:
-                changes = _load_known(pipe, network, experts, expert, adapter)
+                changes = _load_known(pipe, known, network, experts, expert, adapter)
             turns.add(k, changes, expert.file)
             if isinstance(turns, MergedExperts):
                 turns.add_adapter(k, adapter, expert.file)
@@ -92,7 +93,7 @@ def load_adapters(
 
 
 def _load_known(
-    pipe: DiffusionPipeline, network: Any, experts: PhasedExperts, expert: Expert, adapter: str
+    pipe: DiffusionPipeline, known: ModelFamily, network: Any, experts: PhasedExperts, expert: Expert, adapter: str
 ) -> dict[str, list[Change]]:
     """Load the products of a LoRA file of a known family as an adapter; returns the other changes of weights."""
     state: dict[str, Tensor] = {}
@@ -108,12 +109,12 @@ def _load_known(
     if not state:
         return others
     try:
-        into = family(experts.manifest.base.family).lora_arguments(expert.component)
+        known.lora_arguments(expert.component)
     except ValueError as error:
         raise ExpertsError(str(error)) from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are the point
-        pipe.load_lora_weights(state, adapter_name=adapter, **into)
+        known.load_lora(pipe, state, expert.component, adapter_name=adapter)
     for layer in _tuner_layers(network).values():
         if adapter in layer._all_available_adapter_names():  # whatever the loader makes of ranks that differ
             layer.lora_alpha[adapter], layer.scaling[adapter] = layer.r[adapter], 1.0

@@ -63,7 +63,8 @@ def guidances_of(pipe: DiffusionPipeline) -> list[Guidance]:
     beside = [Guidance(name, none, follows=False) for name, none in _BESIDE.items() if name in arguments]
     family = known_family(type(network_of(pipe, COMPONENT)).__name__)
     if family is not None:
-        own = [Guidance(name, none) for name, none in family.guidance_arguments(1.0, type(pipe)).items()]
+        unguided = family.guidance_arguments(1.0, type(pipe)).items()
+        own = [Guidance(name, none) for name, none in unguided if name not in _BESIDE]
     else:
         own = list(_classifier_free(pipe))
     return [guidance for guidance in own if guidance.argument in arguments] + beside

@@ -96,7 +96,12 @@ def lora_experts(
 def random_lora(network: nn.Module, rank: int, seed: int, targets: tuple[str, ...] = TARGETS) -> dict[str, Tensor]:
     """``<module>.lora_A`` and ``.lora_B`` for the linear layers with these names (Kandinsky has others)."""
     targets = (*targets, "to_query", "to_value")
-    linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and n.endswith(targets)}
+    blocks = found.blocks if (found := _family(network)) else ("",)
+    linear = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(targets) and name.startswith(blocks)
+    }
     state = {}
     for index, (name, module) in enumerate(linear.items()):
         state[f"{name}.lora_A"] = 0.5 * randn(rank, module.in_features, seed=1000 * seed + index)
@@ -140,8 +145,10 @@ def networks_of(case: Case, folder: Path) -> list[nn.Module]:
     for expert in manifest.experts:
         pipe = case.build()
         if expert.kind == "lora":
-            into = case.family.lora_arguments(expert.component) if case.family else {}
-            pipe.load_lora_weights(folder, weight_name=expert.file, **into)
+            if case.family:
+                case.family.load_lora(pipe, folder, expert.component, weight_name=expert.file)
+            else:
+                pipe.load_lora_weights(folder, weight_name=expert.file)
         else:
             from safetensors.torch import load_file
 

@@ -39,7 +39,7 @@ class Encoder:
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline with its encoders, in float32."""
         if self._pipeline is None:
-            self._pipeline = move(load_text_side(self.source, self.takes_image), self.device)
+            self._pipeline = move(load_text_side(self.source, self.family, self.takes_image), self.device)
         return self._pipeline
 
     def check(self, total: int, with_image: int) -> None:

@@ -19,6 +19,9 @@ CHUNK = 128
 """Examples in a file: some 100 MB for the prompts of a large model."""
 
 
+_TEXTS = ("text_encoder", "tokenizer", "connectors")
+
+
 def identity(
     examples: Iterable[Example],
     negative_prompt: str,
@@ -48,7 +51,8 @@ def identity(
         place = bucket_of(example, buckets)
         digest.update(json.dumps([example.prompt, place, _digest_of_image(example.image)]).encode())
     encoder.check(total, with_image)
-    parts: list[object] = [negative_prompt, _weights(source, ("text_encoder", "tokenizer")), None]
+    texts = [name for name, value in source.index().items() if isinstance(value, list) and name.startswith(_TEXTS)]
+    parts: list[object] = [negative_prompt, _weights(source, sorted(texts)), None]
     parts += [encoder.max_sequence_length, str(dtype), CHUNK]
     if encoder.takes_image:
         parts += [[(b.width, b.height, b.frames) for b in buckets], source.pipeline]

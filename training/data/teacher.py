@@ -19,7 +19,7 @@ from torch import nn
 from pdmd_core.families import ModelFamily, family_of
 from training.config.command_line import UserError
 
-TEXT_PARTS = ("text_encoder", "tokenizer", "processor")
+TEXT_PARTS = ("text_encoder", "tokenizer", "processor", "connectors")
 IMAGE_PARTS = ("image_encoder", "image_processor")
 """What the names of components start with that encode prompts, and images."""
 
@@ -90,9 +90,9 @@ class TeacherSource:
         return TeacherError(f"the teacher {self.path!r} cannot be loaded as a pipeline: {reason}")
 
 
-def load_text_side(source: TeacherSource, images: bool = False) -> DiffusionPipeline:
+def load_text_side(source: TeacherSource, family: ModelFamily, images: bool = False) -> DiffusionPipeline:
     """The pipeline with what encodes prompts, and what encodes images when asked, in float32."""
-    parts = (*TEXT_PARTS, *IMAGE_PARTS, "vae") if images else TEXT_PARTS
+    parts = (*TEXT_PARTS, *family.encoders, *((*IMAGE_PARTS, "vae") if images else ()))
     return source.load(torch.float32, lambda name: name.startswith(parts))
 
 

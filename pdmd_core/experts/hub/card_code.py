@@ -46,6 +46,16 @@ def use_expert_of_next_step(pipe, step, timestep, tensors):
 
 pipe.set_adapters(names[0])"""
 
+_SWITCH_LORA_IN_NETWORK = """names = {names}
+{loading}
+
+
+def use_expert_of_step(network, *call):
+    network.set_adapters(names[pipe.scheduler.phase])
+
+
+pipe.transformer.register_forward_pre_hook(use_expert_of_step)"""
+
 _SWITCH_FULL = """folder = experts if Path(experts).is_dir() else snapshot_download(experts)
 networks = []
 for file in {files}:
@@ -129,6 +139,9 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
     components, kinds = [expert.component for expert in experts], {expert.kind for expert in experts}
     if family is None or len(kinds) > 1:
         return ""
+    calls_back = "callback_on_step_end" not in family.call_lacks
+    if not calls_back and kinds == {"full"}:
+        return ""
     try:
         routing = family.stock_routing(manifest.plan, components)
         loading = "\n".join(_loading(expert, family) for expert in experts)
@@ -137,7 +150,9 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
     imports, callback = "", _CALLBACK
     if len(set(components)) == 1:
         if kinds == {"lora"}:
-            switching = _SWITCH_LORA.format(names=json.dumps([e.name for e in experts]), loading=loading)
+            switching = _SWITCH_LORA if calls_back else _SWITCH_LORA_IN_NETWORK
+            switching = switching.format(names=json.dumps([e.name for e in experts]), loading=loading)
+            callback = callback if calls_back else ""
         else:
             switching, imports = _SWITCH_FULL.format(files=json.dumps([e.file for e in experts])), _IMPORTS_FULL
     elif kinds == {"lora"} and len(set(components)) == len(components):
@@ -147,6 +162,9 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
     if routing:
         entries = ", ".join(f"{name}={_literal(value)}" for name, value in routing.items())
         switching += f"\npipe.register_to_config({entries})"
+    if family.guider:
+        imports += "from diffusers import ClassifierFreeGuidance\n"
+        switching += f"\npipe.{family.guider} = ClassifierFreeGuidance(guidance_scale={manifest.guidance_scale:g})"
     guidance = family.guidance_arguments(manifest.guidance_scale, pipeline_named(manifest.training.get("pipeline")))
     return _STOCK.format(
         imports=imports,
@@ -221,6 +239,7 @@ def quoted(text: str) -> str:
 
 def _arguments(manifest: Manifest, family: ModelFamily | None, takes_image: bool) -> str:
     size, length = training_size(manifest), manifest.training.get("max_sequence_length")
+    length = None if family and "max_sequence_length" in family.call_lacks else length
     text = ', image=load_image("image.png")' if takes_image else ""
     text += f", width={size[0]}, height={size[1]}" if size else ""
     text += f", num_frames={size[2]}" if size and family and family.makes_clips else ""
@@ -229,7 +248,7 @@ def _arguments(manifest: Manifest, family: ModelFamily | None, takes_image: bool
 
 def _loading(expert: Expert, family: ModelFamily) -> str:
     into = "".join(f", {name}={value}" for name, value in family.lora_arguments(expert.component).items())
-    return f'pipe.load_lora_weights(experts, weight_name="{expert.file}", adapter_name="{expert.name}"{into})'
+    return f'pipe.{family.lora_loader}(experts, weight_name="{expert.file}", adapter_name="{expert.name}"{into})'
 
 
 def _literal(value: object) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -64,10 +64,14 @@ class Case:
     """Shape of what the pipeline's call takes as ``latents``."""
     velocity: Velocity | None = plain
     """How the pipeline calls its network; None where its loop is more than Euler steps over all of the latents."""
+    prompt: str = PROMPT
+    """A text all of whose conditioning matters."""
     tokens: int = 16
     """As max_sequence_length; enough for the prompts of the tests."""
-    unpacked: Callable[[Any, Tensor, tuple[int, int, int]], Tensor] = _as_they_are
+    unpacked: Callable[[Any, Any, tuple[int, int, int]], Tensor] = _as_they_are
     """Pipeline, latents as its call returns them, size, to latents as the family has them."""
+    outputs: int = 1
+    """How many outputs of the call are latents."""
     picture_size: tuple[int, int] = (24, 40)
     """Width and height of the picture that the call is given, where it takes one."""
     guided: bool = True
@@ -88,7 +92,7 @@ class Case:
         height, width, frames = self.size
         takes = _told(self.build)[1]
         values = {
-            "prompt": PROMPT,
+            "prompt": self.prompt,
             "image": self.picture,
             "height": height,
             "width": width,
@@ -111,9 +115,21 @@ class Case:
         """Arguments of the call for no guidance."""
         return self.family.guidance_arguments(1.0, _told(self.build)[2]) if self.family else self.no_guidance
 
+    def result(self, pipe: DiffusionPipeline, output: Any) -> Tensor:
+        """Latents of the call's output, as the family has them."""
+        return self.unpacked(pipe, output[0] if self.outputs == 1 else output[: self.outputs], self.size)
+
     def noise(self, seed: int = 5) -> Tensor:
         """Normal noise of the shape of the call's latents."""
         return randn(*self.latents, seed=seed)
+
+    def guide(self, pipe: DiffusionPipeline, scale: float) -> dict[str, float]:
+        """Arguments of the call for this guidance; where a component guides, it is set."""
+        if self.family is None:
+            return dict(self.no_guidance)
+        if self.family.guider is not None:
+            setattr(pipe, self.family.guider, ClassifierFreeGuidance(guidance_scale=scale))
+        return self.family.guidance_arguments(scale, type(pipe))
 
     def sample(self, pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
         """Latents that the pipeline makes from ``noise()``."""

@@ -1,0 +1,162 @@
+"""HunyuanVideo 1.5: ``HunyuanVideo15Pipeline`` with one ``HunyuanVideo15Transformer3DModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..flow import Sigma, of_each_sample
+from .base import Conditioning, ModelFamily
+from .lora_keys import LoraKeys
+from .module_names import ModuleNames
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, HunyuanVideo15Transformer3DModel
+    from PIL.Image import Image
+
+_TARGETS = (
+    *(f"attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{part}" for part in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{side}.{part}" for side in ("ff", "ff_context") for part in ("net.0.proj", "net.2")),
+)
+_MODULATION = {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"}
+_MODULES = {name: name for name in (*_TARGETS, *_MODULATION)}
+_NORMS = tuple(f"attn.norm_{part}" for part in ("q", "k", "added_q", "added_k"))
+_JOINED = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    **{native: (own,) for own, native in _MODULATION.items()},
+}
+"""Layers of a block in ComfyUI."""
+_TOKENS = 1000
+"""At which the pipeline's call cuts prompts; it has no argument for it."""
+_GLYPH_TOKENS = 256
+"""At which quoted parts are cut."""
+
+
+class HunyuanVideo15Family(ModelFamily):
+    """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 16, width / 16).
+
+    Text to video: where the network takes a picture, its latents, their mask and its features are zero. Quoted parts
+    of a prompt, which are to be read in the clip, go through a second encoder (``glyph_embeds``). Guidance is a
+    component of the pipeline. The pipeline has no loader of LoRA files, its network has. ComfyUI has attention's
+    projections in one weight and reads no LoRA files under diffusers' names.
+    """
+
+    name = "hunyuan_video_15"
+    title = "HunyuanVideo 1.5"
+    architecture = "HunyuanVideo15Transformer3DModel"
+    blocks = ("transformer_blocks",)
+    modules = _MODULES
+    lora_targets = _TARGETS
+    lora_keys = LoraKeys(prefix="transformer.", down=".lora_A.weight", up=".lora_B.weight", alpha=None)
+    lora_names = ModuleNames(
+        blocks=("transformer_blocks",),
+        in_block=_MODULES | {name: name for name in _NORMS},
+        joined=_JOINED,
+        other_blocks={"double_blocks": "transformer_blocks"},
+        prefix="transformer.",
+        flat_prefix="lora_transformer_",
+    )
+    lora_loader = "transformer.load_lora_adapter"
+    default_base = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v"
+    guider = "guider"
+    encoders = ("vae",)
+    call_lacks = ("callback_on_step_end", "max_sequence_length")
+    makes_clips, frame_rate = True, 24.0
+
+    def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
+        from diffusers import HunyuanVideo15Pipeline
+
+        if not isinstance(pipeline, HunyuanVideo15Pipeline):
+            # the other gives the network a picture
+            raise ValueError(
+                f"{self.title} is known as a HunyuanVideo15Pipeline, found a {type(pipeline).__name__}"
+            )
+        spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+        side = spatial * pipeline.transformer.config.patch_size
+        if height % side or width % side or height < side or width < side:
+            raise ValueError(f"{self.title} clips have sides that are multiples of {side}, found {width}x{height}")
+        if frames < 1 or (frames - 1) % temporal:
+            raise ValueError(f"{self.title} clips have 1 + a multiple of {temporal} frames, found {frames}")
+        channels = pipeline.transformer.config.out_channels
+        return channels, 1 + (frames - 1) // temporal, height // spatial, width // spatial
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Sigma, conditioning: Conditioning) -> Tensor:
+        hunyuan = cast("HunyuanVideo15Transformer3DModel", network)
+        # What `network.dtype` is, which looks through all modules.
+        dtype = hunyuan.x_embedder.proj.weight.dtype
+        picture = x.new_zeros(len(x), hunyuan.config.in_channels - x.shape[1], *x.shape[2:])
+        velocity: Tensor = hunyuan(
+            hidden_states=torch.cat([x, picture], dim=1).to(dtype),
+            # the pipeline rounds timesteps to the dtype of its latents
+            timestep=(of_each_sample(sigma, x) * 1000).to(dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            encoder_attention_mask=conditioning["prompt_mask"].to(x.device, non_blocking=True),
+            encoder_hidden_states_2=conditioning["glyph_embeds"].to(dtype),
+            encoder_attention_mask_2=conditioning["glyph_mask"],
+            # one token for the features of a picture, which there is none of: the network masks it
+            image_embeds=x.new_zeros(len(x), 1, hunyuan.config.image_embed_dim, dtype=dtype),
+            return_dict=False,
+        )[0]
+        return velocity
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        max_sequence_length: int,
+        images: Sequence[Image] | None = None,
+    ) -> dict[str, Tensor]:
+        embeds, mask, glyphs, glyph_mask = pipeline.encode_prompt(list(prompts), batch_size=len(prompts))
+        tokens, glyph_tokens = _used(mask), _used(glyph_mask)
+        if tokens > max_sequence_length:
+            raise ValueError(
+                f"a {self.title} prompt has {tokens} tokens, max_sequence_length is {max_sequence_length}: the pipeline "
+                f"cuts prompts at {_TOKENS} tokens alone; give {_TOKENS}, or shorter prompts"
+            )
+        return {
+            "prompt_embeds": embeds[:, :tokens],
+            "prompt_mask": mask[:, :tokens].long(),
+            "glyph_embeds": glyphs[:, :glyph_tokens],
+            "glyph_mask": glyph_mask[:, :glyph_tokens].long(),
+        }
+
+    def conditioning_shapes(
+        self, config: Mapping[str, Any], tokens: int, latent: Sequence[int]
+    ) -> dict[str, tuple[int, ...]]:
+        return {
+            "prompt_embeds": (tokens, config["text_embed_dim"]),
+            "prompt_mask": (tokens,),
+            "glyph_embeds": (_GLYPH_TOKENS, config["text_embed_2_dim"]),
+            "glyph_mask": (_GLYPH_TOKENS,),
+        }
+
+    @torch.no_grad()
+    def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        vae = pipeline.vae
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+        return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+
+    def native_weight_name(self, diffusers_name: str) -> str:
+        raise ValueError(
+            f"{diffusers_name!r} has no weight of its own in ComfyUI's layout of {self.architecture}, which joins "
+            "attention's projections: use LoRA experts"
+        )
+
+
+def _used(mask: Tensor) -> int:
+    """Tokens up to the last one that a row of (batch, tokens) has, 1 at least: the network takes none of those after."""
+    used = mask.any(0).nonzero()
+    return int(used.max()) + 1 if len(used) else 1
