@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "training.md"
 BEGIN, END = "<!-- recipe_costs.py -->\n", "<!-- end -->\n"
 CONFIGS = ROOT / "training" / "configs"
-GPUS = {"wan2_2_t2v_a14b": 16, "wan2_2_i2v_a14b": 16}
+GPUS = {"wan2_2_t2v_a14b": 16, "wan2_2_i2v_a14b": 16, "flux_2_dev": 16}
 """On how many GPUs recipes with full copies are described where these are not 8."""
 MODELS = (
     "wan2_1_t2v_1_3b",
@@ -37,6 +37,11 @@ MODELS = (
     "flux_1_kontext_dev",
     "stable_diffusion_3_5_medium",
     "stable_diffusion_3_5_large",
+    "chroma1_hd",
+    "flux_2_dev",
+    "flux_2_klein_base_9b",
+    "hunyuan_video_1_5_480p",
+    "ltx_2",
 )
 KINDS = ("phased_single_gpu", "phased", "dmd_sgts")
 

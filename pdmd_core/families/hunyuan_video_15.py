@@ -22,21 +22,33 @@ _TARGETS = (
     *(f"attn.{part}" for part in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     *(f"{side}.{part}" for side in ("ff", "ff_context") for part in ("net.0.proj", "net.2")),
 )
-_MODULATION = {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"}
-_MODULES = {name: name for name in (*_TARGETS, *_MODULATION)}
+_MODULES = {name: name for name in (*_TARGETS, "norm1.linear", "norm1_context.linear")}
 _NORMS = tuple(f"attn.norm_{part}" for part in ("q", "k", "added_q", "added_k"))
 _JOINED = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    **{native: (own,) for own, native in _MODULATION.items()},
+    **{
+        name: (own,)
+        for own, names in {
+            "attn.to_q": ("img_attn_q",),
+            "attn.to_k": ("img_attn_k",),
+            "attn.to_v": ("img_attn_v",),
+            "attn.to_out.0": ("img_attn_proj", "img_attn.proj"),
+            "attn.add_q_proj": ("txt_attn_q",),
+            "attn.add_k_proj": ("txt_attn_k",),
+            "attn.add_v_proj": ("txt_attn_v",),
+            "attn.to_add_out": ("txt_attn_proj", "txt_attn.proj"),
+            "ff.net.0.proj": ("img_mlp.fc1", "img_mlp.0"),
+            "ff.net.2": ("img_mlp.fc2", "img_mlp.2"),
+            "ff_context.net.0.proj": ("txt_mlp.fc1", "txt_mlp.0"),
+            "ff_context.net.2": ("txt_mlp.fc2", "txt_mlp.2"),
+            "norm1.linear": ("img_mod.linear", "img_mod.lin"),
+            "norm1_context.linear": ("txt_mod.linear", "txt_mod.lin"),
+        }.items()
+        for name in names
+    },
 }
-"""Layers of a block in ComfyUI."""
+"""Layers of a block in the original code, and in ComfyUI where it has another name."""
 _TOKENS = 1000
 """At which the pipeline's call cuts prompts; it has no argument for it."""
 _GLYPH_TOKENS = 256
@@ -79,9 +91,7 @@ class HunyuanVideo15Family(ModelFamily):
 
         if not isinstance(pipeline, HunyuanVideo15Pipeline):
             # the other gives the network a picture
-            raise ValueError(
-                f"{self.title} is known as a HunyuanVideo15Pipeline, found a {type(pipeline).__name__}"
-            )
+            raise ValueError(f"{self.title} is known as a HunyuanVideo15Pipeline, found a {type(pipeline).__name__}")
         spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
         side = spatial * pipeline.transformer.config.patch_size
         if height % side or width % side or height < side or width < side:
@@ -122,8 +132,8 @@ class HunyuanVideo15Family(ModelFamily):
         tokens, glyph_tokens = _used(mask), _used(glyph_mask)
         if tokens > max_sequence_length:
             raise ValueError(
-                f"a {self.title} prompt has {tokens} tokens, max_sequence_length is {max_sequence_length}: the pipeline "
-                f"cuts prompts at {_TOKENS} tokens alone; give {_TOKENS}, or shorter prompts"
+                f"a {self.title} prompt has {tokens} tokens, max_sequence_length is {max_sequence_length}: the "
+                f"pipeline cuts prompts at {_TOKENS} tokens alone; give {_TOKENS}, or shorter prompts"
             )
         return {
             "prompt_embeds": embeds[:, :tokens],
@@ -157,6 +167,6 @@ class HunyuanVideo15Family(ModelFamily):
 
 
 def _used(mask: Tensor) -> int:
-    """Tokens up to the last one that a row of (batch, tokens) has, 1 at least: the network takes none of those after."""
+    """Tokens up to the last one that a row of (batch, tokens) has, 1 at least; those after change nothing."""
     used = mask.any(0).nonzero()
     return int(used.max()) + 1 if len(used) else 1

@@ -54,7 +54,9 @@ class LoraFiles:
             return {}
         raise ValueError(f"the LoRA loader of {self.title} pipelines reaches transformer alone, found {component}")
 
-    def load_lora(self, pipeline: DiffusionPipeline, source: Any, component: str = "transformer", **options: Any) -> None:
+    def load_lora(
+        self, pipeline: DiffusionPipeline, source: Any, component: str = "transformer", **options: Any
+    ) -> None:
         """Load a LoRA file as stock diffusers does.
 
         Args:

@@ -212,7 +212,8 @@ class Ltx2Family(ModelFamily):
 def _length(frames: int, config: Mapping[str, Any]) -> int:
     """Of the latents of the sound of a clip with so many latent frames."""
     seconds = (1 + (frames - 1) * _FRAMES) / _FRAME_RATE
-    return round(seconds * (config["audio_sampling_rate"] / config["audio_hop_length"] / config["audio_scale_factor"]))
+    pace: float = config["audio_sampling_rate"] / config["audio_hop_length"] / config["audio_scale_factor"]
+    return round(seconds * pace)
 
 
 def _without_rest(x: Tensor, numbers: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2, Chroma, Stable Diffusion 3: LoRA experts under diffusers' names land on their parts of the weights.
+"""FLUX.1, FLUX.2, Chroma, Stable Diffusion 3, LTX-2: LoRA experts land on their parts of the weights.
 
 The networks are ComfyUI's own classes in tiny sizes. Where each layer of diffusers lies in them is told by the family,
 which reads files in the original layout by the same names.
@@ -19,6 +19,7 @@ from tests.helpers.comfyui.phased_models import with_lora
 from tests.helpers.families.chroma import chroma
 from tests.helpers.families.flux import flux
 from tests.helpers.families.flux2 import flux2
+from tests.helpers.families.ltx2 import ltx2
 from tests.helpers.families.stable_diffusion_3 import stable_diffusion_3
 from tests.helpers.tiny_pipelines import random_lora
 
@@ -67,6 +68,21 @@ SD3 = {
     "qk_norm": "rms",
     "x_block_self_attn_layers": [0],
 }
+LTX2 = {
+    "image_model": "ltxav",
+    "in_channels": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "audio_in_channels": 16,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 16,
+    "num_layers": 1,
+    "caption_channels": 16,
+    "connector_num_attention_heads": 1,
+    "connector_attention_head_dim": 8,
+}
 CASES: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     "flux": (flux, "Flux", FLUX | {"image_model": "flux", "vec_in_dim": 32, "guidance_embed": True}),
     "flux2": (flux2, "Flux2", FLUX2 | {"image_model": "flux2"}),
@@ -76,6 +92,7 @@ CASES: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
         FLUX
         | {"image_model": "chroma", "in_dim": 8, "out_dim": 32, "hidden_dim": 16, "n_layers": 1, "vec_in_dim": None},
     ),
+    "ltx2": (ltx2, "LTXAV", LTX2),
     "stable_diffusion_3": (
         lambda: stable_diffusion_3(attention_head_dim=64, num_attention_heads=2, caption_projection_dim=128),
         "SD3",

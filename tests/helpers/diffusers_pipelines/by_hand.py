@@ -63,7 +63,9 @@ def with_weights(network: nn.Module, states: list[dict[str, Tensor]]) -> Callabl
 def with_adapters(pipe: DiffusionPipeline, folder: Any, files: list[str]) -> Callable[[int], None]:
     """Loads LoRA files by the stock loader, and makes one of them active."""
     for number, file in enumerate(files):
-        pipe.load_lora_weights(folder, weight_name=file, adapter_name=f"by_hand_{number}")
+        # a few pipelines have no loader, their networks have
+        load = getattr(pipe, "load_lora_weights", None) or pipe.transformer.load_lora_adapter
+        load(folder, weight_name=file, adapter_name=f"by_hand_{number}")
 
     def take(phase: int) -> None:
         pipe.transformer.set_adapter(f"by_hand_{phase}")

@@ -89,7 +89,10 @@ def hunyuan_video_15() -> HunyuanVideo15Pipeline:
             guider=ClassifierFreeGuidance(guidance_scale=6.0),
         )
     )
-    pipeline.tokenizer_max_length, pipeline.vision_num_semantic_tokens = TOKENS, 1  # padding, which takes most of the time
+    pipeline.tokenizer_max_length, pipeline.vision_num_semantic_tokens = (
+        TOKENS,
+        1,
+    )  # padding, which takes most of the time
     return pipeline
 
 

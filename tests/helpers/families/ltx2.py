@@ -111,9 +111,5 @@ def _joined(pipeline: Any, latents: tuple[Tensor, Tensor], size: tuple[int, int,
     return torch.cat([clip, functional.pad(numbers, (0, rest)).unflatten(1, (-1, *clip.shape[2:]))], dim=1)
 
 
-CASES = {
-    "ltx2": Case(
-        ltx2, (64, 160, 9), (1, 20, CHANNELS), velocity=None, tokens=24, unpacked=_joined, outputs=2
-    )
-}
+CASES = {"ltx2": Case(ltx2, (64, 160, 9), (1, 20, CHANNELS), velocity=None, tokens=24, unpacked=_joined, outputs=2)}
 """Of the 8 channels for the sound, which has 9 * 16 numbers, the last 16 numbers mean nothing."""

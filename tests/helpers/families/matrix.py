@@ -23,7 +23,9 @@ COMFYUI = {
     "qwen_image": ("LoRA", "comfyui/test_lora_files.py"),
     "z_image": ("LoRA, full", "comfyui/test_z_image.py"),
     "ltx_video": ("LoRA", "comfyui/test_ltx_video.py"),
-    **dict.fromkeys(("chroma", "flux", "flux2", "stable_diffusion_3"), ("LoRA", "comfyui/test_joined_projections.py")),
+    **dict.fromkeys(
+        ("chroma", "flux", "flux2", "ltx2", "stable_diffusion_3"), ("LoRA", "comfyui/test_joined_projections.py")
+    ),
 }
 """What of a family's experts the real ComfyUI loads in the tests, and where."""
 HEADER = (

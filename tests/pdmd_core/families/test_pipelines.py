@@ -123,7 +123,11 @@ def test_every_part_of_the_conditioning_matters(name: str) -> None:
     config, tokens = teacher.pipeline.transformer.config, teacher.conditioning["prompt_embeds"].shape[1]
     for key, shape in teacher.roles.family.conditioning_shapes(config, tokens, teacher.noise.shape[1:]).items():
         found = teacher.conditioning[key].shape[1:]
-        fewer = key in ("image_embeds", "glyph_embeds", "glyph_mask")  # CLIP sees a smaller image here, little is quoted
+        fewer = key in (
+            "image_embeds",
+            "glyph_embeds",
+            "glyph_mask",
+        )  # CLIP sees a smaller image here, little is quoted
         assert found == shape or (fewer and found[1:] == shape[1:])
     expected = teacher.own(1.0)
     changed = {

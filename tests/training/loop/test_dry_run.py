@@ -43,6 +43,11 @@ MODELS = {
     "flux_1_kontext_dev": ("11.90 G parameters", "16x128x128", 3.16),
     "stable_diffusion_3_5_medium": ("2.24 G parameters", "16x128x128", 3.0),
     "stable_diffusion_3_5_large": ("8.06 G parameters", "16x128x128", 3.0),
+    "chroma1_hd": ("8.90 G parameters", "16x128x128", 3.0),
+    "flux_2_dev": ("32.22 G parameters", "128x64x64", 3.0),
+    "flux_2_klein_base_9b": ("9.08 G parameters", "128x64x64", 3.0),
+    "hunyuan_video_1_5_480p": ("8.33 G parameters", "32x31x30x53", 5.0),
+    "ltx_2": ("18.88 G parameters", "131x16x16x24", 5.0),
 }
 """Parameters of the teacher, latents of a sample, shift of the plan."""
 OF_THE_PAPER = ("wan2_1_t2v_14b", "wan2_1_t2v_1_3b", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "qwen_image")
@@ -189,6 +194,11 @@ def test_recipes_have_the_paper_s_settings(model: str) -> None:
         ("flux_1_kontext_dev", 11_901_408_320, "FluxKontextPipeline", None),
         ("stable_diffusion_3_5_medium", 2_243_171_520, "StableDiffusion3Pipeline", None),
         ("stable_diffusion_3_5_large", 8_056_627_520, "StableDiffusion3Pipeline", None),
+        ("chroma1_hd", 8_899_983_424, "ChromaPipeline", None),
+        ("flux_2_dev", 32_223_281_152, "Flux2Pipeline", None),
+        ("flux_2_klein_base_9b", 9_078_581_248, "Flux2KleinPipeline", None),
+        ("hunyuan_video_1_5_480p", 8_326_608_160, "HunyuanVideo15Pipeline", None),
+        ("ltx_2", 18_876_174_592, "LTX2Pipeline", None),
     ],
 )
 def test_architectures_are_those_of_the_released_models(
