@@ -212,7 +212,7 @@ def _finite(weights: Weights, path: Path) -> str:
 
 
 def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleRequest) -> str:
-    from diffusers import ClassifierFreeGuidance, DiffusionPipeline
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -239,8 +239,8 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
     call = {"image": picture, **size, "max_sequence_length": length, **unguided}
     accepted = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in accepted}
-    if base.family.guider:
-        setattr(pipeline, base.family.guider, ClassifierFreeGuidance(guidance_scale=1.0))
+    for name, guider in base.family.guiders().items():
+        setattr(pipeline, name, guider)
     stock = _stock_sample(experts, base, pipeline, prompt=request.prompt, **call)
     own = base.family.decode(pipeline, _own_sample(experts, base, pipeline, conditioning, noise))
     difference = float((stock.reshape(own.shape).to(own.device) - own).abs().max())

@@ -20,7 +20,7 @@ from .lora_files import LoraFiles
 from .routing import TeacherRouting
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import ClassifierFreeGuidance, DiffusionPipeline
     from PIL.Image import Image
 
 Conditioning = Mapping[str, Tensor]
@@ -245,6 +245,21 @@ class ModelFamily(LoraFiles, ABC):
             ValueError: If the pipeline has no such guidance.
         """
         return {} if self.guider else {self.guidance_argument: scale - 1.0 + self.unguided}
+
+    def guiders(self, scale: float = 1.0) -> dict[str, ClassifierFreeGuidance]:
+        """Make the components of a pipeline that guide, where its call has no argument for it.
+
+        Args:
+            scale: The scale, counted so that 1 is none.
+
+        Returns:
+            Components by name; none for most pipelines.
+        """
+        if self.guider is None:
+            return {}
+        from diffusers import ClassifierFreeGuidance
+
+        return {self.guider: ClassifierFreeGuidance(guidance_scale=scale)}
 
     def stock_routing(self, plan: PhasePlan, components: Sequence[str]) -> dict[str, Any]:
         """Make the stock pipeline run each phase on a network of its own choice.

@@ -182,11 +182,9 @@ class Conversion:
                 self.experts.manifest.guidance_scale, pipeline_named(index.get("_class_name"))
             )
             guidance = ", ".join(f"{k}={v}" for k, v in arguments.items()) or "as by default"
-            if base.family.guider:
-                from diffusers import ClassifierFreeGuidance
-
-                shutil.rmtree(folder / base.family.guider)
-                ClassifierFreeGuidance(guidance_scale=1.0).save_pretrained(folder / base.family.guider)
+            for name, guider in base.family.guiders().items():
+                shutil.rmtree(folder / name)
+                guider.save_pretrained(folder / name)
             output = json.dumps(self.output.as_posix())
             text = _STOCK_CARD.format(output=output, table=plan.describe(), steps=len(plan.sigmas), guidance=guidance)
             (folder / "README.md").write_text(text, encoding="utf-8")

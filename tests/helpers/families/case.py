@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import ClassifierFreeGuidance, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -127,8 +127,8 @@ class Case:
         """Arguments of the call for this guidance; where a component guides, it is set."""
         if self.family is None:
             return dict(self.no_guidance)
-        if self.family.guider is not None:
-            setattr(pipe, self.family.guider, ClassifierFreeGuidance(guidance_scale=scale))
+        for name, guider in self.family.guiders(scale).items():
+            setattr(pipe, name, guider)
         return self.family.guidance_arguments(scale, type(pipe))
 
     def sample(self, pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
