@@ -36,13 +36,13 @@ def speaking(locale: str, client: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    language = locale.split("-")[0].lower()
+    spoken = locale.split("-")[0].lower()
     if client:
         _languages.pop(client, None)
-        _languages[client] = language
+        _languages[client] = spoken
         while len(_languages) > _CLIENTS:
             _languages.pop(next(iter(_languages)))
-    token = _speaking.set(language)
+    token = _speaking.set(spoken)
     try:
         yield
     finally:
@@ -58,13 +58,14 @@ def said(text: str) -> str:
     Returns:
         The translation; what has none stays as it is.
     """
-    known = _sentences(_language())
+    known = _sentences(language())
     if not known or len(text) > _LONGEST:
         return text
     return "\n".join(_translated(line, known, _DEPTH) for line in text.split("\n"))
 
 
-def _language() -> str:
+def language() -> str:
+    """Return the language of who will read what is said now, such as ``en``."""
     asked = _speaking.get()
     if asked is not None:
         return asked
@@ -76,9 +77,9 @@ def _language() -> str:
 
 
 @functools.cache
-def _sentences(language: str) -> Sentences:
-    file = LOCALES / language / "sentences.json"
-    if not language.isalpha() or not file.is_file():
+def _sentences(spoken: str) -> Sentences:
+    file = LOCALES / spoken / "sentences.json"
+    if not spoken.isalpha() or not file.is_file():
         return ()
     pairs: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
     by_words = sorted(pairs.items(), key=lambda pair: -len(pair[0].replace("{}", "")))

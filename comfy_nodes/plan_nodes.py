@@ -14,7 +14,7 @@ from ..pdmd_core.phases import Phase, PhasePlan
 from ..pdmd_core.presets import PRESETS
 from .composite import composite_of
 from .errors import in_words
-from .language import said
+from .language import language, said
 from .loading import experts_names, fingerprint, open_experts
 from .notices import advice
 from .runs import DENOISE, Run, run_of
@@ -320,6 +320,11 @@ class PlanReport(io.ComfyNode):
             ],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """Return the language, so that who reads another one gets a new report."""
+        return language()
 
     @classmethod
     @in_words

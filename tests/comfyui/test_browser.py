@@ -229,9 +229,7 @@ def test_sockets_grow_and_the_hub_is_asked_for_when_chosen(ui: FrontEnd) -> None
 def test_time_lines_and_help_are_in_chinese_for_who_reads_that(ui: FrontEnd, server: Server) -> None:
     ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
     try:
-        ui.page.reload(wait_until="domcontentloaded")
-        ui.wait("() => window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
-        ui.page.wait_for_timeout(2000)
+        ui.reload()
         ui.load(workflow("phased_wan22_boundary"))
         ui.close_dialogs()
         plan = ui.node("PhasedDMDPlanFromBoundary")
@@ -242,6 +240,8 @@ def test_time_lines_and_help_are_in_chinese_for_who_reads_that(ui: FrontEnd, ser
         ui.screenshot("chinese")
         ui.load(workflow("phased_tiny_on_cpu"))
         ui.close_dialogs()
+        note = ui.do("() => window.app.graph._nodes.find((node) => node.type === 'MarkdownNote').widgets[0].value")
+        assert note.startswith("## \u5f88\u5c0f\u7684\u6a21\u578b") and "teacher" in note and "The teacher" not in note
         load, sampler, report = (ui.node(f"PhasedDMD{kind}") for kind in ("LoadExperts", "Sampler", "PlanReport"))
         ui.set_widget(sampler, "steps", 8)
         ui.cells(sampler, 8)
@@ -266,9 +266,7 @@ def test_time_lines_and_help_are_in_chinese_for_who_reads_that(ui: FrontEnd, ser
             assert text.startswith("# \u5206\u9636\u6bb5") or text.startswith("# \u9636\u6bb5")
     finally:
         ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
-        ui.page.reload(wait_until="domcontentloaded")
-        ui.wait("() => window.app?.graph && window.app.extensionManager && document.querySelector('canvas')")
-        ui.page.wait_for_timeout(1000)
+        ui.reload()
 
 
 def test_bypassed_experts_fall_through_to_the_base(ui: FrontEnd) -> None:

@@ -95,6 +95,12 @@ class FrontEnd:
             [node, count],
         )
 
+    def reload(self) -> None:
+        """Load the page anew, as after another language was chosen."""
+        self.page.reload(wait_until="domcontentloaded")
+        self.wait(_READY)
+        self.page.wait_for_timeout(2000)
+
     def use_nodes_2(self, on: bool) -> None:
         """Switch between the classic canvas and Nodes 2.0."""
         self.do("(on) => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", on)

@@ -1,0 +1,91 @@
+"""Write the screenshots of the documentation, ``docs/comfyui/``, in both front ends and both languages.
+
+    .comfyui/venv/bin/python -m tests.helpers.comfyui.write_screenshots
+
+Chinese needs a font that has it, such as Debian's fonts-wqy-microhei.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.comfyui import install
+from tests.helpers.comfyui.browser import FrontEnd, front_end, workflow
+from tests.helpers.comfyui.server import REPOSITORY, make_base, make_named_files, running
+
+FOLDER = REPOSITORY / "docs/comfyui"
+VIEW = {"x": 56, "y": 100, "width": 1544, "height": 800}
+"""The canvas without the bars of the front end."""
+FRONT_ENDS = {"classic": False, "nodes_2": True}
+
+
+def take(ui: FrontEnd, name: str) -> None:
+    """The whole graph as it is now."""
+    ui.fit()
+    ui.page.wait_for_timeout(500)
+    ui.page.screenshot(path=FOLDER / f"{name}.jpg", type="jpeg", quality=82, clip=VIEW)
+
+
+def run(ui: FrontEnd) -> None:
+    """Queue the graph and wait until it has run and the messages about it are gone."""
+    ui.do(
+        """() => new Promise((done) => {
+            window.app.api.addEventListener("execution_success", done, { once: true });
+            window.app.queuePrompt(0, 1);
+        })"""
+    )
+    ui.page.wait_for_timeout(4000)
+
+
+def tiny(ui: FrontEnd, **widgets: float) -> None:
+    """The tiny template after a run with these widgets on its sampler; each run is one that the cache does not have."""
+    ui.load(workflow("phased_tiny_on_cpu"))
+    ui.close_dialogs()
+    sampler = ui.node("PhasedDMDSampler")
+    for name, value in widgets.items():
+        ui.set_widget(sampler, name, value)
+    run(ui)
+
+
+def templates(ui: FrontEnd) -> None:
+    for name, on in FRONT_ENDS.items():
+        ui.use_nodes_2(on)
+        ui.load(workflow("phased_wan22_t2v"))
+        ui.close_dialogs()
+        ui.cells(ui.node("PhasedDMDSampler"), 4)
+        take(ui, f"time_line_{name}")
+        tiny(ui, seed=11 + on, denoise=0.1)
+        take(ui, f"denoise_{name}")
+    ui.use_nodes_2(False)
+    tiny(ui, seed=1)
+    take(ui, "tiny_on_cpu")
+    ui.load(workflow("phased_wan22_undistilled_first_step"))
+    ui.close_dialogs()
+    ui.cells(ui.node("PhasedDMDSampler"), 4)
+    take(ui, "undistilled_first_step")
+
+
+def chinese(ui: FrontEnd) -> None:
+    ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    ui.reload()
+    for name, on in FRONT_ENDS.items():
+        ui.use_nodes_2(on)
+        tiny(ui, seed=21 + on, steps=8)
+        take(ui, f"chinese_{name}")
+
+
+def main() -> None:
+    if not subprocess.run(["fc-list", ":lang=zh"], capture_output=True, check=True).stdout:
+        raise SystemExit("no font has Chinese: install one, such as fonts-wqy-microhei")
+    with tempfile.TemporaryDirectory() as folder:
+        base = make_base(Path(folder) / "base")
+        make_named_files(base)
+        with running(install.tree(install.NEWEST), base) as server, front_end(server.url) as ui:
+            templates(ui)
+            chinese(ui)
+
+
+if __name__ == "__main__":
+    main()
