@@ -32,5 +32,8 @@ def test_every_template_is_in_the_table_of_templates() -> None:
 
 
 def test_pictures_are_there() -> None:
-    for name in ("tiny_on_cpu", "undistilled_first_step"):
-        assert f"(comfyui/{name}.jpg)" in TEXT and (ROOT / f"docs/comfyui/{name}.jpg").is_file()
+    pictures = {path.name for path in (ROOT / "docs/comfyui").glob("*.jpg")}
+    assert len(pictures) >= 8 and all(f"(comfyui/{name})" in TEXT for name in pictures)
+    written = (ROOT / "tests/helpers/comfyui/write_screenshots.py").read_text(encoding="utf-8")
+    kinds = {name.removesuffix(".jpg").removesuffix("_classic").removesuffix("_nodes_2") for name in pictures}
+    assert all(kind in written for kind in kinds)

@@ -279,6 +279,13 @@ def test_bypassed_experts_fall_through_to_the_base(ui: FrontEnd) -> None:
     assert prompt[str(sampler)]["inputs"]["model"] == [str(base), 0]
 
 
+def test_the_motion_preset_is_found_by_the_name_that_its_users_know(ui: FrontEnd) -> None:
+    ui.do("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    ui.page.keyboard.type("TripleKSampler")
+    ui.page.get_by_text("Phase Plan (preset)").first.wait_for()
+    ui.close_dialogs()
+
+
 def test_a_saved_graph_has_no_trace_of_the_time_line(ui: FrontEnd) -> None:
     ui.load(workflow("phased_wan22_t2v"))
     ui.close_dialogs()

@@ -76,7 +76,7 @@ class FrontEnd:
                     names: all("text.name").map((text) => text.textContent),
                     sigmas: all("text.sigma").map((text) => text.textContent),
                     cfgs: all("text.cfg").map((text) => text.textContent),
-                    summary: box.querySelector("text.summary")?.textContent ?? null,
+                    summary: box.querySelector("text.summary")?.firstChild?.textContent ?? null,
                     cut_off: texts.filter(outside).map((text) => text.textContent),
                     widths: all("rect.step").map((cell) => Number(cell.getAttribute("width"))),
                     skipped: all("rect.step").filter((cell) => cell.getAttribute("fill-opacity") !== "1").length,

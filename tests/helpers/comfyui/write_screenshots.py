@@ -28,6 +28,25 @@ def take(ui: FrontEnd, name: str) -> None:
     ui.page.screenshot(path=FOLDER / f"{name}.jpg", type="jpeg", quality=82, clip=VIEW)
 
 
+def take_node(ui: FrontEnd, node: int, name: str) -> None:
+    """One node, large."""
+    ui.fit()
+    clip = ui.do(
+        """(id) => {
+            const canvas = window.app.canvas, node = window.app.graph.getNodeById(id);
+            canvas.ds.scale = 1.5;
+            canvas.ds.offset = [120 - node.pos[0], 120 - node.pos[1]];
+            canvas.setDirty(true, true);
+            const seen = canvas.canvas.getBoundingClientRect(), at = (k) => (node.pos[k] + canvas.ds.offset[k]) * 1.5;
+            const [x, y] = [seen.left + at(0) - 12, seen.top + at(1) - 57];
+            return { x, y, width: node.size[0] * 1.5 + 24, height: Math.min(node.size[1] * 1.5 + 69, 1000 - y) };
+        }""",
+        node,
+    )
+    ui.page.wait_for_timeout(1000)
+    ui.page.screenshot(path=FOLDER / f"{name}.jpg", type="jpeg", quality=82, clip=clip)
+
+
 def run(ui: FrontEnd) -> None:
     """Queue the graph and wait until it has run and the messages about it are gone."""
     ui.do(
@@ -56,8 +75,10 @@ def templates(ui: FrontEnd) -> None:
         ui.close_dialogs()
         ui.cells(ui.node("PhasedDMDSampler"), 4)
         take(ui, f"time_line_{name}")
-        tiny(ui, seed=11 + on, denoise=0.1)
-        take(ui, f"denoise_{name}")
+        sampler = ui.node("PhasedDMDSampler")
+        ui.set_widget(sampler, "denoise", 0.1)
+        ui.cells(sampler, 8)
+        take_node(ui, sampler, f"denoise_{name}")
     ui.use_nodes_2(False)
     tiny(ui, seed=1)
     take(ui, "tiny_on_cpu")
