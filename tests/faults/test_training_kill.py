@@ -65,6 +65,20 @@ def test_a_run_that_is_killed_in_the_middle_of_a_file_ends_like_one_that_is_not(
     assert run.results() == uninterrupted.results
 
 
+def test_a_checkpoint_that_a_thread_writes_is_whole_or_not_there(
+    distillation: Callable[..., Distillation], uninterrupted: Uninterrupted
+) -> None:
+    run = distillation()
+    run.settings["checkpoints"] = {**run.settings["checkpoints"], "background": True}
+    for change in (r"write checkpoints/\.unfinished-00000002/shard", r"replace checkpoints/\.unfinished-00000004 "):
+        ended = run.run("--resume", faults=[run.at(change, "SIGKILL")])
+        assert ended.status == -signal.SIGKILL, (change, ended.errors)
+        run.check_nothing_half_written_counts()
+    ended = run.run("--resume")
+    assert ended.status == 0, ended.errors
+    assert run.results() == uninterrupted.results
+
+
 @pytest.mark.long
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize("case", range(24))

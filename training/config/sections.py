@@ -215,6 +215,8 @@ class CheckpointsSection(Section):
     """How many of the newest checkpoints stay on disk; that of the end of each phase stays too."""
     keep_every: Count | None = None
     """Checkpoints of updates that are multiples of this stay for good."""
+    background: bool = False
+    """Write them in a thread, from a copy in host memory, while updates go on; for one process."""
     best: Literal["teacher_distance", "frechet"] | None = None
     """Measure of validations by which the best checkpoint of each phase stays too; null is without."""
     patience: Count | None = None

@@ -70,7 +70,7 @@ def save_checkpoint(
     """
     target, temporary = folder / f"update-{update:08d}", folder / f"{_UNFINISHED}{update:08d}"
     alone, first = not dist.is_initialized(), not dist.is_initialized() or dist.get_rank() == 0
-    plain = _plain_tensors(tensors)
+    plain = plain_tensors(tensors)
     with _one_line(lambda: _not_written(target, plain)), _removed_on_failure(temporary):
         if first:
             for left in folder.glob(f"{_UNFINISHED}*"):
@@ -236,11 +236,18 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for file in path.glob("*.safetensors"):
             read_header(file)
         reader = HuggingFaceStorageReader(str(path))
-        dcp.load(_plain_tensors(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(plain_tensors(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
-def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, with those that consist of others (8-bit optimizer states) as their parts, ``<name>/<part>``."""
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take apart tensors that consist of others, as 8-bit optimizer states do.
+
+    Args:
+        tensors: Name to tensor.
+
+    Returns:
+        The same, with their parts as ``<name>/<part>``.
+    """
     plain: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):

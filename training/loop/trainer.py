@@ -17,7 +17,8 @@ from training.evaluation.pictures import save_samples
 from training.loop.batches import DataBatches
 from training.loop.best import BestCheckpoints, StoppedEarly
 from training.loop.build import BuiltRun
-from training.loop.checkpoints import list_checkpoints, save_checkpoint, set_aside_later
+from training.loop.checkpoint_writer import CheckpointWriter
+from training.loop.checkpoints import list_checkpoints, set_aside_later
 from training.loop.export import export_experts, trained_part, training_summary
 from training.loop.optimizers import lr_factor
 from training.loop.phase import PhaseTraining, Update
@@ -60,6 +61,7 @@ class Trainer:
         self.monitors = monitors_of(run.config, run.accelerator)
         self.comparison = TeacherComparison(run, self.monitors)
         self.best = BestCheckpoints(run.config.checkpoints)
+        self.checkpoints = CheckpointWriter(run.config.checkpoints.background)
 
     def run(self) -> Path:
         """Train all phases and write the experts, from the checkpoint from which the run was built to go on.
@@ -90,7 +92,8 @@ class Trainer:
         self.monitors.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
         bar = self._progress_bar()
         stop, kept = 0, None
-        with StopSignals(self.accelerator.device, self.accelerator.is_main_process) as signals, bar:
+        signals_of_run = StopSignals(self.accelerator.device, self.accelerator.is_main_process)
+        with self.checkpoints, signals_of_run as signals, bar:
             self._validate_when_due()  # also after a checkpoint: the run may have ended before the samples were there
             while kept is None:
                 if progress.update >= config.updates_of(progress.phase):
@@ -102,6 +105,7 @@ class Trainer:
                     bar.set_description(self.training.expert)
                     self.monitors.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
                 update = self.update()
+                self.checkpoints.check()
                 bar.set_postfix({name: f"{value:.3g}" for name, value in update.values.items()}, refresh=False)
                 bar.update()
                 stop = signals.received()
@@ -109,6 +113,8 @@ class Trainer:
                 if stop or phase_ends or progress.total % config.checkpoints.every == 0:
                     saved = self.save()  # before samples, which take their time and may fail
                     kept = saved if stop else None
+                    if stop or phase_ends:
+                        self.checkpoints.wait()
                 self._validate_when_due()
                 self._stop_early()
             self.monitors.finish()
@@ -139,6 +145,7 @@ class Trainer:
         return update
 
     def _give_up(self) -> None:
+        self.checkpoints.wait()
         kept = list_checkpoints(self.output_dir / "checkpoints")
         raise TrainingStopped(
             f"{self.progress.bad_in_a_row} updates in a row had NaN or Inf in loss or gradient (phase "
@@ -212,11 +219,11 @@ class Trainer:
             raise StoppedEarly(reason)
 
     def save(self) -> Path:
-        """Write a checkpoint of everything that the next update depends on; returns it."""
+        """Write a checkpoint of everything that the next update depends on, or begin to; returns its folder."""
         tensors = state_tensors(self.roles, self.training, self.built.rng)
         values = state_values(self.built, self.progress, self.training)
         folder, keep = self.output_dir / "checkpoints", self.config.checkpoints.keep
-        return save_checkpoint(folder, self.progress.total, tensors, values, keep, self._stays_for_good)
+        return self.checkpoints.save(folder, self.progress.total, tensors, values, keep, self._stays_for_good)
 
     def _stays_for_good(self, update: int) -> bool:
         """Whether the checkpoint of an update is never removed: from the end of a phase the next is trained again."""
