@@ -207,9 +207,8 @@ def dry_run(config: DistillConfig, memory_per_gpu: float | None = None, gpus: in
 
 def encode_prompts(config: DistillConfig) -> int:
     """Write what a run is conditioned on, without loading a network; any number of processes share the work."""
-    from training.data.teacher import TeacherSource, family_of_pipeline
+    from training.data.teacher import TeacherSource, family_of_pipeline, pipeline_on_meta
     from training.data.training_data import training_data
-    from training.loop.dry_run import pipeline_on_meta
     from training.loop.precision import make_accelerator
 
     accelerator = make_accelerator("no")

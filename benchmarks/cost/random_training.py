@@ -17,10 +17,9 @@ from pdmd_core.families import ModelFamily, TeacherRouting, family
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig, parse_config
 from training.data.order import ExampleOrder
-from training.data.teacher import TeacherSource, family_of_pipeline
+from training.data.teacher import TeacherSource, family_of_pipeline, pipeline_on_meta
 from training.loop.batches import DataBatches
 from training.loop.build import build_roles
-from training.loop.dry_run import pipeline_on_meta
 from training.loop.phase import PhaseTraining, Update
 from training.loop.rng import RunRNG
 from training.memory.offload import keep_idle_experts_away

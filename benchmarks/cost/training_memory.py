@@ -33,8 +33,7 @@ from benchmarks.cost.random_training import RandomTeacher, RandomTraining, relea
 from benchmarks.cost.random_wan import machine
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig, load_config
-from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
-from training.loop.dry_run import pipeline_on_meta
+from training.data.teacher import TeacherSource, family_of_pipeline, networks_of, pipeline_on_meta
 from training.loop.precision import make_accelerator
 from training.memory.offload import OneOnDevice
 

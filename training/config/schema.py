@@ -124,6 +124,12 @@ class DistillConfig(Section):
             raise ValueError("memory.offload_idle_network is for a fake on all networks: leave fake.components out")
         if memory.offload_idle_experts and sharding != "none":
             raise ValueError(f"memory.offload_idle_experts keeps experts whole: {whole}")
+        if memory.swap_blocks and sharding != "none":
+            raise ValueError(f"memory.swap_blocks keeps blocks whole: {whole}")
+        if memory.swap_blocks and self.model.quantization != "none":
+            raise ValueError("memory.swap_blocks is for plain weights: set model.quantization to none, or leave it out")
+        if memory.swap_blocks and self.compile != "none":
+            raise ValueError("memory.swap_blocks moves weights between blocks: set compile to none, or leave it out")
         if self.compile != "none" and context_parallel > 1:
             raise ValueError(
                 "compile is for samples that are whole: set parallel.context_parallel to 1, or compile to none"

@@ -196,11 +196,18 @@ class MemorySection(Section):
     """Of a two-network teacher, keep only the network that runs on the device."""
     offload_idle_experts: bool = False
     """Keep experts that do not train off the device, but while they compute."""
+    swap_blocks: Annotated[int, Field(ge=0)] = 0
+    """Frozen weights of this many blocks of each network of the teacher, the last ones, wait in host memory; the device
+    holds those of two of them at a time."""
 
     @model_validator(mode="after")
     def _is_recomputed(self) -> MemorySection:
         if self.offload_idle_network and not self.gradient_checkpointing:
             raise ValueError("offload_idle_network: frees memory only with memory.gradient_checkpointing: true")
+        if self.swap_blocks and not self.gradient_checkpointing:
+            raise ValueError("swap_blocks: weights go before the backward pass, with memory.gradient_checkpointing: true")
+        if self.swap_blocks and self.offload_idle_network:
+            raise ValueError("swap_blocks: is for the blocks of all networks, leave memory.offload_idle_network out")
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError("offload_activations: is for inputs of blocks, with memory.gradient_checkpointing: true")
         return self

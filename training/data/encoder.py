@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -20,7 +21,10 @@ Item = TypeVar("Item")
 
 
 class Encoder:
-    """Encodes in batches with the teacher's own encoders, which are loaded when they are first needed."""
+    """Encodes in batches with the teacher's own encoders, which are loaded when they are first needed.
+
+    Those of prompts are in ``dtype``, those of images in float32.
+    """
 
     def __init__(
         self,
@@ -29,18 +33,27 @@ class Encoder:
         max_sequence_length: int,
         device: torch.device | str = "cpu",
         batch: int = 32,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.source, self.family, self.max_sequence_length = source, family, max_sequence_length
-        self.device, self.batch = device, batch
+        self.device, self.batch, self.dtype = device, batch, dtype
         self.takes_image = family.takes_image(source.pipeline_class())
         self._pipeline: DiffusionPipeline | None = None
 
     @property
     def pipeline(self) -> DiffusionPipeline:
-        """The pipeline with its encoders, in float32."""
+        """The pipeline with its encoders."""
         if self._pipeline is None:
-            self._pipeline = move(load_text_side(self.source, self.family, self.takes_image), self.device)
+            side = load_text_side(self.source, self.family, self.takes_image, self.dtype)
+            self._pipeline = move(side, self.device)
         return self._pipeline
+
+    def close(self) -> None:
+        """Let go of the encoders, whose memory others need."""
+        self._pipeline = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def check(self, total: int, with_image: int) -> None:
         """All examples have an image when the teacher takes one, and none otherwise. Raises PromptError."""

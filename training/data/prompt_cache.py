@@ -232,11 +232,18 @@ def encode_examples(
     size: SampleSize,
     cache_dir: Path,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> PromptCache:
-    """Conditioning of a few examples that are all of one size; ``cache_dir`` may go afterwards. Raises PromptError."""
-    encoder = Encoder(source, family, size.max_sequence_length, device)
+    """Conditioning of a few examples that are all of one size; ``cache_dir`` may go afterwards. Raises PromptError.
+
+    dtype: of the encoder of prompts.
+    """
+    encoder = Encoder(source, family, size.max_sequence_length, device, dtype=dtype)
     bucket = Bucket(size.width, size.height, size.frames)
-    return open_prompt_cache(examples, negative_prompt, encoder, [bucket], cache_dir).in_memory()
+    try:
+        return open_prompt_cache(examples, negative_prompt, encoder, [bucket], cache_dir).in_memory()
+    finally:
+        encoder.close()
 
 
 def _write(

@@ -57,6 +57,8 @@ def identity(
     if encoder.takes_image:
         parts += [[(b.width, b.height, b.frames) for b in buckets], source.pipeline]
         parts += [_weights(source, ("processor", "image_encoder", "image_processor", "vae"))]
+    if encoder.dtype != torch.float32:
+        parts += [f"encoded in {encoder.dtype}"]
     digest.update(json.dumps(parts).encode())
     return f"prompts-{digest.hexdigest()[:24]}"
 

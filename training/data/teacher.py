@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,8 +59,11 @@ class TeacherSource:
                 raise TeacherError(f"the teacher {self.path!r}: {name} does not take its network, a {network}")
         return found
 
-    def load(self, dtype: torch.dtype, wanted: Callable[[str], bool]) -> DiffusionPipeline:
-        """The pipeline with those of its components whose names are wanted. Raises TeacherError."""
+    def load(self, dtype: torch.dtype | Mapping[str, torch.dtype], wanted: Callable[[str], bool]) -> DiffusionPipeline:
+        """The pipeline with those of its components whose names are wanted. Raises TeacherError.
+
+        dtype: of all components, or by component with ``default``.
+        """
         parts = [name for name, value in self.index().items() if isinstance(value, list)]
         absent = {name: None for name in parts if name != "scheduler" and not wanted(name)}
         diffusers.utils.logging.disable_progress_bar()
@@ -90,15 +92,51 @@ class TeacherSource:
         return TeacherError(f"the teacher {self.path!r} cannot be loaded as a pipeline: {reason}")
 
 
-def load_text_side(source: TeacherSource, family: ModelFamily, images: bool = False) -> DiffusionPipeline:
-    """The pipeline with what encodes prompts, and what encodes images when asked, in float32."""
+def pipeline_on_meta(source: TeacherSource) -> DiffusionPipeline:
+    """The pipeline with networks and autoencoder without weights, from its configs alone. Raises TeacherError."""
+    index, kind = source.index(), source.pipeline_class()
+    parts: dict[str, Any] = {}
+    try:
+        for name in inspect.signature(kind.__init__).parameters:
+            if isinstance(index.get(name), list):
+                described = name.startswith(("transformer", "vae")) and index[name][1] is not None
+                parts[name] = _on_meta(index[name][1], source, name) if described else None
+            elif name in index:
+                parts[name] = index[name]
+        return kind(**parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise source.cannot_load(error) from None
+
+
+def _on_meta(architecture: str, source: TeacherSource, name: str) -> nn.Module:
+    kind = getattr(diffusers, architecture)
+    settings = kind.load_config(source.path, subfolder=name, revision=source.revision)
+    with torch.device("meta"):
+        return kind.from_config(settings)
+
+
+def load_text_side(
+    source: TeacherSource, family: ModelFamily, images: bool = False, dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """The pipeline with what encodes prompts in this dtype, and what encodes images, when asked, in float32."""
     parts = (*TEXT_PARTS, *family.encoders, *((*IMAGE_PARTS, "vae") if images else ()))
-    return source.load(torch.float32, lambda name: name.startswith(parts))
+    narrow = {name: dtype for name in source.index() if name.startswith(("text_encoder", *family.encoders))}
+    return source.load({"default": torch.float32, **narrow}, lambda name: name.startswith(parts))
+
+
+def text_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype prompts are encoded for networks of this one; T5 overflows in float16."""
+    return dtype if dtype == torch.float32 else torch.bfloat16
 
 
 def load_image_side(source: TeacherSource, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline with networks and autoencoder, without what encodes prompts and images."""
     return source.load(dtype, lambda name: not name.startswith((*TEXT_PARTS, *IMAGE_PARTS)))
+
+
+def load_without_networks(source: TeacherSource, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline with its autoencoder, without networks, and what encodes prompts and images."""
+    return source.load(dtype, lambda name: name == "vae")
 
 
 def move(pipeline: DiffusionPipeline, device: torch.device | str) -> DiffusionPipeline:
@@ -120,20 +158,3 @@ def family_of_pipeline(pipeline: DiffusionPipeline) -> ModelFamily:
 def networks_of(pipeline: DiffusionPipeline, family: ModelFamily) -> dict[str, nn.Module]:
     """The networks of a teacher by component name, high noise first."""
     return {name: getattr(pipeline, name) for name in family.teacher_routing(pipeline.config).components}
-
-
-def digest_of_networks(networks: Mapping[str, nn.Module]) -> str:
-    """SHA-256 of the weights of loaded networks: the same wherever they were loaded from.
-
-    Args:
-        networks: The networks by component, on the CPU.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for component, network in networks.items():
-        for name, value in network.state_dict().items():
-            digest.update(f"{component} {name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from training.data.encoder import Encoder
 from training.data.examples import Example, PromptError
 from training.data.order import ExampleOrder
 from training.data.prompt_cache import PromptCache, open_prompt_cache
-from training.data.teacher import TeacherSource
+from training.data.teacher import TeacherSource, text_dtype
 
 VALIDATED = 4
 """Examples of a validation when the configuration names none."""
@@ -87,11 +87,13 @@ def training_data(
 ) -> TrainingData:
     """Read and encode, or find what was encoded before. All processes call this together.
 
+    The encoders are gone at the end: networks come after this.
+
     Args:
         config: The configuration of the run.
         source: Where the teacher's encoders are.
         family: The teacher's family.
-        pipeline: The teacher's pipeline, for the sizes of latents.
+        pipeline: The teacher's pipeline, for the sizes of latents; its weights may be on the meta device.
         device: Where prompts and images are encoded.
         check: Told what identifies the examples before they are encoded; what it raises ends this.
 
@@ -102,14 +104,15 @@ def training_data(
     examples, model = config.data, config.model
     buckets, whole = buckets_of(config), Bucket(model.width, model.height, model.frames)
     shapes, (validation_shape,) = latent_shapes(buckets, family, pipeline), latent_shapes([whole], family, pipeline)
-    encoder = Encoder(source, family, model.max_sequence_length, device)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    encoder = Encoder(source, family, model.max_sequence_length, device, dtype=text_dtype(dtype))
     fixed = config.validation.prompts or []
     if fixed and encoder.takes_image:
         raise PromptError(
             "validation.prompts: the teacher takes images; leave it out to see the first training prompts"
         )
     shown = [Example(prompt) for prompt in fixed] or list(itertools.islice(examples, VALIDATED))
-    cache, dtype = config.data.cache_dir or config.output_dir / "cache", getattr(torch, model.dtype)
+    cache = config.data.cache_dir or config.output_dir / "cache"
     bank = open_prompt_cache(examples, config.data.negative_prompt, encoder, buckets, cache, dtype, check)
     validation = open_prompt_cache(shown, config.data.negative_prompt, encoder, [whole], cache, dtype)
     if bank.longer and int(os.environ.get("RANK", "0")) == 0:
@@ -122,6 +125,7 @@ def training_data(
     if config.validation.features:
         first = list(itertools.islice(examples, config.validation.features_prompts))
         measured = open_prompt_cache(first, config.data.negative_prompt, encoder, [whole], cache, dtype)
+    encoder.close()
     members = [bank.members(i) for i in range(len(buckets))]
     for bucket, suitable in zip(buckets, members, strict=True):
         if bucket.share and not len(suitable):

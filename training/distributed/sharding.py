@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from pdmd_core.role_weights import check_fits
 from pdmd_core.roles import Roles
 from training.config.schema import ConfigError, DistillConfig
+from training.data.weight_files import WeightFiles
 
 
 def check_processes(config: DistillConfig, processes: int) -> None:
@@ -63,15 +64,29 @@ def mesh_of(config: DistillConfig, device: torch.device, processes: int) -> Devi
     return init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard_roles(roles: Roles, mesh: DeviceMesh, device: torch.device, compute: torch.dtype | None = None) -> None:
+def shard_roles(
+    roles: Roles,
+    mesh: DeviceMesh,
+    device: torch.device,
+    compute: torch.dtype | None = None,
+    files: WeightFiles | None = None,
+) -> None:
     """Shard networks that are on the CPU, block by block; full copies that came empty become copies of the base.
 
-    compute: full copies send their blocks' weights in this dtype, for forward passes under autocast to it.
+    Args:
+        roles: The networks.
+        mesh: The processes that share their weights.
+        device: Where shards go.
+        compute: Full copies send their blocks' weights in this dtype, for forward passes under autocast to it.
+        files: Of a base that is hollow: every process reads its own shards there. None for a base with its weights.
     """
     adapters = {p for role in roles.specs if not roles.owns_copies(role) for p in roles.parameters(role)}
     for parameter in adapters:
         parameter.data = parameter.data.to(device)
     bases = {id(network) for network in roles.bases.values()}
+    if files is not None:
+        for network in roles.bases.values():
+            _onto_meta(network, adapters)
     for network in roles.networks():
         block_policy = MixedPrecisionPolicy()
         if compute is not None and id(network) not in bases:
@@ -85,9 +100,20 @@ def shard_roles(roles: Roles, mesh: DeviceMesh, device: torch.device, compute: t
         network._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     roles.forget_parameters()
+    for component in roles.bases if files is not None else ():
+        files.fill(component, roles.base_state_dict(component))
     for role in roles.specs:
         if roles.owns_copies(role):
             roles.reset(role)
+
+
+def _onto_meta(network: nn.Module, adapters: set[nn.Parameter]) -> None:
+    """Leave of all weights but those of adapters only their shapes, of which shards are made."""
+    for module in network.modules():
+        for name, own in list(module.named_parameters(recurse=False)):
+            if own not in adapters:
+                empty = torch.empty(own.shape, dtype=own.dtype, device="meta")
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
 def whole(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -108,7 +108,8 @@ class Evaluation:
         else:
             how = {"steps": method.steps, "shift": self.teacher.shift, "guidance_scale": self.teacher.guidance_scale}
             how |= {"negative_prompt": self.teacher.negative_prompt} if self.teacher.guided else {}
-        how |= {"teacher": self._teacher_identity, "size": size, "dtype": str(self.machine.dtype), "version": 1}
+        version = 1 if self.machine.dtype == torch.float32 else 2  # of how prompts are encoded
+        how |= {"teacher": self._teacher_identity, "size": size, "dtype": str(self.machine.dtype), "version": version}
         folder = self.cache_dir / "samples" / digest_of(how)
         if not (folder / "method.json").exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,16 @@ from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 from training.data.examples import Example
 from training.data.prompt_cache import PromptCache, encode_examples
-from training.data.teacher import TeacherError, TeacherSource, family_of_pipeline, load_image_side, move, networks_of
+from training.data.teacher import (
+    TeacherError,
+    TeacherSource,
+    family_of_pipeline,
+    load_image_side,
+    move,
+    networks_of,
+    pipeline_on_meta,
+    text_dtype,
+)
 from training.loop.export import roles_from_experts
 from training.memory.quantization import Quantization, quantize
 from training.monitoring.bars import progress_bar
@@ -98,20 +107,21 @@ class Sampler:
         self.device = default_device(device)
         source = TeacherSource(teacher, revision, pipeline)
         precision: Any = {"default": dtype, "vae": torch.float32}  # by component, as diffusers takes it
-        self.pipeline = load_image_side(source, precision)
-        self.family = family_of_pipeline(self.pipeline)
+        described = pipeline_on_meta(source)
+        self.family = family_of_pipeline(described)
         self.size = size
         try:
-            self.shape = self.family.latent_shape(self.pipeline, size.height, size.width, size.frames)
+            self.shape = self.family.latent_shape(described, size.height, size.width, size.frames)
         except ValueError as error:
             raise UserError(str(error)) from None
         numbers = torch.Size(self.shape).numel()
         self.batch = max(1, min(64, _LATENTS_AT_ONCE // numbers)) if batch is None else batch
         examples = [prompt if isinstance(prompt, Example) else Example(prompt) for prompt in prompts]
-        # before the networks: the encoders are gone from the device when these come
+        # before the networks: the encoders are gone when these come
         self.prompts: PromptCache = encode_examples(
-            examples, negative_prompt, source, self.family, size, cache_dir, self.device
+            examples, negative_prompt, source, self.family, size, cache_dir, self.device, text_dtype(dtype)
         )
+        self.pipeline = load_image_side(source, precision)
         move(self.pipeline, self.device)
         self.plan = experts.manifest.plan if experts else None
         networks = networks_of(self.pipeline, self.family)

@@ -14,15 +14,23 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from pdmd_core.experts.format.fingerprint import fingerprint_of
 from pdmd_core.families import ModelFamily, TeacherRouting
 from pdmd_core.hashing import digest_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig
-from training.data.teacher import TeacherSource, digest_of_networks, family_of_pipeline, load_image_side, networks_of
+from training.data.teacher import (
+    TeacherSource,
+    family_of_pipeline,
+    load_image_side,
+    load_without_networks,
+    networks_of,
+    pipeline_on_meta,
+)
 from training.data.training_data import TrainingData, training_data
+from training.data.weight_files import WeightFiles
 from training.distributed.context_parallel import check_context_parallel, divide_samples
+from training.distributed.processes import of_first_process
 from training.distributed.sharding import check_processes, mesh_of, shard_roles
 from training.loop.attention import set_attention
 from training.loop.compiling import compile_blocks
@@ -33,6 +41,7 @@ from training.loop.resumption import Resume, Resumption, find_resumption
 from training.loop.rng import RunRNG
 from training.loop.start import load_start, specs_of_run, start_of
 from training.loop.targets import check_targets
+from training.memory.block_swap import swap_blocks
 from training.memory.offload import keep_one_network
 from training.memory.quantization import library_config, quantize
 from training.monitoring.monitor import warn
@@ -113,25 +122,27 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     if resumption:
         resumption.check_start(start.notes, config)
     source = TeacherSource(config.model.path, config.model.revision, config.model.pipeline)
-    pipeline = load_image_side(source, getattr(torch, config.model.dtype))
-    family = family_of_pipeline(pipeline)
-    check_context_parallel(config, family, pipeline)
-    networks = networks_of(pipeline, family)
-    check_targets(config, networks)
-    check_base(start.teacher, networks, family, say)
-    teacher = digest_of_networks(networks)
+    described = pipeline_on_meta(source)
+    family = family_of_pipeline(described)
+    check_context_parallel(config, family, described)
+    check_targets(config, networks_of(described, family))
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    files = WeightFiles(source, networks_of(described, family), dtype)
+    check_base(start.teacher, files.networks, family, say, files.sampler)
+    teacher = of_first_process(files.digest)
     if start.teacher:
         teacher = digest_of(teacher, [expert.sha256 for expert in start.teacher.manifest.experts])
     check = None
     if resumption:
         resumption.check_teacher(teacher, config)
         check = partial(resumption.check_prompts, config=config)
-    data = training_data(config, source, family, pipeline, accelerator.device, check)
-    fingerprints = {name: fingerprint_of(network) for name, network in networks.items()}
-    torch.manual_seed(config.seed)  # the weights of adapters
+    data = training_data(config, source, family, described, accelerator.device, check)
     mesh = mesh_of(config, accelerator.device, processes)
-    routing = family.teacher_routing(pipeline.config)
-    roles = build_roles(config, family, networks, routing, accelerator.device, mesh, start.notes, say=accelerator.print)
+    pipeline = load_image_side(source, dtype) if mesh is None else load_without_networks(source, dtype)
+    networks = networks_of(pipeline, family) if mesh is None else files.hollow()
+    torch.manual_seed(config.seed)  # the weights of adapters
+    routing = family.teacher_routing(described.config)
+    roles = build_roles(config, family, networks, routing, accelerator.device, mesh, start.notes, say=accelerator.print, files=files)
     for line in load_start(start, config, roles, pipeline):
         accelerator.print(line)
     together = config.parallel.context_parallel
@@ -139,7 +150,18 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     rng = RunRNG(config.seed, config.batch_size, data.order, group, groups, accelerator.device)
     plan = config.plan.build()
     return BuiltRun(
-        config, accelerator, plan, pipeline, family, data, roles, rng, fingerprints, teacher, start.notes, resumption
+        config,
+        accelerator,
+        plan,
+        pipeline,
+        family,
+        data,
+        roles,
+        rng,
+        files.fingerprints(),
+        teacher,
+        start.notes,
+        resumption,
     )
 
 
@@ -153,6 +175,7 @@ def build_roles(
     start: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     kind: type[Roles] = Roles,
     say: Callable[[str], None] = print,
+    files: WeightFiles | None = None,
 ) -> Roles:
     """Make the roles of a run on a teacher's networks, and put them where they compute.
 
@@ -170,6 +193,7 @@ def build_roles(
         start: Notes of ``start.Start``: experts that are given have their own kind and rank.
         kind: The class of what is made.
         say: Is told what computes attention, where something was asked for.
+        files: With a mesh, where the weights of hollow networks are; None for networks that have theirs.
 
     Returns:
         The roles; everything is frozen.
@@ -179,7 +203,7 @@ def build_roles(
     """
     quantize(networks.values(), family, config.model.quantization)
     one_at_a_time = config.memory.offload_idle_network and len(networks) > 1
-    if mesh is None and not one_at_a_time:
+    if mesh is None and not one_at_a_time and not config.memory.swap_blocks:
         networks = {name: network.to(device) for name, network in networks.items()}
     roles = kind(networks, family, specs_of_run(config, routing, start), routing, empty_copies=mesh is not None)
     if config.precision == "bf16":
@@ -190,9 +214,11 @@ def build_roles(
     if config.compile == "regional":
         compile_blocks(roles.networks(), family)
     if mesh is not None:
-        shard_roles(roles, mesh, device, torch.bfloat16 if config.precision == "bf16" else None)
+        shard_roles(roles, mesh, device, torch.bfloat16 if config.precision == "bf16" else None, files)
     if one_at_a_time:
         keep_one_network(roles, device)
+    if config.memory.swap_blocks:
+        swap_blocks(roles, config.memory.swap_blocks, device)
     if config.parallel.context_parallel > 1:
         divide_samples(roles.networks(), config.parallel.context_parallel, device)
     if config.memory.gradient_checkpointing:

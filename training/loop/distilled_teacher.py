@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pdmd_core.experts import Expert, ExpertsError, PhasedExperts
-from pdmd_core.experts.format.fingerprint import base_warning, network_weights, sampler_of
+from pdmd_core.experts.format.fingerprint import Sampler, base_warning, network_weights, sampler_of
 from pdmd_core.families import ModelFamily
 from pdmd_core.phases import Phase
 from pdmd_core.roles import Roles, RoleSpec, teaching
@@ -60,6 +60,7 @@ def check_base(
     networks: Mapping[str, nn.Module],
     family: ModelFamily,
     warn: Callable[[str], None] | None = None,
+    sampler: Callable[[str], Sampler] | None = None,
 ) -> None:
     """Check that experts that teach stand on these networks.
 
@@ -67,7 +68,8 @@ def check_base(
         experts: The experts.
         networks: The base's networks by component.
         family: Their model family.
-        warn: Told of a base with other weights than that of the experts; None where networks have no weights.
+        warn: Told of a base with other weights than that of the experts; None where there are no weights.
+        sampler: Reads samples of the weights of a component; of those of the networks when None.
 
     Raises:
         ConfigError: They are of another architecture, or of a network that the base lacks.
@@ -83,9 +85,8 @@ def check_base(
             f"{f' with {lacking[0]}' if lacking else ''}, found {found}: give model.path their base, {base.model}"
         )
     for name in sorted({expert.component for expert in experts.manifest.experts}) if warn else ():
-        if warn and (
-            text := base_warning(base, name, sampler_of(network_weights(networks[name])), f"the {name} of model.path")
-        ):
+        read = sampler(name) if sampler else sampler_of(network_weights(networks[name]))
+        if warn and (text := base_warning(base, name, read, f"the {name} of model.path")):
             warn(text)
 
 

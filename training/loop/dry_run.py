@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -22,10 +20,10 @@ from training.config.command_line import UserError
 from training.config.problems import leaves_of
 from training.config.schema import ConfigError, DistillConfig, parse_config, with_values
 from training.data.buckets import ANY, Bucket, bucket_of
-from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
+from training.data.teacher import TeacherSource, family_of_pipeline, networks_of, pipeline_on_meta
 from training.data.training_data import buckets_of, latent_shapes
 from training.distributed.context_parallel import check_context_parallel
-from training.distributed.sharding import check_processes
+from training.distributed.sharding import check_processes, group_size
 from training.loop.distilled_teacher import check_base
 from training.loop.start import specs_of_run, start_of
 from training.loop.targets import check_targets
@@ -43,29 +41,6 @@ _SAVING: tuple[dict[str, Any], ...] = (
     {"parallel.sharding": "fsdp"},
 )
 """What takes less memory and leaves the numbers as they are, the cheapest first."""
-
-
-def pipeline_on_meta(source: TeacherSource) -> DiffusionPipeline:
-    """The pipeline with networks and autoencoder without weights, from its configs alone. Raises TeacherError."""
-    index, kind = source.index(), source.pipeline_class()
-    parts: dict[str, Any] = {}
-    try:
-        for name in inspect.signature(kind.__init__).parameters:
-            if isinstance(index.get(name), list):
-                described = name.startswith(("transformer", "vae")) and index[name][1] is not None
-                parts[name] = _on_meta(index[name][1], source, name) if described else None
-            elif name in index:
-                parts[name] = index[name]
-        return kind(**parts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise source.cannot_load(error) from None
-
-
-def _on_meta(architecture: str, source: TeacherSource, name: str) -> nn.Module:
-    kind = getattr(diffusers, architecture)
-    settings = kind.load_config(source.path, subfolder=name, revision=source.revision)
-    with torch.device("meta"):
-        return kind.from_config(settings)
 
 
 def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1, advise: bool = True) -> str:
@@ -114,6 +89,8 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     lines += [f"  {'activations':12} {in_words(activations)}: {how}"]
     lines += [f"  {'peak':12} {in_words(total)}: with them; a GPU's own context and workspaces come on top"]
     stays = "all the time" if held.all_networks > held.base else "until it is on the GPU"
+    if group_size(config, gpus) > 1:
+        stays = "its shard of one weight after the other"
     lines += [f"  {'host memory':12} {in_words(held.loaded)}: the teacher, in each process, {stays}", ""]
     lines += [*_evaluations(config, plan, gpus), ""]
     files = ["config.yaml", "metrics.jsonl", "samples/", "checkpoints/", "logs/", "experts/"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from pdmd_core.roles import Roles
 from training.config.changes import changes_since
 from training.config.schema import DistillConfig, parse_config, with_defaults
-from training.data.teacher import TeacherSource, family_of_pipeline, networks_of
+from training.data.teacher import TeacherSource, family_of_pipeline, networks_of, pipeline_on_meta
 from training.loop.checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -19,7 +19,6 @@ from training.loop.checkpoints import (
     update_of,
     whole_checkpoint,
 )
-from training.loop.dry_run import pipeline_on_meta
 from training.loop.export import export_experts, trained_part, training_summary
 from training.loop.progress import Progress
 from training.loop.start import specs_of_run

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
+from training.memory.host_memory import HostCopy, flat_bytes, host_buffer
 
 
 class OneOnDevice:
@@ -23,7 +24,7 @@ class OneOnDevice:
         self.device = device
         self.here: str | None = None
         self.kept = kept
-        self.at_home = {name: [_pinned(t.data.to("cpu"), device) for t in tensors] for name, tensors in kept.items()}
+        self.at_home = {name: _AtHome(tensors, device) for name, tensors in kept.items()}
         for name in kept:
             self._send_home(name)
 
@@ -39,11 +40,28 @@ class OneOnDevice:
             self.here = name
 
     def _bring(self, name: str) -> None:
-        for tensor, home in zip(self.kept[name], self.at_home[name], strict=True):
-            tensor.data = home.to(self.device, non_blocking=True)
+        self.at_home[name].bring(self.device)
 
     def _send_home(self, name: str) -> None:
-        for tensor, home in zip(self.kept[name], self.at_home[name], strict=True):
+        self.at_home[name].send_home()
+
+
+class _AtHome:
+    """Tensors in host memory: in one flat buffer, but for those that consist of others (8-bit weights)."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        plain = [tensor for tensor in tensors if type(tensor.data) is Tensor]
+        self.flat = HostCopy(plain, host_buffer(flat_bytes(plain), device))
+        self.others = [(tensor, tensor.data.to("cpu")) for tensor in tensors if type(tensor.data) is not Tensor]
+
+    def bring(self, device: torch.device) -> None:
+        self.flat.place(self.flat.views_of(self.flat.flat.to(device, non_blocking=True)))
+        for tensor, home in self.others:
+            tensor.data = home.to(device, non_blocking=True)
+
+    def send_home(self) -> None:
+        self.flat.place(self.flat.views)
+        for tensor, home in self.others:
             tensor.data = home
 
 
@@ -70,7 +88,3 @@ def keep_idle_experts_away(roles: Roles, plan: PhasePlan, phase: int, device: to
         parameter.data = parameter.data.to(device)
     idle = {other.name: roles.parameters(other.name) for k, other in enumerate(plan.phases) if k != phase}
     roles.before_role = OneOnDevice(idle, device)
-
-
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory() if device.type == "cuda" else tensor

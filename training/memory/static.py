@@ -41,7 +41,8 @@ class StaticMemory:
     all_networks: float
     """Bytes of all its networks, where only one is on the GPU at a time; otherwise those of the base."""
     loaded: float
-    """Bytes of all its networks, whole: each process has them in host memory before they go to the GPU."""
+    """Bytes of the teacher in the host memory of each process: all its networks before they go to the GPU; with shards,
+    which are read one by one, those of the largest weight."""
 
     @property
     def bytes(self) -> float:
@@ -89,7 +90,11 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
             _count(block.parameters()) for network in roles.networks() for block in roles.family.blocks_of(network)
         )
         parts.append(Held("gathered", 2 * largest * 4, "two blocks of a network, the one that runs and the next"))
-    return StaticMemory(parts, base, sum(sizes) / shards, sum(sizes))
+    loaded = float(sum(sizes))
+    if shards > 1:
+        wide = getattr(torch, config.model.dtype).itemsize
+        loaded = max(p.numel() for network in roles.bases.values() for p in network.parameters()) * wide / shards
+    return StaticMemory(parts, base, sum(sizes) / shards, loaded)
 
 
 def _base_sizes(config: DistillConfig, roles: Roles) -> list[int]:
