@@ -205,7 +205,9 @@ class MemorySection(Section):
         if self.offload_idle_network and not self.gradient_checkpointing:
             raise ValueError("offload_idle_network: frees memory only with memory.gradient_checkpointing: true")
         if self.swap_blocks and not self.gradient_checkpointing:
-            raise ValueError("swap_blocks: weights go before the backward pass, with memory.gradient_checkpointing: true")
+            raise ValueError(
+                "swap_blocks: weights go before the backward pass, with memory.gradient_checkpointing: true"
+            )
         if self.swap_blocks and self.offload_idle_network:
             raise ValueError("swap_blocks: is for the blocks of all networks, leave memory.offload_idle_network out")
         if self.offload_activations and not self.gradient_checkpointing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,14 @@ _SAVING: tuple[dict[str, Any], ...] = (
     {"memory.offload_activations": True},
     {"memory.offload_idle_experts": True},
     {"memory.offload_idle_network": True},
+    {"parallel.context_parallel": 2},
+    {"parallel.context_parallel": 4},
+    {"parallel.context_parallel": 8},
     {"parallel.sharding": "fsdp"},
 )
-"""What takes less memory and leaves the numbers as they are, the cheapest first."""
+"""What takes less memory and leaves the numbers as they are up to rounding, the cheapest first; at last block swap."""
+_PCIE = 25e9
+"""Bytes a second from page-locked host memory to a GPU over PCIe 4.0 with 16 lanes, which can carry 31.5e9."""
 
 
 def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: int = 1, advise: bool = True) -> str:
@@ -84,26 +89,30 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     activations, how = _activations(config, family, pipeline.transformer, shape, own)
     total = held.bytes + activations
     lines += [f"  {'all':12} {in_words(held.bytes)}: weights, gradients, optimizer"]
-    both = f", {held.bytes / held.all_networks:.3f} of both its networks" if held.all_networks > held.base else ""
+    all_of_it = "both its networks" if len(networks) > 1 else "the whole of it"
+    both = f", {held.bytes / held.all_networks:.3f} of {all_of_it}" if held.all_networks > held.base else ""
     lines += [f"  {'ratio':12} {held.bytes / held.base:7.3f}: all of it against the teacher on the GPU{both}"]
     lines += [f"  {'activations':12} {in_words(activations)}: {how}"]
     lines += [f"  {'peak':12} {in_words(total)}: with them; a GPU's own context and workspaces come on top"]
     stays = "all the time" if held.all_networks > held.base else "until it is on the GPU"
+    if held.swapped:
+        stays = "what is swapped of it all the time"
     if group_size(config, gpus) > 1:
         stays = "its shard of one weight after the other"
     lines += [f"  {'host memory':12} {in_words(held.loaded)}: the teacher, in each process, {stays}", ""]
-    lines += [*_evaluations(config, plan, gpus), ""]
+    lines += [*_evaluations(config, plan, gpus, held.swapped), ""]
     files = ["config.yaml", "metrics.jsonl", "samples/", "checkpoints/", "logs/", "experts/"]
     lines += [
         *_examples(config, family, pipeline),
         f"writes {', '.join(str(Path(config.output_dir) / f) for f in files)}",
     ]
+    blocks = max(len(family.blocks_of(network)) for network in roles.bases.values())
     if memory_per_gpu is not None and total > memory_per_gpu * 2**30:
         largest = max([*held.parts, Held("activations", activations, how)], key=lambda part: part.bytes)
         raise UserError(
             f"does not fit: {in_words(total).strip()} for each GPU, {in_words(activations).strip()} of it activations, "
             f"{memory_per_gpu:g} GiB given; the largest is {largest.role} ({in_words(largest.bytes).strip()}); "
-            f"{_what_fits(config, memory_per_gpu, gpus) if advise else ''}"
+            f"{_what_fits(config, memory_per_gpu, gpus, blocks) if advise else ''}"
         )
     return "\n".join(lines)
 
@@ -121,25 +130,33 @@ def _activations(
     return found, whom
 
 
-def _what_fits(config: DistillConfig, memory_per_gpu: float, gpus: int) -> str:
+def _passes(config: DistillConfig, counts: Mapping[str, float]) -> float:
+    """Passes through blocks of the base for a sample: those with gradient are run again in the backward pass."""
+    of_roles = {"fake": config.fake.kind, "generator": config.generator.kind, "fake_score": config.fake.kind}
+    of_roles["rollout"] = config.generator.kind
+    twice = 2 if config.objective.guidance_scale != 1 and not config.memory.guidance_batched else 1
+    times = {"fake": 2, "generator": 2, "teacher": twice}
+    return sum(value * times.get(name, 1) for name, value in counts.items() if of_roles.get(name, "lora") == "lora")
+
+
+def _what_fits(config: DistillConfig, memory_per_gpu: float, gpus: int, blocks: int) -> str:
     """Which keys would make a run fit: each is added to those before it, where it helps."""
-    chosen: dict[str, Any] = {}
-    for changes in _SAVING:
-        if any(leaves_of(config.model_dump()).get(key) == value for key, value in changes.items()):
+    swap = {"memory.swap_blocks": blocks, "memory.offload_idle_network": False, "parallel.sharding": "none"}
+    own, chosen = leaves_of(config.model_dump()), dict[str, Any]()
+    for changes in (*_SAVING, swap):
+        together = chosen | changes
+        if all(own.get(key) == value for key, value in changes.items()):
             continue
         try:
-            parse_config(with_values(json.loads(config.model_dump_json()), chosen | changes), "config")
-        except ConfigError:
-            continue
-        chosen |= changes
-        changed = parse_config(with_values(json.loads(config.model_dump_json()), chosen), "config")
-        try:
+            changed = parse_config(with_values(json.loads(config.model_dump_json()), together), "config")
             describe(changed, memory_per_gpu, gpus, advise=False)
-        except ConfigError:
+        except ConfigError:  # they do not go together
             continue
         except UserError:
+            chosen = together
             continue
-        return "it fits with " + ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items())
+        said = {key: value for key, value in together.items() if own.get(key) != value}
+        return "it fits with " + ", ".join(f"{key}: {str(value).lower()}" for key, value in said.items())
     return (
         "use more GPUs with parallel.sharding: fsdp (--gpus), parallel.context_parallel for samples that are too "
         "large, kind: lora, a lower rank, or a smaller sample"
@@ -160,7 +177,7 @@ def _examples(config: DistillConfig, family: ModelFamily, pipeline: DiffusionPip
     return lines
 
 
-def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]:
+def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int, swapped: float) -> list[str]:
     own, together = config.batch_size // config.groups(gpus), config.parallel.context_parallel
     at_once = min(config.memory.micro_batch_size or own, own)
     whom = "GPU" if together == 1 else f"group of {together} GPUs, which share its tokens"
@@ -179,4 +196,10 @@ def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int) -> list[str]
             f"phase {phase.name}: {config.updates_of(k)} updates, {sum(counts.values()):g} network evaluations of each "
             f"sample ({parts}{guidance})"
         )
+        if swapped:
+            passes = _passes(config, counts) * -(-own // at_once)
+            lines.append(
+                f"  block swap: {passes:g} passes copy {in_words(swapped).strip()} each, at {_PCIE / 1e9:g} GB/s "
+                f"{passes * swapped / _PCIE:.1f} s in an update, of which computing hides as much as it takes longer"
+            )
     return lines

@@ -43,6 +43,8 @@ class StaticMemory:
     loaded: float
     """Bytes of the teacher in the host memory of each process: all its networks before they go to the GPU; with shards,
     which are read one by one, those of the largest weight."""
+    swapped: float = 0.0
+    """Bytes that block swap copies in a pass through a network of the teacher, on average over its networks."""
 
     @property
     def bytes(self) -> float:
@@ -58,8 +60,11 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
     shards = group_size(config, gpus)
     sizes = _base_sizes(config, roles)
     alone = config.memory.offload_idle_network and len(sizes) > 1
-    base = (max(sizes) if alone else sum(sizes)) / shards
-    parts = [Held(TEACHER, base, _about_base(config, roles, alone) + _in_shards(shards))]
+    swapped = _swapped(config, roles)
+    places = 2 * max(map(max, swapped)) if swapped else 0
+    base = (max(sizes) if alone else sum(sizes) - sum(map(sum, swapped)) + places) / shards
+    how = f", {max(map(len, swapped))} blocks of each network pass through places for two" if swapped else ""
+    parts = [Held(TEACHER, base, _about_base(config, roles, alone) + _in_shards(shards) + how)]
     fakes = fake_roles(plan, config.objective)
     gradients, idle = {"expert": 0.0, FAKE: 0.0}, 0.0
     for role, spec in roles.specs.items():
@@ -94,7 +99,18 @@ def static_memory(config: DistillConfig, plan: PhasePlan, roles: Roles, gpus: in
     if shards > 1:
         wide = getattr(torch, config.model.dtype).itemsize
         loaded = max(p.numel() for network in roles.bases.values() for p in network.parameters()) * wide / shards
-    return StaticMemory(parts, base, sum(sizes) / shards, loaded)
+    streamed = sum(map(sum, swapped)) / max(1, len(swapped))
+    return StaticMemory(parts, base, sum(sizes) / shards, loaded, streamed)
+
+
+def _swapped(config: DistillConfig, roles: Roles) -> list[list[int]]:
+    """Bytes of the frozen weights of each block that is swapped, by network of the teacher; empty without swap."""
+    if not (count := config.memory.swap_blocks):
+        return []
+    return [
+        [_frozen_bytes(config, network, block) for block in roles.family.blocks_of(network)[-count:]]
+        for network in roles.bases.values()
+    ]
 
 
 def _base_sizes(config: DistillConfig, roles: Roles) -> list[int]:
@@ -102,14 +118,21 @@ def _base_sizes(config: DistillConfig, roles: Roles) -> list[int]:
     wide = getattr(torch, config.model.dtype).itemsize
     sizes = []
     for network in roles.bases.values():
-        kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-        size = 0
-        for name, parameter in network.named_parameters():
-            if not _ADAPTER & (parts := set(name.split("."))):
-                size += parameter.numel() * (FLOAT32 if kept & parts else wide)
+        size = _frozen_bytes(config, network, network)
         narrow = quantized_numbers(network, roles.family) if config.model.quantization != "none" else 0
         sizes.append(size - narrow * (wide - 1))
     return sizes
+
+
+def _frozen_bytes(config: DistillConfig, network: nn.Module, part: nn.Module) -> int:
+    """Of a part of a network of the teacher, without adapters. Names are looked at inside the part."""
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    wide = getattr(torch, config.model.dtype).itemsize
+    return sum(
+        parameter.numel() * (FLOAT32 if kept & parts else wide)
+        for name, parameter in part.named_parameters()
+        if not _ADAPTER & (parts := set(name.split(".")))
+    )
 
 
 def _about_base(config: DistillConfig, roles: Roles, alone: bool) -> str:
