@@ -171,7 +171,11 @@ def main(given: list[str] | None = None) -> int:
             resume = Resume(tuple(options.allow_change or ()), options.from_checkpoint)
         return distill(config, resume, options.push_to_hub, options.private)
 
-    return exit_status("distill.py", run)
+    return exit_status(
+        "distill.py",
+        run,
+        "--dry-run with --memory-per-gpu names keys of the section memory with which it fits; go on with --resume",
+    )
 
 
 def refuse_unheard(options: argparse.Namespace, overrides: Sequence[str]) -> None:

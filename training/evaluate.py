@@ -163,6 +163,19 @@ def make_parser() -> arguments.CommandParser:
         help="of the networks (default: float32; large teachers take bfloat16)",
     )
     machine.add_argument(
+        "--offload",
+        choices=("none", "network", "blocks"),
+        default="none",
+        help="what waits in host memory: of two networks the one that does not run, or all blocks but two (default: "
+        "none)",
+    )
+    machine.add_argument(
+        "--decode",
+        choices=("auto", "whole", "tiled", "cpu"),
+        default="auto",
+        help="how samples are decoded: whole, in tiles or on the CPU (default: the first for which there is memory)",
+    )
+    machine.add_argument(
         "--cache_dir",
         type=arguments.output_folder,
         metavar="FOLDER",
@@ -194,9 +207,9 @@ def make_parser() -> arguments.CommandParser:
 def main(given: list[str] | None = None) -> int:
     """Run the command with these arguments, those of the process when None; returns the exit status."""
     options = make_parser().parse_args(given)
-    from training.config.command_line import exit_status
+    from training.config.command_line import SHORT_OF_MEMORY, exit_status
 
-    return exit_status("evaluate.py", lambda: run(options))
+    return exit_status("evaluate.py", lambda: run(options), SHORT_OF_MEMORY)
 
 
 def run(options: object) -> int:

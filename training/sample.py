@@ -125,6 +125,19 @@ def make_parser() -> arguments.CommandParser:
         help="of the networks (default: float32; large teachers take bfloat16)",
     )
     machine.add_argument(
+        "--offload",
+        choices=("none", "network", "blocks"),
+        default="none",
+        help="what waits in host memory: of two networks the one that does not run, or all blocks but two (default: "
+        "none)",
+    )
+    machine.add_argument(
+        "--decode",
+        choices=("auto", "whole", "tiled", "cpu"),
+        default="auto",
+        help="how samples are decoded: whole, in tiles or on the CPU (default: the first for which there is memory)",
+    )
+    machine.add_argument(
         "--output",
         type=arguments.output_file(".png"),
         default=Path("samples.png"),
@@ -137,9 +150,9 @@ def make_parser() -> arguments.CommandParser:
 def main(given: list[str] | None = None) -> int:
     """Run the command with these arguments, those of the process when None; returns the exit status."""
     options = make_parser().parse_args(given)
-    from training.config.command_line import exit_status
+    from training.config.command_line import SHORT_OF_MEMORY, exit_status
 
-    return exit_status("sample.py", lambda: run(options))
+    return exit_status("sample.py", lambda: run(options), SHORT_OF_MEMORY)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -186,6 +199,8 @@ def run(options: argparse.Namespace) -> int:
             getattr(torch, options.dtype),
             options.negative_prompt or "",
             source.revision,
+            offload=options.offload,
+            decoding=options.decode,
         )
         if experts:
             latents = sampler.with_experts(pairs, plan=plan)

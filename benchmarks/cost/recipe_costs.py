@@ -43,12 +43,12 @@ MODELS = (
     "hunyuan_video_1_5_480p",
     "ltx_2",
 )
-KINDS = ("phased_single_gpu", "phased", "dmd_sgts")
+KINDS = ("phased_single_gpu", "phased_24gb", "phased_48gb", "phased", "dmd_sgts")
 
 
 def gpus_of(model: str, kind: str) -> int:
     """On how many GPUs a recipe is described."""
-    return 1 if kind == "phased_single_gpu" else GPUS.get(model, 8)
+    return GPUS.get(model, 8) if kind in ("phased", "dmd_sgts") else 1
 
 
 def row(recipe: str, config: DistillConfig, gpus: int, text: str) -> str:

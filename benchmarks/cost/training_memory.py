@@ -68,7 +68,7 @@ def away_bytes(roles: Roles) -> int:
         tensor.nbytes
         for keeper in (roles.before_use, roles.before_role)
         if isinstance(keeper, OneOnDevice)
-        for name, tensors in keeper.at_home.items()
+        for name, tensors in keeper.kept.items()
         if name != keeper.here
         for tensor in tensors
     )

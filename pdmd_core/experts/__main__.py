@@ -97,6 +97,13 @@ def make_parser() -> arguments.CommandParser:
         metavar="TOKENS",
         help="tokens to which the prompt is padded (default: as distilled)",
     )
+    sample.add_argument("--device", type=arguments.text, help="cuda, cpu ... (default: a GPU if there is one)")
+    sample.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the networks (default: float32, which finds more)"
+    )
+    sample.add_argument(
+        "--offload", action="store_true", default=None, help="what does not run waits in host memory (with a GPU)"
+    )
     verify.set_defaults(run=_verify)
 
     convert = _add_command(commands, "convert", "write the experts for other tools, or between LoRA and full", _CONVERT)
@@ -205,14 +212,21 @@ def _inspect(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
     return 0
 
 
+_OF_SAMPLE = ("prompt", "size", "max_sequence_length", "device", "dtype", "offload")
+
+
 def _verify(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    import torch
+
     from .verify import SampleRequest, verify
 
     request = None
     if options.sample:
         prompt = SampleRequest.prompt if options.prompt is None else options.prompt
-        request = SampleRequest(prompt, options.size, options.max_sequence_length)
-    elif unheard := [n for n in ("prompt", "size", "max_sequence_length") if getattr(options, n) is not None]:
+        dtype = torch.float32 if options.dtype is None else getattr(torch, options.dtype)
+        length, offload = options.max_sequence_length, bool(options.offload)
+        request = SampleRequest(prompt, options.size, length, options.device, dtype, offload)
+    elif unheard := [n for n in _OF_SAMPLE if getattr(options, n) is not None]:
         parser.error(f"--{unheard[0]} is for --sample")
     count = failures = warnings = 0
     for check in verify(options.folder, options.base, request):

@@ -17,7 +17,7 @@ from PIL import Image
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.parts import picture
-from tests.helpers.families.wan import wan_image_two_networks
+from tests.helpers.families.wan import wan_image_clip, wan_image_two_networks
 from tests.helpers.tiny_experts import save_experts
 from training import sample
 from training.config.command_line import UserError
@@ -110,7 +110,7 @@ def test_the_teacher_is_loaded_at_the_revision_that_the_experts_name(
         raise UserError("seen")
 
     common = ["--experts", named, "--prompt", "x", "--image", str(images[0]), "--device", "cpu"]
-    with mock.patch("training.evaluation.sampler.load_image_side", load):
+    with mock.patch("training.evaluation.sampler.pipeline_on_meta", load):
         for more in ([], ["--teacher", "user/base"], ["--teacher", "user/fine-tune"]):
             assert sample.main([*common, *more]) == 2
     assert found == [("user/base", "v2"), ("user/base", "v2"), ("user/fine-tune", None)]
@@ -249,6 +249,39 @@ def test_networks_take_the_dtype_and_the_autoencoder_stays_exact(
     decoder = Decoder(TeacherSource(str(teacher)), size, "cpu")
     assert getattr(decoder.pipeline, "transformer", None) is None
     assert torch.equal(decoder(latents), exact.decode(latents, None))
+
+
+@pytest.mark.parametrize("offload", ["network", "blocks"])
+def test_what_waits_in_host_memory_changes_no_sample(
+    teacher: Path, experts: Path, images: list[Path], tmp_path: Path, offload: Any
+) -> None:
+    example, own = Example("a boat", images[0]), PhasedExperts.open(experts)
+    asked = (str(teacher), SampleSize(16, 32, 5, 12), [example], tmp_path, own)
+    whole, away = (Sampler(*asked, device="cpu", offload=how) for how in ("none", offload))
+    latents = whole.with_experts([(0, 1)], None)
+    torch.testing.assert_close(away.with_experts([(0, 1)], None), latents)  # sums on other addresses
+    guided = (sampler.with_teacher([(0, 1)], 2, 3.0, 2.0, None) for sampler in (whole, away))
+    torch.testing.assert_close(*guided)
+    assert torch.equal(whole.decode(latents, None), away.decode(latents, None))
+
+
+def test_memory_that_runs_out_and_one_network_are_one_line(
+    teacher: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = tmp_path / "one"
+    wan_image_clip().save_pretrained(one)
+    common = ["--prompt", "a boat", "--image", str(images[0]), "--device", "cpu", "--steps", "1"]
+    common += ["--width", "32", "--height", "16", "--max_sequence_length", "12"]
+    assert sample.main([*common, "--teacher", str(one), "--offload", "network"]) == 2
+    assert "--offload network is for teachers of two networks, this one has one" in capsys.readouterr().err
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB. GPU 0 has 79 GiB")
+    with mock.patch.object(Sampler, "with_teacher", side_effect=full):
+        assert sample.main([*common, "--teacher", str(teacher)]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == (
+        "sample.py: out of memory (CUDA out of memory): use --dtype bfloat16, --batch_size 1, --offload blocks, "
+        "--decode tiled, or smaller samples"
+    )
 
 
 def test_guidance_moves_away_from_the_negative_prompt(teacher: Path, images: list[Path], tmp_path: Path) -> None:

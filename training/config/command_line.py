@@ -21,8 +21,15 @@ class UserError(Exception):
     """Something that the user can solve; its text is one line that says what was found and what to do."""
 
 
-def exit_status(program: str, run: Callable[[], int]) -> int:
-    """Run a program; returns its exit status, 2 for a problem that is reported, 130 when interrupted."""
+SHORT_OF_MEMORY = "use --dtype bfloat16, --batch_size 1, --offload blocks, --decode tiled, or smaller samples"
+"""What to do when a program that samples runs out of memory."""
+
+
+def exit_status(program: str, run: Callable[[], int], when_short: str = "") -> int:
+    """Run a program; returns its exit status, 2 for a problem that is reported, 130 when interrupted.
+
+    when_short: what to do when memory runs out.
+    """
     try:
         return run()
     except (UserError, ExpertsError, PhasePlanError) as error:
@@ -31,6 +38,10 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_PLACE:
             print(f"{program}: {error.filename}: {os.strerror(error.errno)}", file=sys.stderr)
+            return 2
+        if when_short and is_out_of_memory(error):
+            found = " ".join(str(error).split()).partition(". ")[0]
+            print(f"{program}: out of memory ({found[:120]}): {when_short}", file=sys.stderr)
             return 2
         if (reason := _of_the_disk(error)) is None:
             raise
@@ -43,6 +54,12 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: stopped", file=sys.stderr)
         return 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, has no memory for what was asked (without importing torch)."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "DefaultCPUAllocator: " in str(error)
 
 
 def _of_the_disk(error: Exception) -> str | None:

@@ -251,6 +251,8 @@ class ValidationSection(Section):
     """Prompts of the grids; the first training prompts if null."""
     seeds: Count = 4
     """Seeds for each prompt of the grids."""
+    decode: Literal["auto", "whole", "tiled", "cpu"] = "auto"
+    """How samples are decoded: whole, in tiles or on the CPU; auto is the first of them for which there is memory."""
     teacher_steps: Count | None = 40
     """Steps of the teacher's own samples of the same prompts and noise, which are made once; null is without."""
     features: Literal["emoji", "efflite0"] | None = None

@@ -106,8 +106,9 @@ class WeightFiles:
         for name, target in state.items():
             value = weights.read(name)
             if isinstance(target, DTensor):
-                target, value = target.to_local(), _own_rows(value, target)
-            target.copy_(value)
+                target.to_local().copy_(_own_rows(value, target))
+            else:
+                target.copy_(value)
 
     def _loaded(self, network: nn.Module, name: str, weights: Weights) -> Tensor:
         value = weights.read(name)
@@ -132,8 +133,7 @@ def stored_dtype(network: nn.Module, name: str, found: torch.dtype, dtype: torch
 def _own_rows(value: Tensor, shards: DTensor) -> Tensor:
     """Those that this process holds of a tensor that is divided along its first dimension."""
     mesh, last = shards.device_mesh, shards.device_mesh.ndim - 1  # before it are copies of the same shards
-    (rank, count), dim = (mesh.get_local_rank(last), mesh.size(last)), 0
-    parts = value.chunk(count, dim)
+    rank, parts = mesh.get_local_rank(last), value.chunk(mesh.size(last))
     return parts[rank] if rank < len(parts) else value[:0]
 
 

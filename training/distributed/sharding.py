@@ -100,8 +100,9 @@ def shard_roles(
         network._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     roles.forget_parameters()
-    for component in roles.bases if files is not None else ():
-        files.fill(component, roles.base_state_dict(component))
+    if files is not None:
+        for component in roles.bases:
+            files.fill(component, roles.base_state_dict(component))
     for role in roles.specs:
         if roles.owns_copies(role):
             roles.reset(role)

@@ -24,7 +24,8 @@ from training.evaluation.measures import Measure, Pixels
 from training.evaluation.methods import Method, Teacher
 from training.evaluation.quantities import Rows
 from training.evaluation.real_data import data_files, read_sample
-from training.evaluation.sampler import Decoder, Sampler, decoded_at_once
+from training.evaluation.sampler import Decoder, Offload, Sampler, decoded_at_once
+from training.memory.decoding import Decoding
 from training.memory.quantization import Quantization
 from training.monitoring.bars import progress_bar
 
@@ -39,6 +40,10 @@ class Machine:
     """Samples at once; a moderate number for their size when None."""
     dtype: torch.dtype = torch.float32
     """The dtype of the networks."""
+    offload: Offload = "none"
+    """What waits in host memory."""
+    decoding: Decoding = "auto"
+    """How latents are decoded."""
 
 
 class Evaluation:
@@ -155,8 +160,8 @@ class Evaluation:
                     self._sample_into(cache, sampler, method, missing[method.name])
             except torch.OutOfMemoryError:
                 raise UserError(
-                    "the device ran out of memory; what was sampled is kept. Use --dtype bfloat16, or --batch_size "
-                    "smaller than it was, and run the same command again"
+                    "the device ran out of memory; what was sampled is kept. Use --dtype bfloat16, --batch_size "
+                    "smaller than it was, or --offload blocks, and run the same command again"
                 ) from None
             del sampler  # two teachers do not fit in memory
             _free()
@@ -176,6 +181,8 @@ class Evaluation:
             self.teacher.negative_prompt,
             source.revision,
             quantization,
+            machine.offload,
+            machine.decoding,
         )
 
     def _sample_into(self, cache: TensorCache, sampler: Sampler, method: Method, ids: Sequence[str]) -> None:
@@ -275,7 +282,7 @@ class Evaluation:
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self._decoder is None:
-            self._decoder = Decoder(self.teacher.source, self.size, self.machine.device)
+            self._decoder = Decoder(self.teacher.source, self.size, self.machine.device, self.machine.decoding)
         return self._decoder(latents)
 
 

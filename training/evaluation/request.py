@@ -13,9 +13,11 @@ from training.evaluation.comparison import METRICS
 from training.evaluation.distilled import GivenSize, noted, teacher_source
 from training.evaluation.methods import Teacher
 
-if TYPE_CHECKING:  # it imports diffusers, and --help needs this module
+if TYPE_CHECKING:  # they import diffusers, and --help needs this module
     from training.evaluation.evaluation import Evaluation
+    from training.evaluation.sampler import Offload
     from training.evaluation.selection import Selection
+    from training.memory.decoding import Decoding
     from training.memory.quantization import Quantization
 
 TEACHER_STEPS = 40
@@ -59,6 +61,8 @@ class Request:
     quantization: Sequence[Quantization] = ()
     vbench: Path | None = None
     frame_rate: float | None = None
+    offload: Offload = "none"
+    decode: Decoding = "auto"
 
     @property
     def steps_of_reference(self) -> int:
@@ -97,7 +101,7 @@ class Request:
             read_examples(self.prompts),
             self.seeds,
             self.output_dir / "cache" if self.cache_dir is None else self.cache_dir,
-            Machine(self.device, self.batch_size, getattr(torch, self.dtype)),
+            Machine(self.device, self.batch_size, getattr(torch, self.dtype), self.offload, self.decode),
         )
 
     def refuse_unheard(self, teacher: Teacher, selection: Selection, steps: Collection[int]) -> None:

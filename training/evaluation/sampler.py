@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from pdmd_core.distillation import expert_velocities, guided_velocity
@@ -25,15 +24,20 @@ from training.data.teacher import (
     TeacherSource,
     family_of_pipeline,
     load_image_side,
+    load_without_networks,
     move,
     networks_of,
     pipeline_on_meta,
     text_dtype,
 )
 from training.loop.export import roles_from_experts
+from training.memory.block_swap import swap_blocks
+from training.memory.decoding import Decoding, decoded
+from training.memory.offload import keep_one_network
 from training.memory.quantization import Quantization, quantize
 from training.monitoring.bars import progress_bar
 
+Offload = Literal["none", "network", "blocks"]
 _LATENTS_AT_ONCE = 2**18
 """Numbers in the latents of a batch: 64 pictures of 64x64 pixels, one clip of 480p."""
 _PIXELS_AT_ONCE = 2**22
@@ -74,6 +78,9 @@ class Sampler:
         negative_prompt: What the teacher's guidance moves away from.
         revision: Of a teacher on the Hub.
         quantization: How the base of LoRA experts is kept.
+        offload: What waits in host memory: of a teacher of two networks the one that does not run, or all blocks but
+            two, which takes the time of copying them in every evaluation.
+        decoding: How latents are decoded (``training.memory.decoding``).
 
     Raises:
         UserError: When the teacher has no such samples, or experts need guidance.
@@ -96,6 +103,8 @@ class Sampler:
         negative_prompt: str = "",
         revision: str | None = None,
         quantization: Quantization = "none",
+        offload: Offload = "none",
+        decoding: Decoding = "auto",
     ) -> None:
         if batch is not None and batch < 1:
             raise UserError(f"expected at least 1 sample at once, found {batch}")
@@ -122,15 +131,23 @@ class Sampler:
             examples, negative_prompt, source, self.family, size, cache_dir, self.device, text_dtype(dtype)
         )
         self.pipeline = load_image_side(source, precision)
-        move(self.pipeline, self.device)
-        self.plan = experts.manifest.plan if experts else None
+        self.decoding = decoding
         networks = networks_of(self.pipeline, self.family)
         routing = self.family.teacher_routing(self.pipeline.config)
+        if offload == "network" and len(networks) == 1:
+            raise UserError("--offload network is for teachers of two networks, this one has one: use blocks, or none")
+        if offload == "none":
+            move(self.pipeline, self.device)
+        self.plan = experts.manifest.plan if experts else None
         quantize(networks.values(), self.family, quantization)
         if experts:
             self.roles = roles_from_experts(experts, networks, self.family, routing)
         else:
             self.roles = Roles(networks, self.family, {}, routing)
+        if offload == "network":
+            keep_one_network(self.roles, self.device)
+        elif offload == "blocks":
+            swap_blocks(self.roles, max(len(self.family.blocks_of(each)) for each in networks.values()), self.device)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Draw the noise that samples start from: the same as a diffusers pipeline draws from a CPU generator.
@@ -241,7 +258,9 @@ class Sampler:
         Returns:
             Pixels in [0, 1] on the CPU, of shape (count, frames, 3, height, width).
         """
-        return _decode(self.family, self.pipeline, latents, decoded_at_once(self.size), progress)
+        parts = latents.split(decoded_at_once(self.size))
+        shown = progress_bar(parts, desc=progress, disable=progress is None, leave=False)
+        return torch.cat(list(decoded(self.family, self.pipeline, shown, self.device, self.decoding)))
 
 
 class Decoder:
@@ -251,19 +270,23 @@ class Decoder:
         source: Where the teacher is.
         size: Of the samples.
         device: As torch names it; a GPU where there is one when None.
+        decoding: How latents are decoded.
 
     Raises:
         TeacherError: When there is no such teacher.
     """
 
-    def __init__(self, source: TeacherSource, size: SampleSize, device: str | None = None) -> None:
-        self.family = family_of_source(source)
-        self.pipeline = move(source.load(torch.float32, lambda name: name == "vae"), default_device(device))
+    def __init__(
+        self, source: TeacherSource, size: SampleSize, device: str | None = None, decoding: Decoding = "auto"
+    ) -> None:
+        self.family, self.decoding, self.device = family_of_source(source), decoding, default_device(device)
+        self.pipeline = load_without_networks(source, torch.float32)
         self.batch = decoded_at_once(size)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Decode latents (count, ...) to pixels in [0, 1] on the CPU, of shape (count, frames, 3, height, width)."""
-        return _decode(self.family, self.pipeline, latents, self.batch, None)
+        parts = decoded(self.family, self.pipeline, latents.split(self.batch), self.device, self.decoding)
+        return torch.cat(list(parts))
 
 
 def family_of_source(source: TeacherSource) -> ModelFamily:
@@ -281,10 +304,3 @@ def family_of_source(source: TeacherSource) -> ModelFamily:
 def decoded_at_once(size: SampleSize) -> int:
     """Choose how many samples of a size are decoded at once."""
     return max(1, min(32, _PIXELS_AT_ONCE // (3 * size.height * size.width * size.frames)))
-
-
-def _decode(
-    family: ModelFamily, pipeline: DiffusionPipeline, latents: Tensor, batch: int, progress: str | None
-) -> Tensor:
-    parts = progress_bar(latents.split(batch), desc=progress, disable=progress is None, leave=False)
-    return torch.cat([family.decode(pipeline, part).cpu() for part in parts])

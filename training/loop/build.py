@@ -142,7 +142,9 @@ def build_run(config: DistillConfig, resume: Resume | None = None) -> BuiltRun:
     networks = networks_of(pipeline, family) if mesh is None else files.hollow()
     torch.manual_seed(config.seed)  # the weights of adapters
     routing = family.teacher_routing(described.config)
-    roles = build_roles(config, family, networks, routing, accelerator.device, mesh, start.notes, say=accelerator.print, files=files)
+    roles = build_roles(
+        config, family, networks, routing, accelerator.device, mesh, start.notes, say=accelerator.print, files=files
+    )
     for line in load_start(start, config, roles, pipeline):
         accelerator.print(line)
     together = config.parallel.context_parallel

@@ -10,6 +10,7 @@ from pdmd_core.rollout import route, sample
 from training.data.prompt_cache import PromptCache
 from training.loop.build import BuiltRun
 from training.loop.phase import PhaseTraining
+from training.memory.decoding import decoded as in_pixels
 
 
 def starting_points(run: BuiltRun, prompts: PromptCache) -> tuple[Tensor, Tensor]:
@@ -60,9 +61,8 @@ def decoded(run: BuiltRun, latents: list[Tensor]) -> Tensor:
     Returns:
         Pixels in [0, 1] on the CPU, of shape (samples, frames, 3, height, width).
     """
-    device = run.accelerator.device
-    run.pipeline.vae.to(device)
+    device, how = run.accelerator.device, run.config.validation.decode
     try:
-        return torch.cat([run.family.decode(run.pipeline, part.to(device)).cpu() for part in latents])
+        return torch.cat(list(in_pixels(run.family, run.pipeline, latents, device, how)))
     finally:
         run.pipeline.vae.to("cpu")

@@ -1,7 +1,7 @@
-"""Block swap: frozen weights of blocks wait in host memory, the device holds those of the block that runs and the next.
+"""Block swap: frozen weights of blocks wait in host memory, and pass through places for two blocks on the device.
 
-Nothing is copied back, since nothing of it changes. A block's weights come while the block before computes: forwards the
-next one, in a backward pass, where gradient checkpointing runs each block again, the one before.
+Nothing is copied back, since nothing of it changes. A block's weights come while another computes: forwards those of
+the next one; in a backward pass, where gradient checkpointing runs each block again, the one before.
 """
 
 from __future__ import annotations

@@ -297,6 +297,23 @@ def test_a_wrong_expert_in_the_stock_pipeline_is_noticed(folder: Path, monkeypat
     assert not sample_check(folder).passed
 
 
+def test_bfloat16_finds_other_pictures_and_the_machine_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = sample_check(folder, dtype=torch.bfloat16, device="cpu")
+    assert check.passed and float(check.detail.split("pixel ")[1].split()[0]) > 1e-5, check.detail
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhasedDMDScheduler, "phase", property(lambda self: 0))
+        assert not sample_check(folder, dtype=torch.bfloat16).passed
+    assert "--offload is for a GPU, this samples on the CPU" in sample_check(folder, device="cpu", offload=True).detail
+    assert sample_check(folder, device="nowhere").detail.startswith("cannot sample: ")
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(verify_module, "_own_sample", lambda *_: (_ for _ in ()).throw(full))
+    assert sample_check(folder).detail == (
+        "out of memory (CUDA out of memory): use --dtype bfloat16, --offload, --device cpu, or a smaller --size"
+    )
+
+
 def test_a_size_that_the_model_does_not_have_fails_in_one_line(folder: Path) -> None:
     check = sample_check(folder, size=(17, 16, 1))
     assert not check.passed and "multiples of 16" in check.detail and len(check.detail.splitlines()) == 1

@@ -130,11 +130,11 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     velocity = Roles.velocity
 
     def bring(self: OneOnDevice, name: str) -> None:
-        for tensor, home in zip(self.kept[name], self.at_home[name], strict=True):
-            tensor.data = home.clone()
+        home = self.at_home[name].flat
+        home.place([view.clone() for view in home.views])
 
     def send_home(self: OneOnDevice, name: str) -> None:
-        for tensor, home in zip(self.kept[name], self.at_home[name], strict=True):
+        for tensor, home in zip(self.kept[name], self.at_home[name].flat.views, strict=True):
             if tensor.data_ptr() != home.data_ptr():
                 tensor.data.fill_(float("nan"))
             tensor.data = home
@@ -144,9 +144,8 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         computed.append(role)
         assert isinstance(self.before_role, OneOnDevice)
         for name, parameters in self.before_role.kept.items():
-            away = [
-                p.data_ptr() == h.data_ptr() for p, h in zip(parameters, self.before_role.at_home[name], strict=True)
-            ]
+            home = self.before_role.at_home[name].flat.views
+            away = [p.data_ptr() == h.data_ptr() for p, h in zip(parameters, home, strict=True)]
             assert set(away) == {name != role}, f"{name} while {role} computes"
         return result
 
