@@ -16,6 +16,9 @@ const MARGIN = 10; // that the front end leaves above and below an element on a 
 const WAIT_MS = 150;
 let timer = null;
 
+// The widget that a drag of a boundary changes, unless another node decides it.
+const OWNED = { PhasedDMDPlanFromSteps: "steps", PhasedDMDPlanFromBoundary: "boundary" };
+
 // What a drag of boundary k to step n changes, for the plan nodes that own it.
 const MOVES = {
   PhasedDMDPlanFromSteps(node, plan, k, n) {
@@ -54,7 +57,8 @@ function show(node, answer) {
     return;
   }
   const moved = MOVES[node.comfyClass];
-  box.replaceChildren(draw(answer, words(app), moved ? (k, n) => moved(node, answer, k, n) : null));
+  const owns = moved && !node.inputs?.some((input) => input.widget?.name === OWNED[node.comfyClass] && input.link != null);
+  box.replaceChildren(draw(answer, words(app), owns ? (k, n) => moved(node, answer, k, n) : null));
 }
 
 function write(node, text) {
@@ -88,7 +92,11 @@ function askSoon() {
   clearTimeout(timer);
   timer = setTimeout(() => {
     for (const graph of [app.graph, ...(app.graph?.subgraphs?.values?.() ?? [])]) {
-      for (const node of graph?.nodes ?? graph?._nodes ?? []) if (node.phasedTimeline) ask(node);
+      for (const node of graph?.nodes ?? graph?._nodes ?? []) {
+        if (!node.phasedTimeline) continue;
+        fit(node);
+        ask(node);
+      }
     }
   }, WAIT_MS);
 }

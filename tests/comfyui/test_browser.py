@@ -180,6 +180,20 @@ def test_values_from_other_nodes_are_followed_or_said(ui: FrontEnd) -> None:
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.includes('cfg 8')", experts)
     prompt = ui.do("async () => (await window.app.graphToPrompt()).output")
     assert isinstance(prompt[str(experts)]["inputs"]["cfg"], list)
+    report = ui.node("PhasedDMDPlanReport")
+    for kind, text in (("PhasedDMDSigmas", "step 4  low_noise"), ("BasicScheduler", "other nodes compute sigmas")):
+        ui.do(
+            """([kind, report, plan]) => {
+                const graph = window.app.graph, node = graph.getNodeById(report), sigmas = LiteGraph.createNode(kind);
+                graph.add(sigmas);
+                const from = kind === "PhasedDMDSigmas" ? graph.getNodeById(plan) : null;
+                from?.connect(0, sigmas, sigmas.inputs.findIndex((input) => input.name === "plan"));
+                sigmas.connect(0, node, node.inputs.findIndex((input) => input.name === "sigmas"));
+            }""",
+            [kind, report, plan],
+        )
+        shown = "[node.phasedText, node.phasedTimeline].some((box) => box.innerText.includes(text))"
+        ui.wait(f"([id, text]) => {{ const node = window.app.graph.getNodeById(id); return {shown}; }}", [report, text])
     ui.do(
         """(id) => {
             const graph = window.app.graph, node = graph.getNodeById(id);
@@ -191,6 +205,32 @@ def test_values_from_other_nodes_are_followed_or_said(ui: FrontEnd) -> None:
     )
     ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.includes('shown after a run')", plan)
     assert "other nodes compute steps" in ui.timeline(plan)["error"]
+
+
+def test_time_lines_see_through_the_walls_of_a_subgraph(ui: FrontEnd) -> None:
+    ui.load(workflow("phased_wan22_t2v"))
+    ui.close_dialogs()
+    sampler = ui.node("PhasedDMDSampler")
+    ui.do(
+        """() => {
+            const graph = window.app.graph, of = (type) => graph.nodes.find((node) => node.type === type);
+            const plan = of("PhasedDMDPlanFromSteps"), number = LiteGraph.createNode("PrimitiveFloat");
+            graph.add(number);
+            number.widgets[0].value = 7;
+            number.connect(0, plan, plan.inputs.findIndex((input) => input.name === "shift"));
+            graph.convertToSubgraph(new Set([plan, of("PhasedDMDExperts")]));
+        }"""
+    )
+    ui.wait("(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.includes('shift 7')", sampler)
+    assert ui.timeline(sampler)["names"] == ["high_noise", "low_noise"]
+    ui.wait(
+        """() => [...window.app.graph.subgraphs.values()].flatMap((graph) => graph.nodes)
+            .filter((node) => node.phasedTimeline?.textContent.includes("shift 7")).length === 2"""
+    )
+    sockets = """() => [...window.app.graph.subgraphs.values()].flatMap((graph) => graph.nodes)
+        .flatMap((node) => node.inputs).filter((input) => /^model_/.test(input.name)).length"""
+    assert ui.do(sockets) == 3
+    assert ui.errors == []
 
 
 def test_sockets_grow_and_the_hub_is_asked_for_when_chosen(ui: FrontEnd) -> None:
