@@ -266,47 +266,49 @@ def test_sockets_grow_and_the_hub_is_asked_for_when_chosen(ui: FrontEnd) -> None
     assert ui.do(hidden, load) is False
 
 
-def test_time_lines_and_help_are_in_chinese_for_who_reads_that(ui: FrontEnd, server: Server) -> None:
-    ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+def test_what_nodes_say_and_help_are_in_chinese_for_who_reads_that(browser: FrontEnd, server: Server) -> None:
+    server.post("/settings/Comfy.Locale", "zh")
     try:
-        ui.reload()
-        ui.load(workflow("phased_wan22_boundary"))
-        ui.close_dialogs()
-        plan = ui.node("PhasedDMDPlanFromBoundary")
-        ui.cells(plan, 20)
-        shown = ui.timeline(plan)
-        assert shown["summary"] == "20 \u6b65, shift 8, \u6b65\u6570\u4efb\u610f" and shown["cut_off"] == []
-        ui.fit()
-        ui.screenshot("chinese")
-        ui.load(workflow("phased_tiny_on_cpu"))
-        ui.close_dialogs()
-        note = ui.do("() => window.app.graph._nodes.find((node) => node.type === 'MarkdownNote').widgets[0].value")
-        assert note.startswith("## \u5f88\u5c0f\u7684\u6a21\u578b") and "teacher" in note and "The teacher" not in note
-        load, sampler, report = (ui.node(f"PhasedDMD{kind}") for kind in ("LoadExperts", "Sampler", "PlanReport"))
-        ui.set_widget(sampler, "steps", 8)
-        ui.cells(sampler, 8)
-        assert (
-            ui.timeline(sampler)["summary"]
-            == "8 \u6b65\uff0c\u8bad\u7ec3\u65f6\u4e3a 4 \u6b65\uff1a\u8bf7\u628a\u6b65\u6570\u8bbe\u4e3a 0"
-        )
-        assert "\u7b2c 3 \u6b65  low_noise  sigma 0.8333" in ui.do(
-            "(id) => window.app.graph.getNodeById(id).phasedText.innerText", report
-        )
-        ui.set_widget(load, "cfg", "a lot")
-        ui.do("() => window.app.queuePrompt(0, 1)")
-        error = "cfg \u662f 0 \u5230 100 \u7684\u6570"
-        ui.wait(f"(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.startsWith('{error}')", load)
-        deadline = time.monotonic() + SOON
-        while not any(error in str(entry["status"]["messages"]) for entry in server.get("/history").values()):
-            assert time.monotonic() < deadline  # what ComfyUI shows of a run that failed
-            time.sleep(0.1)
-        ui.close_dialogs()
-        for kind in ("PhasedDMDSampler", "PhasedDMDPlanFromBoundary"):
-            text = server.get(f"/extensions/phased-dmd/docs/{kind}/zh.md").decode()
-            assert text.startswith("# \u5206\u9636\u6bb5") or text.startswith("# \u9636\u6bb5")
+        with fresh_page(browser.page.context.browser, server.url) as ui:
+            ui.load(workflow("phased_wan22_boundary"))
+            ui.close_dialogs()
+            plan = ui.node("PhasedDMDPlanFromBoundary")
+            ui.cells(plan, 20)
+            shown = ui.timeline(plan)
+            assert shown["summary"] == "20 \u6b65, shift 8, \u6b65\u6570\u4efb\u610f" and shown["cut_off"] == []
+            ui.fit()
+            ui.screenshot("chinese")
+            ui.load(workflow("phased_tiny_on_cpu"))
+            ui.close_dialogs()
+            note = ui.do("() => window.app.graph._nodes.find((node) => node.type === 'MarkdownNote').widgets[0].value")
+            assert (
+                note.startswith("## \u5f88\u5c0f\u7684\u6a21\u578b") and "teacher" in note and "The teacher" not in note
+            )
+            load, sampler, report = (ui.node(f"PhasedDMD{kind}") for kind in ("LoadExperts", "Sampler", "PlanReport"))
+            ui.set_widget(sampler, "steps", 8)
+            ui.cells(sampler, 8)
+            assert (
+                ui.timeline(sampler)["summary"]
+                == "8 \u6b65\uff0c\u8bad\u7ec3\u65f6\u4e3a 4 \u6b65\uff1a\u8bf7\u628a\u6b65\u6570\u8bbe\u4e3a 0"
+            )
+            assert "\u7b2c 3 \u6b65  low_noise  sigma 0.8333" in ui.do(
+                "(id) => window.app.graph.getNodeById(id).phasedText.innerText", report
+            )
+            ui.set_widget(load, "cfg", "a lot")
+            ui.do("() => window.app.queuePrompt(0, 1)")
+            error = "cfg \u662f 0 \u5230 100 \u7684\u6570"
+            ui.wait(f"(id) => window.app.graph.getNodeById(id).phasedTimeline.textContent.startsWith('{error}')", load)
+            deadline = time.monotonic() + SOON
+            while not any(error in str(entry["status"]["messages"]) for entry in server.get("/history").values()):
+                assert time.monotonic() < deadline  # what ComfyUI shows of a run that failed
+                time.sleep(0.1)
+            ui.close_dialogs()
+            for kind in ("PhasedDMDSampler", "PhasedDMDPlanFromBoundary"):
+                text = server.get(f"/extensions/phased-dmd/docs/{kind}/zh.md").decode()
+                assert text.startswith("# \u5206\u9636\u6bb5") or text.startswith("# \u9636\u6bb5")
+            assert ui.errors == []
     finally:
-        ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
-        ui.reload()
+        server.post("/settings/Comfy.Locale", "en")
 
 
 def test_bypassed_experts_fall_through_to_the_base(ui: FrontEnd) -> None:

@@ -197,6 +197,10 @@ def test_the_report_warns_of_sigmas_that_were_not_trained(pack, models) -> None:
     assert text == "connect a plan, or the MODEL of Load Phased Experts or Phased Experts" and picture.ndim == 4
     _, text = pack.call("PhasedDMDPlanReport", model=models.wan())  # what a bypassed node lets through
     assert text.startswith("this MODEL carries no phased experts: connect a plan")
+    report = pack.module("comfy_nodes.plan_nodes").PlanReport
+    assert report.fingerprint_inputs() == "en"  # a cached report is not shown to readers of another language
+    with pack.module("comfy_nodes.language").speaking("zh-TW", ""):
+        assert report.fingerprint_inputs() == "zh"
 
 
 def test_a_run_with_sigmas_that_were_not_trained_is_warned_of_once(pack, models, caplog) -> None:
