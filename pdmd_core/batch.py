@@ -19,11 +19,14 @@ class Batch:
     """What rollouts start from: noise, and what the samples are to show."""
 
     noise: Tensor
-    """Standard normal noise of shape (batch, ...) at sigma 1."""
+    """Standard normal noise of shape (batch, ...) at sigma 1; or, where the rollouts have begun, what the experts of
+    earlier phases made of it, at the first sigma of the phase."""
     conditioning: Conditioning
     """The conditioning of each sample: name to tensor of shape (batch, ...)."""
     negative: Conditioning = field(default_factory=dict)
     """The same with the negative prompt, from which guidance moves away; empty where no teacher is asked."""
+    begun: bool = False
+    """Whether the experts of earlier phases have run."""
 
     def __len__(self) -> int:
         """Count the samples.
@@ -42,7 +45,7 @@ class Batch:
         Returns:
             A batch of those.
         """
-        return Batch(self.noise[part], rows_of(self.conditioning, part), rows_of(self.negative, part))
+        return Batch(self.noise[part], rows_of(self.conditioning, part), rows_of(self.negative, part), self.begun)
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ class PhasedDistiller:
         experts = expert_velocities(self.networks, self.plan, batch.conditioning)
         if self.objective.fake_rollouts == "whole":
             step = len(self.plan.phases[self.phase].sigmas) - 1
-        return simulate(experts, self.plan, self.phase, step, batch.noise, gradient=False).x_s
+        return simulate(experts, self.plan, self.phase, step, batch.noise, False, batch.begun).x_s
 
     def expert_rollout(self, batch: Batch, step: int) -> Rollout:
         """Run the experts from noise to the end of the phase, with gradient for the step that trains.
@@ -221,8 +221,8 @@ class PhasedDistiller:
         experts = expert_velocities(self.networks, self.plan, batch.conditioning)
         how = self.objective.expert_rollouts
         if how == "truncated":
-            return simulate(experts, self.plan, self.phase, step, batch.noise, gradient=True)
-        return simulate_whole(experts, self.plan, self.phase, step, batch.noise, through=how == "through")
+            return simulate(experts, self.plan, self.phase, step, batch.noise, True, batch.begun)
+        return simulate_whole(experts, self.plan, self.phase, step, batch.noise, how == "through", batch.begun)
 
     def fake_loss(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising, role: str = FAKE) -> Tensor:
         """Score matching of a fake on the generator's samples. Only that fake gets gradient.

@@ -7,7 +7,7 @@ from .phases import PhasePlan
 
 
 def evaluations_per_update(
-    plan: PhasePlan, phase: int, objective: Objective, fake_updates: int, fake_draws: int
+    plan: PhasePlan, phase: int, objective: Objective, fake_updates: int, fake_draws: int, begun: bool = False
 ) -> dict[str, float]:
     """Count the network evaluations of one generator update of a phase, on average over the steps that train.
 
@@ -17,12 +17,13 @@ def evaluations_per_update(
         objective: The choices of the method.
         fake_updates: Rollouts that the fake learns from, for each generator update.
         fake_draws: Gradient steps of the fake on one rollout.
+        begun: Whether rollouts begin where the phase begins, with samples that earlier experts made once.
 
     Returns:
         Evaluations of one sample by what they are for: ``rollout``, ``fake`` (with gradient), ``generator`` (with
         gradient), ``teacher`` (guidance counts as one evaluation of twice the batch) and ``fake_score``.
     """
-    earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
+    earlier = 0 if begun else sum(len(p.sigmas) for p in plan.phases[:phase])
     steps = len(plan.phases[phase].sigmas)
     truncated, whole = earlier + (steps + 1) / 2, float(earlier + steps)
     of_fake = whole if objective.fake_rollouts == "whole" else truncated

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .flow import Sigma, at_least_float32, like, renoise, transition, velocity_to_x0
@@ -108,8 +107,8 @@ def fake_score_loss(
     error = (at_least_float32(velocity) - goal.detach()).square().flatten(1).mean(1)
     if weighting != "clamp":
         return error
-    _, b = transition(torch.as_tensor(s, device=error.device), torch.as_tensor(t, device=error.device))
-    return (10 * b.square()).clamp(max=1).to(error.dtype) * error
+    _, b = transition(s, t)
+    return (10 * b.square()).clamp(max=1).to(error.device, error.dtype, non_blocking=True) * error
 
 
 def generator_direction(

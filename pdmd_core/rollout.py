@@ -33,7 +33,13 @@ class Rollout:
 
 
 def simulate(
-    experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, gradient: bool
+    experts: Sequence[Velocity],
+    plan: PhasePlan,
+    phase: int,
+    step: int,
+    noise: Tensor,
+    gradient: bool,
+    begun: bool = False,
 ) -> Rollout:
     """Run the experts from pure noise to the end of a phase; the last jump leaves from a step inside the phase.
 
@@ -47,6 +53,7 @@ def simulate(
         step: The step inside the phase from which the sample jumps, from 0.
         noise: Standard normal noise of shape (batch, ...) at sigma 1.
         gradient: Whether the jump, one network evaluation, is recorded for the backward pass.
+        begun: Whether ``noise`` is what ``before_phase`` made of noise.
 
     Returns:
         The samples at the end of the phase, and how the last step made them.
@@ -57,7 +64,7 @@ def simulate(
     Source: arXiv 2510.27684, section 3.
     """
     end, _ = plan.interval(phase)
-    x = _before_step(experts, plan, phase, step, noise)
+    x = _before_step(experts, plan, phase, step, noise, begun)
     sigma = plan.phases[phase].sigmas[step]
     with torch.set_grad_enabled(gradient):
         velocity = experts[phase](x, sigma)
@@ -66,7 +73,13 @@ def simulate(
 
 
 def simulate_whole(
-    experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, through: bool
+    experts: Sequence[Velocity],
+    plan: PhasePlan,
+    phase: int,
+    step: int,
+    noise: Tensor,
+    through: bool,
+    begun: bool = False,
 ) -> Rollout:
     """Run the experts from pure noise through all steps of a phase, as sampling does; a step of the phase trains.
 
@@ -81,6 +94,7 @@ def simulate_whole(
         step: The step inside the phase that trains, from 0.
         noise: Standard normal noise of shape (batch, ...) at sigma 1.
         through: Whether the gradient goes through the rest of the phase.
+        begun: Whether ``noise`` is what ``before_phase`` made of noise.
 
     Returns:
         The samples at the end of the phase, with gradient, and how the last step made them.
@@ -89,7 +103,7 @@ def simulate_whole(
         ValueError: If the phase has no such step.
     """
     end, _ = plan.interval(phase)
-    x = _before_step(experts, plan, phase, step, noise)
+    x = _before_step(experts, plan, phase, step, noise, begun)
     steps = list(pairwise([*plan.phases[phase].sigmas[step:], end]))
     increment = None
     for sigma, following in steps:
@@ -105,15 +119,32 @@ def simulate_whole(
     return Rollout(x, x0, step, sigma, end)
 
 
+def before_phase(experts: Sequence[Velocity], plan: PhasePlan, phase: int, noise: Tensor) -> Tensor:
+    """Run the experts of earlier phases, without gradient, which a rollout of a phase begins with.
+
+    Args:
+        experts: One velocity for each phase of the plan.
+        plan: The phase plan.
+        phase: Index of the phase.
+        noise: Standard normal noise of shape (batch, ...) at sigma 1.
+
+    Returns:
+        Samples of the shape of ``noise`` at the first sigma of the phase.
+    """
+    return _before_step(experts, plan, phase, 0, noise, begun=False)
+
+
 @torch.no_grad()
-def _before_step(experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor) -> Tensor:
-    """Walk from noise to where a step of a phase begins."""
+def _before_step(
+    experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, begun: bool
+) -> Tensor:
+    """Walk from noise, or from where the phase begins, to where a step of the phase begins."""
     steps = len(plan.phases[phase].sigmas)
     if not 0 <= step < steps:
         raise ValueError(f"phase {plan.phases[phase].name!r} has steps 0..{steps - 1}, found step {step}")
     earlier = sum(len(p.sigmas) for p in plan.phases[:phase])
-    x = noise
-    for sigma, following in zip(plan.sigmas[: earlier + step], plan.sigmas[1:], strict=False):
+    x, first = noise, earlier if begun else 0
+    for sigma, following in zip(plan.sigmas[first : earlier + step], plan.sigmas[first + 1 :], strict=False):
         x = euler_step(x, experts[plan.phase_index(sigma)](x, sigma), sigma, following)
     return x
 

@@ -1,8 +1,9 @@
-"""What reusing one rollout for several fake updates costs and gains: ``python benchmarks/cost/rollout_reuse.py``.
+"""What reusing rollouts, or their beginnings, costs and gains: ``python benchmarks/cost/rollout_reuse.py``.
 
 Trains the demo's recipe with the same number of generator updates and of fake gradient steps, taking 1 or more of the
-fake steps from each rollout, over several seeds. Writes docs/benchmarks/rollout_reuse.json and prints the table: mean
-and sample standard deviation over seeds of the Frechet distance to the teacher, of diversity and of processor seconds
+fake steps from each rollout, or beginning all rollouts of the second phase with a bank of what the first expert made
+once, over several seeds. Forty minutes on an idle core. Writes docs/benchmarks/rollout_reuse.json and prints the table:
+mean and sample standard deviation over seeds of the Frechet distance to the teacher, of diversity and of processor seconds
 in training (which other work on the machine does not change much).
 """
 
@@ -26,8 +27,14 @@ from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = {"1 fake step a rollout": (6, 1), "2 fake steps a rollout": (3, 2), "6 fake steps a rollout": (1, 6)}
-"""Name to (rollouts, fake steps on each): six fake steps for each generator update in all of them."""
+VARIANTS: dict[str, tuple[int, int, int | None]] = {
+    "1 fake step a rollout": (6, 1, None),
+    "2 fake steps a rollout": (3, 2, None),
+    "6 fake steps a rollout": (1, 6, None),
+    "1 fake step a rollout, a bank of 512": (6, 1, 512),
+    "6 fake steps a rollout, a bank of 512": (1, 6, 512),
+}
+"""Name to (rollouts, fake steps on each, samples in the bank): six fake steps for each generator update in all."""
 
 
 def main() -> None:
@@ -40,12 +47,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     rows: list[dict[str, Any]] = []
-    for name, (rollouts, draws) in VARIANTS.items():
+    for name, (rollouts, draws, bank) in VARIANTS.items():
         for seed in range(arguments.seeds):
-            folder = arguments.work_dir / f"draws-{draws}-seed-{seed}"
+            folder = arguments.work_dir / f"draws-{draws}-bank-{bank or 0}-seed-{seed}"
             overrides = [
                 f"fake_updates={rollouts}",
                 f"draws_per_rollout={draws}",
+                f"rollouts.bank={'null' if bank is None else bank}",
                 f"seed={seed}",
                 "validation.every=null",
             ]

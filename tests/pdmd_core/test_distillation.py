@@ -266,3 +266,7 @@ def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake
         counted[purpose.get(call.role, "generator" if call.recorded else "rollout")] += 1
     expected = {purpose: count / len(steps) for purpose, count in counted.items()}
     assert evaluations_per_update(PLAN, phase, method.objective, fake_updates, fake_draws) == pytest.approx(expected)
+    earlier = {p.name for p in PLAN.phases[:phase]}
+    expected["rollout"] -= sum(call.role in earlier for call in networks.calls) / len(steps)
+    begun = evaluations_per_update(PLAN, phase, method.objective, fake_updates, fake_draws, begun=True)
+    assert begun == pytest.approx(expected), "what a bank leaves"

@@ -35,6 +35,7 @@ from training.config.sections import (
     ParallelSection,
     PlanSection,
     RoleSection,
+    RolloutsSection,
     Section,
     StartSection,
     ValidationSection,
@@ -90,6 +91,8 @@ class DistillConfig(Section):
     """Seed of weights, prompts, noise and sigmas."""
     output_dir: Path = Path("runs/distill")
     """Where everything is written."""
+    rollouts: RolloutsSection = RolloutsSection()
+    """What rollouts begin with."""
     parallel: ParallelSection = ParallelSection()
     """How several processes share the run."""
     memory: MemorySection = MemorySection()
@@ -174,6 +177,8 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _one_number_for_each_phase(self) -> DistillConfig:
         phases = len(self.plan.build())
+        if self.rollouts.bank is not None and phases == 1:
+            raise ValueError("rollouts.bank: is made by experts of earlier phases, this plan has one: leave it out")
         if isinstance(self.updates, list) and len(self.updates) != phases:
             raise ValueError(f"updates lists {len(self.updates)} numbers for {phases} phases")
         return self

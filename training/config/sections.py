@@ -168,6 +168,14 @@ class StartSection(Section):
     """Phases that train begin from start.experts, also of another kind or rank, instead of from the teacher."""
 
 
+class RolloutsSection(Section):
+    """What rollouts begin with."""
+
+    bank: Count | None = None
+    """Samples that the frozen experts of earlier phases make once, when a phase begins, and from which all its rollouts
+    begin; null runs those experts in every rollout."""
+
+
 class ParallelSection(Section):
     """How several processes share a run."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pdmd_core.batch import Batch, Renoising
 from pdmd_core.distillation import PhasedDistiller
 from training.loop.rng import RunRNG
+from training.loop.rollout_bank import RolloutBank
 
 
 class Batches(Protocol):
@@ -42,6 +43,9 @@ class Conditionings(Protocol):
 class DataBatches:
     """Batches of the examples of a run.
 
+    Attributes:
+        bank: What rollouts begin with; None for noise.
+
     Args:
         rng: Everything that is random in a run.
         prompts: Conditioning of the examples.
@@ -58,16 +62,21 @@ class DataBatches:
         boundary: float | None = None,
         score_groups: int = 1,
     ) -> None:
+        self.bank: RolloutBank | None = None
         self.rng, self.prompts, self.shapes = rng, prompts, shapes
         self.boundary, self.score_groups = boundary, score_groups
 
     def draw(self, negative: bool = False) -> Batch:
         """Draw the next examples and their noise."""
         bucket, indices = self.rng.examples()
-        noise = self.rng.noise(self.shapes[bucket])
+        if self.bank is not None:
+            noise, indices = self.bank.rows(indices, self.rng.device)
+        else:
+            noise = self.rng.noise(self.shapes[bucket])
+        begun = self.bank is not None
         if negative:
-            return Batch(noise, *self.prompts.conditioning_pair(indices, torch.device("cpu")))
-        return Batch(noise, self.prompts.conditioning(indices, torch.device("cpu")), {})
+            return Batch(noise, *self.prompts.conditioning_pair(indices, torch.device("cpu")), begun)
+        return Batch(noise, self.prompts.conditioning(indices, torch.device("cpu")), {}, begun)
 
     def step(self, distiller: PhasedDistiller) -> int:
         """Draw the step that trains from the generator that all processes share."""

@@ -191,12 +191,19 @@ def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int, swapped: flo
         if k < config.first_phase:
             lines.append(f"phase {phase.name}: its expert is that of {config.start.experts}, frozen")
             continue
-        counts = evaluations_per_update(plan, k, config.objective, config.fake_updates, config.draws_per_rollout)
+        counts = evaluations_per_update(
+            plan, k, config.objective, config.fake_updates, config.draws_per_rollout, bool(config.rollouts.bank)
+        )
         parts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
         lines.append(
             f"phase {phase.name}: {config.updates_of(k)} updates, {sum(counts.values()):g} network evaluations of each "
             f"sample ({parts}{guidance})"
         )
+        if config.rollouts.bank and k:
+            steps = sum(len(earlier.sigmas) for earlier in plan.phases[:k])
+            lines.append(
+                f"  rollouts.bank: {config.rollouts.bank} samples of {steps} evaluations each before its first update"
+            )
         if swapped:
             passes = _passes(config, counts) * -(-own // at_once)
             lines.append(

@@ -220,7 +220,8 @@ class PhaseTraining:
             {name: v if name == PROMPT_MASK else v.to(self.device, non_blocking=True) for name, v in side.items()}
             for side in found
         )
-        return Batch(batch.noise, *brought)
+        positive, negative = brought
+        return Batch(batch.noise, positive, negative, batch.begun)
 
     def _kept(self) -> AbstractContextManager[Any]:
         """Where what the backward pass needs is kept until then."""

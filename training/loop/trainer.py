@@ -24,6 +24,7 @@ from training.loop.optimizers import lr_factor
 from training.loop.phase import PhaseTraining, Update
 from training.loop.progress import Progress
 from training.loop.resumption import Resumption
+from training.loop.rollout_bank import open_bank
 from training.loop.signals import Stopped, StopSignals
 from training.loop.state import restore_state, state_tensors, state_values
 from training.loop.teacher_comparison import TeacherComparison
@@ -84,6 +85,7 @@ class Trainer:
         self.start_phase()
         if self.built.resumption:
             self.resume(self.built.resumption)
+        self.open_bank(self.built.resumption is not None)
         self._write_config()
         progress = self.progress
         self.monitors.start(progress.total)
@@ -102,6 +104,7 @@ class Trainer:
                         break
                     progress.phase, progress.update = progress.phase + 1, 0
                     self.start_phase()
+                    self.open_bank()
                     bar.set_description(self.training.expert)
                     self.monitors.start_phase(self.training.expert, self.roles.parameters(self.training.expert))
                 update = self.update()
@@ -131,6 +134,15 @@ class Trainer:
         if self.config.memory.offload_idle_experts:
             keep_idle_experts_away(self.roles, self.plan, phase, self.accelerator.device)
         self.training = PhaseTraining(self.config, self.plan, phase, self.roles, self.accelerator)
+
+    def open_bank(self, resumed: bool = False) -> None:
+        """Let rollouts of the phase begin with samples that earlier experts, frozen by now, make once."""
+        if not self.config.rollouts.bank or not self.progress.phase:
+            return
+        rng, before = self.built.rng, self.built.rng.order
+        self.batches.bank, rng.order = open_bank(self.built, self.progress.phase)
+        if resumed:
+            rng.order.load_state(before.state())
 
     def update(self) -> Update:
         """Make one update of the current phase, count it and report it to the monitors."""

@@ -43,7 +43,9 @@ class Speed:
         self.device, self.clock, self.batch = device, clock, config.batch_size
         plan = config.plan.build()
         counts = [
-            evaluations_per_update(plan, k, config.objective, config.fake_updates, config.draws_per_rollout)
+            evaluations_per_update(
+                plan, k, config.objective, config.fake_updates, config.draws_per_rollout, bool(config.rollouts.bank)
+            )
             for k in range(len(plan))
         ]
         guided = config.objective.guidance_scale != 1
