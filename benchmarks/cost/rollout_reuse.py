@@ -3,8 +3,8 @@
 Trains the demo's recipe with the same number of generator updates and of fake gradient steps, taking 1 or more of the
 fake steps from each rollout, or beginning all rollouts of the second phase with a bank of what the first expert made
 once, over several seeds. Forty minutes on an idle core. Writes docs/benchmarks/rollout_reuse.json and prints the table:
-mean and sample standard deviation over seeds of the Frechet distance to the teacher, of diversity and of processor seconds
-in training (which other work on the machine does not change much).
+mean and sample standard deviation over seeds of the Frechet distance to the teacher, of diversity and of processor
+seconds in training (which other work on the machine does not change much).
 """
 
 from __future__ import annotations
