@@ -68,6 +68,13 @@ def make_parser() -> arguments.CommandParser:
         help="for teachers that take one: one for each --prompt in their order, or one for all of them",
     )
     of_what.add_argument(
+        "--last-image",
+        type=arguments.path,
+        action="append",
+        default=[],
+        help="with which clips end, for teachers that take it: as --image",
+    )
+    of_what.add_argument(
         "--seeds",
         type=arguments.SEED,
         nargs="+",
@@ -171,7 +178,7 @@ def run(options: argparse.Namespace) -> int:
 
     experts = open_experts(options.experts) if options.experts is not None else None
     refuse_unheard(options)
-    examples = given_examples(options.prompt, options.image)
+    examples = given_examples(options.prompt, options.image, options.last_image)
     examples += read_examples(options.prompts) if options.prompts is not None else []
     if not examples:
         raise PromptError("nothing to sample: give --prompt or --prompts")
@@ -247,21 +254,30 @@ def plan_of(experts: PhasedExperts, steps: int | None) -> PhasePlan:
     return plan
 
 
-def given_examples(prompts: list[str], images: list[Path]) -> list[Example]:
+def given_examples(prompts: list[str], images: list[Path], last_images: list[Path]) -> list[Example]:
     """Prompts with their images. Raises PromptError when it is not clear which belongs to which."""
-    from training.data.examples import Example, PromptError
+    from training.data.examples import Example
 
-    if len(images) not in (0, 1, len(prompts)) or (images and not prompts):
+    first, last = (
+        _each(option, given, len(prompts)) for option, given in (("--image", images), ("--last-image", last_images))
+    )
+    return [Example(prompt, a, last_image=b) for prompt, a, b in zip(prompts, first, last, strict=True)]
+
+
+def _each(option: str, images: list[Path], prompts: int) -> list[Path] | list[None]:
+    """An image for each prompt, or none at all."""
+    from training.data.examples import PromptError
+
+    if len(images) not in (0, 1, prompts) or (images and not prompts):
         raise PromptError(
-            f"--image: expected one for each --prompt ({len(prompts)}) or one for all of them, found {len(images)}"
+            f"{option}: expected one for each --prompt ({prompts}) or one for all of them, found {len(images)}"
         )
     missing = [image for image in images if not image.is_file()]
     if missing:
-        raise PromptError(f"--image: there is no image {missing[0]}")
+        raise PromptError(f"{option}: there is no image {missing[0]}")
     if not images:
-        return [Example(prompt) for prompt in prompts]
-    each = images * len(prompts) if len(images) == 1 else images
-    return [Example(prompt, image) for prompt, image in zip(prompts, each, strict=True)]
+        return [None] * prompts
+    return images * prompts if len(images) == 1 else images
 
 
 if __name__ == "__main__":

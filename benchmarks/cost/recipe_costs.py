@@ -28,6 +28,8 @@ MODELS = (
     "wan2_2_t2v_a14b",
     "wan2_2_i2v_a14b",
     "wan2_2_ti2v_5b",
+    "wan2_1_i2v_14b_480p",
+    "wan2_1_flf2v_14b_720p",
     "ltx_video",
     "qwen_image",
     "qwen_image_edit",

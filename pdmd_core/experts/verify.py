@@ -221,6 +221,7 @@ def _finite(weights: Weights, path: Path) -> str:
 def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleRequest) -> str:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
+    from PIL import ImageOps
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
@@ -267,14 +268,18 @@ def _compared(
     """Sample both ways and compare the pixels."""
     (width, height, frames), shape = of_size, base.family.latent_shape(pipeline, of_size[1], of_size[0], of_size[2])
     picture = _picture(width, height) if base.family.takes_image(pipeline) else None
+    both = bool(training.get("last_image")) or base.family.needs_last_image(pipeline.transformer.config)
+    last = ImageOps.mirror(picture) if picture and both else None
     seen = [picture] if picture and base.family.prompts_see_images(pipeline) else None
     conditioning = base.family.encode_prompts(pipeline, [request.prompt], length, seen)
-    if picture:
+    if picture and last:
+        conditioning |= base.family.encode_first_and_last(pipeline, [picture], [last], height, width, frames)
+    elif picture:
         conditioning |= base.family.encode_images(pipeline, [picture], height, width, frames)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     size = {"height": height, "width": width, "num_frames": frames}
     unguided = base.family.guidance_arguments(1.0, type(pipeline))
-    call = {"image": picture, **size, "max_sequence_length": length, **unguided}
+    call = {"image": picture, "last_image": last, **size, "max_sequence_length": length, **unguided}
     accepted = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in accepted}
     for name, guider in base.family.guiders().items():

@@ -215,6 +215,55 @@ class ModelFamily(LoraFiles, ABC):
         """
         raise ValueError(f"{type(pipeline).__name__} takes no image")
 
+    def takes_last_image(self, pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+        """Tell whether a pipeline's call may be given the image that a clip ends with, too.
+
+        Args:
+            pipeline: The pipeline or its class.
+
+        Returns:
+            By default, whether the call has an argument ``last_image``.
+        """
+        return "last_image" in inspect.signature(pipeline.__call__).parameters
+
+    def needs_last_image(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether a network was made for clips between two images.
+
+        Args:
+            config: The network's ``config.json``.
+
+        Returns:
+            False by default.
+        """
+        return False
+
+    def encode_first_and_last(
+        self,
+        pipeline: DiffusionPipeline,
+        images: Sequence[Image],
+        last_images: Sequence[Image],
+        height: int,
+        width: int,
+        frames: int,
+    ) -> dict[str, Tensor]:
+        """Encode the images between which clips are made, exactly as the pipeline's own call does.
+
+        Args:
+            pipeline: A pipeline that takes both, with its autoencoder and image encoder.
+            images: The first image of each sample.
+            last_images: The last one.
+            height: Height of the sample in pixels.
+            width: Width of the sample in pixels.
+            frames: Frames of the sample.
+
+        Returns:
+            Conditioning beside that of the prompts, with a row for each pair.
+
+        Raises:
+            ValueError: If the pipeline does not take both.
+        """
+        raise ValueError(f"{type(pipeline).__name__} takes no last image")
+
     @abstractmethod
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """Decode latents as the pipeline's own call does.

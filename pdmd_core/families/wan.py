@@ -79,7 +79,9 @@ class WanFamily(ModelFamily):
     """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 8, width / 8), 16 in Wan 2.2 5B.
 
     Image to video: ``image_latents`` (of the clip that starts with the image) go beside the sample, with
-    ``image_embeds`` of CLIP in Wan 2.1. Wan 2.2 5B has ``first_frame`` instead, the latent that the clip starts with.
+    ``image_embeds`` of CLIP in Wan 2.1. Between two images: ``first_last_latents`` instead, and the embeds of both; the
+    network of Wan 2.1 made for it has places for those (``pos_embed_seq_len``). Wan 2.2 5B has ``first_frame``
+    instead, the latent that the clip starts with.
     Wan 2.2 A14B is two networks: ``transformer`` at sigma >= 0.875 (0.9 from images), ``transformer_2`` below.
     """
 
@@ -113,11 +115,16 @@ class WanFamily(ModelFamily):
         sample, first_frame = x, conditioning.get("first_frame")
         if first_frame is not None:
             sample, timestep = _starting_with(first_frame.to(x.dtype), x), _of_tokens(timestep, x)
-        if "image_latents" in conditioning:
-            sample = torch.cat([x, _image_channels(conditioning["image_latents"], wan.config["in_channels"])], dim=1)
+        for name, last in (("image_latents", False), ("first_last_latents", True)):
+            if name in conditioning:
+                beside = _image_channels(conditioning[name], wan.config["in_channels"], last)
+                sample = torch.cat([x, beside], dim=1)
         images = {}
         if "image_embeds" in conditioning:
-            images["encoder_hidden_states_image"] = conditioning["image_embeds"].to(dtype)
+            embeds = conditioning["image_embeds"].to(dtype)
+            if wan.config["pos_embed_seq_len"] is not None:  # the network takes the images of a sample as two rows
+                embeds = embeds.unflatten(1, (2, -1)).flatten(0, 1)
+            images["encoder_hidden_states_image"] = embeds
         velocity: Tensor = wan(
             hidden_states=sample.to(dtype),
             timestep=timestep,
@@ -154,31 +161,58 @@ class WanFamily(ModelFamily):
         self, config: Mapping[str, Any], tokens: int, latent: Sequence[int]
     ) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, config["text_dim"])}
+        both = self.needs_last_image(config)
         if config["in_channels"] > config["out_channels"]:
-            shapes["image_latents"] = tuple(latent)
+            shapes["first_last_latents" if both else "image_latents"] = tuple(latent)
         if config.get("image_dim"):
-            shapes["image_embeds"] = (_IMAGE_TOKENS, config["image_dim"])
+            shapes["image_embeds"] = (config["pos_embed_seq_len"] if both else _IMAGE_TOKENS, config["image_dim"])
         return shapes
 
     @torch.no_grad()
     def encode_images(
         self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
     ) -> dict[str, Tensor]:
-        device = pipeline.vae.device
+        return self._encode(pipeline, [(image,) for image in images], height, width, frames)
+
+    def needs_last_image(self, config: Mapping[str, Any]) -> bool:
+        return config.get("pos_embed_seq_len") is not None
+
+    @torch.no_grad()
+    def encode_first_and_last(
+        self,
+        pipeline: DiffusionPipeline,
+        images: Sequence[Image],
+        last_images: Sequence[Image],
+        height: int,
+        width: int,
+        frames: int,
+    ) -> dict[str, Tensor]:
+        if pipeline.config.get("expand_timesteps"):
+            raise ValueError("Wan 2.2 5B takes no last image, its pipeline passes it over")
+        return self._encode(pipeline, list(zip(images, last_images, strict=True)), height, width, frames)
+
+    def _encode(
+        self, pipeline: DiffusionPipeline, images: Sequence[tuple[Image, ...]], height: int, width: int, frames: int
+    ) -> dict[str, Tensor]:
+        """images: of each sample, the first one, or it and the last."""
+        device, channels = pipeline.vae.device, pipeline.vae.config.z_dim
+        size = {"height": height, "width": width, "num_frames": frames}
         found: dict[str, list[Tensor]] = {}
-        for image in images:
-            pixels = pipeline.video_processor.preprocess(image, height=height, width=width).to(device, torch.float32)
-            channels = pipeline.vae.config.z_dim
-            size = {"height": height, "width": width, "num_frames": frames}
+        for each in images:
+            first, *last = (
+                pipeline.video_processor.preprocess(image, height=height, width=width).to(device, torch.float32)
+                for image in each
+            )
             _, latents, *masks = pipeline.prepare_latents(
-                pixels, 1, channels, **size, dtype=torch.float32, device=device
+                first, 1, channels, **size, dtype=torch.float32, device=device, last_image=last[0] if last else None
             )
             if masks:  # Wan 2.2 5B
                 found.setdefault("first_frame", []).append(latents)
             else:  # the mask before the latents is the same for every image
-                found.setdefault("image_latents", []).append(latents[:, -channels:])
+                found.setdefault("first_last_latents" if last else "image_latents", []).append(latents[:, -channels:])
             if pipeline.image_encoder is not None:
-                found.setdefault("image_embeds", []).append(pipeline.encode_image(image, device))
+                embeds = pipeline.encode_image(list(each), device)
+                found.setdefault("image_embeds", []).append(embeds.flatten(0, 1).unsqueeze(0))
         return {name: torch.cat(values) for name, values in found.items()}
 
     @torch.no_grad()
@@ -241,11 +275,15 @@ class WanFamily(ModelFamily):
         return {"boundary_ratio": plan.phases[later].sigmas[0] * _JUST_ABOVE}
 
 
-def _image_channels(latents: Tensor, in_channels: int) -> Tensor:
-    """What goes beside the sample: a mask that is 1 in the given first frame, then the latents of the image's clip."""
+def _image_channels(latents: Tensor, in_channels: int, last: bool) -> Tensor:
+    """What goes beside the sample: a mask that is 1 in the given frames, then the latents of their clip.
+
+    last: The last frame is given, too, which is the last of those that the last latent frame stands for.
+    """
     given = in_channels - 2 * latents.shape[1]
     mask = latents.new_zeros(len(latents), given, *latents.shape[2:])
     mask[:, :, 0] = 1
+    mask[:, -1, -1] = mask[:, -1, -1] if not last else 1
     return torch.cat([mask, latents], dim=1)
 
 

@@ -230,9 +230,12 @@ def test_a_file_without_prompts_is_one_line(tmp_path: Path, capsys: pytest.Captu
 
 def test_images_without_prompts_belong_to_nothing(images: list[Path]) -> None:
     with pytest.raises(PromptError, match=r"for each --prompt \(0\)"):
-        sample.given_examples([], images[:1])
-    assert sample.given_examples(["a", "b"], images[:1]) == [Example("a", images[0]), Example("b", images[0])]
-    assert sample.given_examples(["a"], []) == [Example("a")]
+        sample.given_examples([], images[:1], [])
+    with pytest.raises(PromptError, match=r"--last-image: expected one for each --prompt \(1\)"):
+        sample.given_examples(["a"], images[:1], images * 2)
+    assert sample.given_examples(["a", "b"], images[:1], []) == [Example("a", images[0]), Example("b", images[0])]
+    assert sample.given_examples(["a"], images[:1], images[:1]) == [Example("a", images[0], last_image=images[0])]
+    assert sample.given_examples(["a"], [], []) == [Example("a")]
 
 
 def test_networks_take_the_dtype_and_the_autoencoder_stays_exact(

@@ -55,8 +55,8 @@ class Encoder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def check(self, total: int, with_image: int) -> None:
-        """All examples have an image when the teacher takes one, and none otherwise. Raises PromptError."""
+    def check(self, total: int, with_image: int, with_last: int = 0) -> None:
+        """All examples have the images that the teacher takes, and none otherwise. Raises PromptError."""
         kind = self.source.pipeline_class().__name__
         if self.takes_image and with_image < total:
             raise PromptError(
@@ -67,6 +67,14 @@ class Encoder:
             raise PromptError(
                 f"{kind} takes no images, {with_image} prompts have one; leave them out, or name a pipeline class that "
                 "takes images"
+            )
+        if with_last and not (self.takes_image and self.family.takes_last_image(self.source.pipeline_class())):
+            raise PromptError(f"{kind} takes no last image, {with_last} prompts have one: leave them out")
+        needed = self.takes_image and self.family.needs_last_image(self.source.network_config())
+        if with_last < total and (with_last or needed):
+            why = "this teacher makes clips between two images" if needed else "all have one or none"
+            raise PromptError(
+                f"{total - with_last} of {total} prompts have no last image, and {why}: give it in last_image"
             )
 
     def texts(self, examples: Sequence[Example], bucket: Bucket | None) -> dict[str, Tensor]:
@@ -92,7 +100,11 @@ class Encoder:
 
         def encode(part: Sequence[Example]) -> dict[str, Tensor]:
             images = [open_image(example, bucket.width, bucket.height) for example in part]
-            return self.family.encode_images(self.pipeline, images, bucket.height, bucket.width, bucket.frames)
+            size = bucket.height, bucket.width, bucket.frames
+            if part[0].last_image is None:
+                return self.family.encode_images(self.pipeline, images, *size)
+            last = [open_image(example, bucket.width, bucket.height, last=True) for example in part]
+            return self.family.encode_first_and_last(self.pipeline, images, last, *size)
 
         return self._in_batches(examples, encode)
 
@@ -120,7 +132,10 @@ class Encoder:
     def _in_batches(
         self, items: Sequence[Item], encode: Callable[[Sequence[Item]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        parts = [encode(items[i : i + self.batch]) for i in range(0, len(items), self.batch)]
+        try:
+            parts = [encode(items[i : i + self.batch]) for i in range(0, len(items), self.batch)]
+        except ValueError as error:  # what a family's model does not take
+            raise PromptError(str(error)) from None
         return {name: _joined([part[name].cpu() for part in parts]) for name in parts[0]}
 
 

@@ -40,11 +40,15 @@ class PromptError(UserError):
 
 @dataclass(frozen=True)
 class Example:
-    """What a sample is conditioned on. image: a file or its content. size: (width, height, frames) that it asks for."""
+    """What a sample is conditioned on.
+
+    image, last_image: a file or its content; a clip ends with the last. size: (width, height, frames) that it asks for.
+    """
 
     prompt: str
     image: Path | bytes | None = None
     size: tuple[int, int, int | None] | None = None
+    last_image: Path | bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class ExampleSource:
     """Column or key of the prompt."""
     image_column: str = "image"
     """Column or key of the image, for teachers that take one."""
+    last_image_column: str = "last_image"
+    """Column or key of the image that a clip ends with, for teachers that take two."""
     subset: str | None = None
     """Of a dataset: its configuration."""
     split: str = "train"
@@ -150,8 +156,9 @@ class ExampleSource:
                 if path.is_file():
                     call = {"path": "parquet", "data_files": {self.split: str(path)}}
                 rows = datasets.load_dataset(**call, split=self.split, streaming=True)
-            if rows.features and isinstance(rows.features.get(self.image_column), datasets.Image):
-                rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+            for column in (self.image_column, self.last_image_column):
+                if rows.features and isinstance(rows.features.get(column), datasets.Image):
+                    rows = rows.cast_column(column, datasets.Image(decode=False))
             return rows
         except Exception as error:  # whatever a file system, a network or a parser raises
             raise self._unreadable("", error) from None
@@ -164,10 +171,11 @@ class ExampleSource:
                 f"{where}: expected a prompt in {self.prompt_column!r}, found {found}; "
                 "data.prompt_column of a training says which column holds it"
             )
-        return Example(prompt.strip(), self._image(where, row), self._size(where, row) if self.sizes else None)
+        images = [self._image(where, row, column) for column in (self.image_column, self.last_image_column)]
+        return Example(prompt.strip(), images[0], self._size(where, row) if self.sizes else None, images[1])
 
-    def _image(self, where: str, row: Mapping[str, Any]) -> Path | bytes | None:
-        image = row.get(self.image_column)
+    def _image(self, where: str, row: Mapping[str, Any], column: str) -> Path | bytes | None:
+        image = row.get(column)
         if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
             return image["bytes"]
         if isinstance(image, Mapping):
@@ -175,7 +183,7 @@ class ExampleSource:
         if not image:
             return None
         if not isinstance(image, str):
-            raise PromptError(f"{where}: expected an image file in {self.image_column!r}, found {image!r:.60}")
+            raise PromptError(f"{where}: expected an image file in {column!r}, found {image!r:.60}")
         location = Path(self.prompts)
         path = (location if location.is_dir() else location.parent) / image
         if not path.is_file():

@@ -45,12 +45,15 @@ def identity(
         PromptError: If examples lack images, or have some that the teacher does not take.
     """
     source, digest = encoder.source, hashlib.sha256()
-    total = with_image = 0
+    total = with_image = with_last = 0
     for example in examples:
         total, with_image = total + 1, with_image + (example.image is not None)
+        with_last += example.last_image is not None
         place = bucket_of(example, buckets)
-        digest.update(json.dumps([example.prompt, place, _digest_of_image(example.image)]).encode())
-    encoder.check(total, with_image)
+        row = [example.prompt, place, _digest_of_image(example.image)]
+        row += [] if example.last_image is None else [_digest_of_image(example.last_image)]
+        digest.update(json.dumps(row).encode())
+    encoder.check(total, with_image, with_last)
     texts = [name for name, value in source.index().items() if isinstance(value, list) and name.startswith(_TEXTS)]
     parts: list[object] = [negative_prompt, _weights(source, sorted(texts)), None]
     parts += [encoder.max_sequence_length, str(dtype), CHUNK]

@@ -44,6 +44,17 @@ class TeacherSource:
         except (OSError, ValueError) as error:
             raise self.cannot_load(error) from None
 
+    def network_config(self) -> dict[str, Any]:
+        """The configuration of the (first) network. Raises TeacherError."""
+        kind = getattr(diffusers, str((self.index().get("transformer") or [None, None])[1]), None)
+        if kind is None:
+            return {}
+        try:
+            found: dict[str, Any] = kind.load_config(self.path, subfolder="transformer", revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise self.cannot_load(error) from None
+        return found
+
     def pipeline_class(self) -> type[DiffusionPipeline]:
         """The class that samples with this teacher. Raises TeacherError."""
         name = self.index().get("_class_name") if self.pipeline is None else self.pipeline

@@ -80,8 +80,7 @@ def experts_identity(manifest: Manifest) -> str:
 
 
 def example_identity(example: Example, hashes: FileHashes) -> str:
-    """Hash a prompt and the content of its image."""
-    image = example.image
-    if isinstance(image, bytes):
-        return digest_of(example.prompt, sha256_of_bytes(image))
-    return digest_of(example.prompt, hashes(image) if image else None)
+    """Hash a prompt and the content of its images."""
+    images = [example.image] + ([] if example.last_image is None else [example.last_image])
+    found = [sha256_of_bytes(i) if isinstance(i, bytes) else hashes(i) if i else None for i in images]
+    return digest_of(example.prompt, *found)

@@ -138,6 +138,7 @@ def training_summary(
         "seed": config.seed,
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,
+        **({"last_image": True} if next(iter(config.data)).last_image is not None else {}),
         **({"objective": chosen} if (chosen := changed_choices(config.objective)) else {}),
         **unfinished,
         **({"start": begun} if begun else {}),

@@ -241,6 +241,7 @@ def _arguments(manifest: Manifest, family: ModelFamily | None, takes_image: bool
     size, length = training_size(manifest), manifest.training.get("max_sequence_length")
     length = None if family and "max_sequence_length" in family.call_lacks else length
     text = ', image=load_image("image.png")' if takes_image else ""
+    text += ', last_image=load_image("last.png")' if takes_image and manifest.training.get("last_image") else ""
     text += f", width={size[0]}, height={size[1]}" if size else ""
     text += f", num_frames={size[2]}" if size and family and family.makes_clips else ""
     return text + (f", max_sequence_length={length}" if isinstance(length, int) else "")

@@ -74,6 +74,8 @@ class Case:
     """How many outputs of the call are latents."""
     picture_size: tuple[int, int] = (24, 40)
     """Width and height of the picture that the call is given, where it takes one."""
+    last_image: bool = False
+    """Whether the call is given the picture that the clip ends with, too."""
     guided: bool = True
     """Whether the pipeline has classifier-free guidance."""
     no_guidance: Mapping[str, float] = field(default_factory=dict)
@@ -99,6 +101,8 @@ class Case:
             "num_frames": frames,
             "max_sequence_length": self.tokens,
         }
+        if self.last_image:
+            values["last_image"] = self.last_picture
         return {name: value for name, value in values.items() if name in takes}
 
     def takes(self, argument: str) -> bool:
@@ -109,6 +113,11 @@ class Case:
     def picture(self) -> Image.Image:
         """What the call is given, where it takes a picture."""
         return picture(size=self.picture_size)
+
+    @property
+    def last_picture(self) -> Image.Image:
+        """What the clip ends with, where the call is given it."""
+        return picture(1, self.picture_size)
 
     @property
     def unguided(self) -> Mapping[str, float]:

@@ -34,10 +34,11 @@ HEADER = (
 )
 
 
-def _kind(index: Mapping[str, Any]) -> tuple[object, ...]:
-    """What tells kinds of pipelines apart: class, number of networks, a timestep for each token."""
+def _kind(index: Mapping[str, Any], network: Mapping[str, Any]) -> tuple[object, ...]:
+    """What tells kinds of pipelines apart: class, two networks, a timestep for each token, places of two images."""
     second = index.get("transformer_2") or [None, None]
-    return index["_class_name"], second[1] is not None, bool(index.get("expand_timesteps"))
+    places = network.get("pos_embed_seq_len") is not None
+    return index["_class_name"], second[1] is not None, bool(index.get("expand_timesteps")), places
 
 
 def recipes() -> dict[tuple[object, ...], list[str]]:
@@ -45,8 +46,11 @@ def recipes() -> dict[tuple[object, ...], list[str]]:
     found: dict[tuple[object, ...], list[str]] = {}
     for path in sorted((ROOT / "training" / "configs").glob("*_phased_single_gpu.yaml")):
         architecture = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["architecture"]
-        index = json.loads((ROOT / architecture / "model_index.json").read_text(encoding="utf-8"))
-        found.setdefault(_kind(index), []).append(path.stem.removesuffix("_phased_single_gpu"))
+        index, network = (
+            json.loads((ROOT / architecture / part).read_text(encoding="utf-8"))
+            for part in ("model_index.json", "transformer/config.json")
+        )
+        found.setdefault(_kind(index, network), []).append(path.stem.removesuffix("_phased_single_gpu"))
     return found
 
 
@@ -57,7 +61,8 @@ def table() -> str:
         for case_name, case in BY_FAMILY[name].items():
             pipeline = case.build()
             components = {key: [None, type(value).__name__] for key, value in pipeline.components.items() if value}
-            own = known.get(_kind({**pipeline.config, "_class_name": type(pipeline).__name__, **components}), [])
+            index = {**pipeline.config, "_class_name": type(pipeline).__name__, **components}
+            own = known.get(_kind(index, pipeline.transformer.config), [])
             cells = [
                 f"`{type(pipeline).__name__}`",
                 f"{family(name).title} (`{case_name}`)",

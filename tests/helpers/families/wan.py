@@ -46,11 +46,12 @@ def wan_image_two_networks() -> WanImageToVideoPipeline:
     return quiet(WanImageToVideoPipeline(**_shared(), **networks, vae=_spread_autoencoder(), boundary_ratio=0.9))
 
 
-def wan_image_clip() -> WanImageToVideoPipeline:
-    """Wan 2.1 image to video: one network that also sees CLIP's features of the image."""
+def wan_image_clip(last: bool = False) -> WanImageToVideoPipeline:
+    """Wan 2.1 image to video: one network that also sees CLIP's features of the image; of two with ``last``."""
     torch.manual_seed(0)
     sizes = {"hidden_size": IMAGE_FEATURES, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    network = transformer(0, in_channels=2 * LATENT_CHANNELS + 4, added_kv_proj_dim=24, image_dim=IMAGE_FEATURES)
+    beside = {"added_kv_proj_dim": 24, "image_dim": IMAGE_FEATURES, "pos_embed_seq_len": 10 if last else None}
+    network = transformer(0, in_channels=2 * LATENT_CHANNELS + 4, **beside)
     return quiet(
         WanImageToVideoPipeline(
             **_shared(),
@@ -108,6 +109,9 @@ CASES = {
     "wan": Case(wan_pipeline, _SIZE, _LATENTS, tokens=12),
     "wan_two": Case(wan_two_networks, _SIZE, _LATENTS, tokens=12),
     "wan_image_to_video": Case(wan_image_clip, _SIZE, _LATENTS, _beside_channels, tokens=12),
+    "wan_first_last_image_to_video": Case(
+        lambda: wan_image_clip(last=True), _SIZE, _LATENTS, _beside_channels, tokens=12, last_image=True
+    ),
     "wan_two_image_to_video": Case(wan_image_two_networks, _SIZE, _LATENTS, _beside_channels, tokens=12),
     "wan_5b": Case(wan_5b, _SIZE_5B, _LATENTS_5B, _of_tokens, tokens=12),
     # the first frame is given: no loop over all of the latents

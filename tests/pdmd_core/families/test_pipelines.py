@@ -77,7 +77,10 @@ def taught(name: str) -> Taught:
         for text in (case.prompt, NEGATIVE if case.takes("negative_prompt") or not case.guided else "")
     )
     if images is not None:
-        beside = found.encode_images(pipeline, images, *case.size)
+        if case.last_image:
+            beside = found.encode_first_and_last(pipeline, images, [case.last_picture], *case.size)
+        else:
+            beside = found.encode_images(pipeline, images, *case.size)
         conditioning, negative = conditioning | beside, negative | beside
     routing = found.teacher_routing(pipeline.config)
     networks = {component: getattr(pipeline, component) for component in routing.components}

@@ -137,6 +137,9 @@ def test_images_lie_beside_the_file_that_names_them(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a fox", "image": "fox.png"}\n\n{"prompt": "a panda"}\n', encoding="utf-8")
     assert read_examples(path) == [Example("a fox", tmp_path / "fox.png"), Example("a panda")]
+    path.write_text('{"prompt": "a fox", "image": "fox.png", "last_image": "fox.png"}\n', encoding="utf-8")
+    fox = tmp_path / "fox.png"
+    assert read_examples(path) == [Example("a fox", fox, last_image=fox)]
     path.write_text('{"prompt": "a fox", "picture": "fox.png"}\n', encoding="utf-8")
     assert list(ExampleSource(str(path), image_column="picture")) == [Example("a fox", tmp_path / "fox.png")]
 

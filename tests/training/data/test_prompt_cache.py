@@ -14,9 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pdmd_core.families import family
+from tests.helpers.families.flux import flux
 from tests.helpers.families.parts import picture
 from tests.helpers.families.qwen_image import qwen_image
 from tests.helpers.families.wan import wan_image_clip
+from tests.helpers.tiny import wan_pipeline
 from training.data import encoder as encoder_module
 from training.data import prompt_cache
 from training.data.buckets import ANY, Bucket, SampleSize
@@ -345,3 +347,32 @@ def test_a_teacher_of_the_hub_that_is_copied_here_encodes_the_same(teacher: Path
         }
     assert len(names) == 1
     assert download.call_args.kwargs["revision"] == "main" and "transformer" in download.call_args.kwargs
+
+
+def test_every_text_encoder_and_every_image_counts(tmp_path: Path) -> None:
+    """Of FLUX.1 the second encoder, of clips between two images the last one."""
+    picture().save(tmp_path / "a.png")
+    picture(1).save(tmp_path / "b.png")
+    pipeline = flux()
+    pipeline.save_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        pipeline.text_encoder_2.shared.weight.add_(0.1)
+    pipeline.save_pretrained(tmp_path / "two")
+    wan_image_clip(last=True).save_pretrained(tmp_path / "both")
+    kind = {"one": family("flux"), "two": family("flux"), "both": WAN}
+
+    def named(teacher: str, *examples: Example) -> str:
+        encoder = Encoder(TeacherSource(str(tmp_path / teacher)), kind[teacher], 12)
+        return identity(examples, "", encoder, [Bucket(16, 16, 1)], torch.float32)
+
+    assert named("one", Example("a fox")) != named("two", Example("a fox"))
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    assert named("both", Example("x", a, last_image=a)) != named("both", Example("x", a, last_image=b))
+    with pytest.raises(
+        PromptError, match="1 of 1 prompts have no last image, and this teacher makes clips between two"
+    ):
+        named("both", Example("x", a))
+    with pytest.raises(PromptError, match="WanPipeline takes no last image"):
+        wan_pipeline().save_pretrained(tmp_path / "text")
+        kind["text"] = WAN
+        named("text", Example("x", last_image=a))

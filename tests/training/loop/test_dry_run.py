@@ -41,6 +41,8 @@ MODELS = {
     "wan2_2_t2v_a14b": ("28.58 G parameters", "16x21x60x104", 5.0),
     "wan2_2_i2v_a14b": ("28.58 G parameters", "16x21x60x104", 5.0),
     "wan2_2_ti2v_5b": ("5.00 G parameters", "48x31x44x80", 5.0),
+    "wan2_1_i2v_14b_480p": ("16.39 G parameters", "16x21x60x104", 5.0),
+    "wan2_1_flf2v_14b_720p": ("16.40 G parameters", "16x21x60x104", 5.0),
     "ltx_video": ("1.92 G parameters", "128x21x15x22", 5.0),
     "qwen_image": ("20.43 G parameters", "16x1x166x166", 3.0),
     "qwen_image_edit": ("20.43 G parameters", "16x1x128x128", 3.0),
@@ -201,6 +203,8 @@ def test_recipes_have_the_paper_s_settings(model: str) -> None:
         ("wan2_2_t2v_a14b", 14_288_491_584, "WanPipeline", 0.875),
         ("wan2_2_i2v_a14b", 14_288_491_584 + 20 * 4 * 5120, "WanImageToVideoPipeline", 0.9),  # mask and image
         ("wan2_2_ti2v_5b", 4_999_787_712, "WanPipeline", None),
+        ("wan2_1_i2v_14b_480p", 16_394_878_784, "WanImageToVideoPipeline", None),
+        ("wan2_1_flf2v_14b_720p", 16_394_878_784 + 514 * 1280, "WanImageToVideoPipeline", None),  # places of two images
         ("ltx_video", 1_923_385_472, "LTXPipeline", None),
         ("qwen_image", 20_430_401_088, "QwenImagePipeline", None),
         ("qwen_image_edit", 20_430_401_088, "QwenImageEditPipeline", None),

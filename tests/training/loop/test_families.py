@@ -58,7 +58,7 @@ def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> Distill
     model = {"path": str(teacher), "height": height, "width": width, "frames": frames}
     settings = {
         "model": {**model, "max_sequence_length": case.tokens},
-        "data.prompts": str(write_prompts(folder, "image" in case.call)),
+        "data.prompts": str(write_prompts(folder, "image" in case.call, case.last_image)),
         "data.negative_prompt": "blurry",
         "plan": {"steps": [2, 2], "shift": 5.0},
         "objective": {"guidance_scale": 2.0},
@@ -95,7 +95,7 @@ def sampled(
     sampler = Sampler(
         str(config.model.path),
         size,
-        [Example("another", example.image), example],
+        [Example("another", example.image, last_image=example.last_image), example],
         folder / "cache",
         experts,
         device="cpu",
@@ -105,8 +105,9 @@ def sampled(
     teachers_own = sampler.with_teacher([(1, 7)], steps, 5.0, 1.0, progress=None)
     call = {**case.call, **case.unguided, "prompt": example.prompt}
     call |= {"num_inference_steps": steps, "output_type": "latent"}
-    if example.image is not None:
-        call["image"] = cut(Image.open(example.image).convert("RGB"), width, height)
+    for name, image in (("image", example.image), ("last_image", example.last_image)):
+        if image is not None:
+            call[name] = cut(Image.open(image).convert("RGB"), width, height)
     return found, teachers_own, call
 
 
