@@ -28,9 +28,11 @@ from training.config.schema import ConfigError, DistillConfig
 from training.data.buckets import SampleSize
 from training.data.examples import Example, PromptError, read_examples
 from training.evaluation.sampler import Sampler
+from training.loop import trainer as trainer_module
 from training.loop.build import build_run
 from training.loop.resumption import Resume
 from training.loop.trainer import Trainer
+from training.monitoring import observer
 
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -41,6 +43,16 @@ def has_two(name: str) -> bool:
 
 
 TWO = [name for name in CASES if has_two(name)]
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt is validated, and files of samples have a corner of them: the rest takes most of the time."""
+    monkeypatch.setattr("training.data.training_data.VALIDATED", 1)
+    for module, name in ((trainer_module, "save_samples"), (observer, "save_small")):
+        save = getattr(module, name)
+        corner = lambda path, pixels, columns, save=save: save(path, pixels[:, :2, :, :16, :16], columns)  # noqa: E731
+        monkeypatch.setattr(module, name, corner)
 
 
 @pytest.fixture(scope="module")
