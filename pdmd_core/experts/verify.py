@@ -221,7 +221,6 @@ def _finite(weights: Weights, path: Path) -> str:
 def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleRequest) -> str:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
-    from PIL import ImageOps
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
@@ -266,9 +265,13 @@ def _compared(
     length: int,
 ) -> str:
     """Sample both ways and compare the pixels."""
+    from PIL import ImageOps
+
     (width, height, frames), shape = of_size, base.family.latent_shape(pipeline, of_size[1], of_size[0], of_size[2])
     picture = _picture(width, height) if base.family.takes_image(pipeline) else None
-    both = bool(training.get("last_image")) or base.family.needs_last_image(pipeline.transformer.config)
+    both = bool(experts.manifest.training.get("last_image")) or base.family.needs_last_image(
+        pipeline.transformer.config
+    )
     last = ImageOps.mirror(picture) if picture and both else None
     seen = [picture] if picture and base.family.prompts_see_images(pipeline) else None
     conditioning = base.family.encode_prompts(pipeline, [request.prompt], length, seen)

@@ -131,7 +131,7 @@ def load_text_side(
 ) -> DiffusionPipeline:
     """The pipeline with what encodes prompts in this dtype, and what encodes images, when asked, in float32."""
     parts = (*TEXT_PARTS, *family.encoders, *((*IMAGE_PARTS, "vae") if images else ()))
-    narrow = {name: dtype for name in source.index() if name.startswith(("text_encoder", *family.encoders))}
+    narrow = {name: dtype for name in source.index() if name.startswith(("text_encoder", "connectors"))}
     return source.load({"default": torch.float32, **narrow}, lambda name: name.startswith(parts))
 
 

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from pdmd_core.families import family
 from tests.helpers.families.flux import flux
+from tests.helpers.families.ltx2 import ltx2
 from tests.helpers.families.parts import picture
 from tests.helpers.families.qwen_image import qwen_image
 from tests.helpers.families.wan import wan_image_clip
@@ -26,7 +27,7 @@ from training.data.encoder import Encoder
 from training.data.examples import Example, PromptError
 from training.data.prompt_cache import PromptCache, encode_examples, open_prompt_cache
 from training.data.prompt_identity import identity
-from training.data.teacher import TeacherSource
+from training.data.teacher import TeacherSource, load_text_side
 
 WAN = family("wan")
 CPU, FIRST = torch.device("cpu"), torch.tensor([0])
@@ -376,3 +377,10 @@ def test_every_text_encoder_and_every_image_counts(tmp_path: Path) -> None:
         wan_pipeline().save_pretrained(tmp_path / "text")
         kind["text"] = WAN
         named("text", Example("x", last_image=a))
+
+
+def test_what_comes_after_a_narrow_text_encoder_is_narrow_too(tmp_path: Path) -> None:
+    ltx2().save_pretrained(tmp_path)
+    found = family("ltx2")
+    pipeline = load_text_side(TeacherSource(str(tmp_path)), found, dtype=torch.bfloat16)
+    assert found.encode_prompts(pipeline, ["a fox"], 24)["prompt_audio_embeds"].dtype == torch.bfloat16
