@@ -209,7 +209,7 @@ def test_samples_that_are_not_finite_are_refused_and_not_kept(evaluation: Callab
 
 def test_a_device_without_memory_is_one_line(evaluation: Callable[..., Evaluation]) -> None:
     full = mock.patch.object(Sampler, "with_teacher", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-    with full, pytest.raises(UserError, match="--dtype bfloat16, or --batch_size"):
+    with full, pytest.raises(UserError, match="--dtype bfloat16, --batch_size"):
         evaluation().sample([FEW])
 
 
