@@ -20,8 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pdmd_core.experts.format.fingerprint import fingerprint_of
 from pdmd_core.families import family
 from tests.helpers.configs import changed
+from tests.helpers.families.cases import OF_FAMILIES
 from tests.helpers.families.wan import wan_two_networks
 from training.data import encoder as encoding
+from training.data.examples import Example
 from training.data.teacher import TeacherError, TeacherSource, load_image_side, networks_of, pipeline_on_meta
 from training.data.weight_files import WeightFiles
 from training.loop import build
@@ -110,6 +112,20 @@ def test_weights_that_are_not_there_are_one_line(two_networks: TeacherSource, tm
     described["transformer"].register_parameter("other", nn.Parameter(torch.empty(3, device="meta")))
     with pytest.raises(TeacherError, match=r"transformer needs other of shape \(3,\), its files have none"):
         WeightFiles(source, described, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["ltx2", "hunyuan_video_15"])
+def test_all_that_encodes_prompts_is_narrow_and_nothing_else(name: str, tmp_path: Path) -> None:
+    """Also what stands between the text encoder and the network; an autoencoder that comes along stays exact."""
+    case = OF_FAMILIES[name]
+    case.build().save_pretrained(tmp_path)
+    assert case.family is not None
+    encoder = encoding.Encoder(TeacherSource(str(tmp_path)), case.family, case.tokens, dtype=torch.bfloat16)
+    conditioning = encoder.texts([Example("a panda")], None)
+    assert all(value.isfinite().all() for value in conditioning.values())
+    for part, component in encoder.pipeline.components.items():
+        if isinstance(component, nn.Module):
+            assert {p.dtype for p in component.parameters()} == {torch.float32 if part == "vae" else torch.bfloat16}
 
 
 def test_text_encoders_are_narrow_and_gone_when_networks_come(settings_of_run: dict[str, Any]) -> None:
