@@ -83,6 +83,38 @@ def wan(device: str, rehearse: bool) -> Iterator[Row]:
     yield from _updates("wan2_1_t2v_14b", layers, small, (0,), device)
 
 
+def float8(device: str, rehearse: bool) -> Iterator[Row]:
+    """A product of the size of Wan 14B's feed-forward layers: in bfloat16, and by torchao's ways to 8 bits."""
+    import torch
+    from torch import nn
+    from torchao import quantization
+
+    tokens, width = (64, 64) if rehearse else (32_760, 5_120)
+    kinds = {"bfloat16": None, "weights in float8": "Float8WeightOnlyConfig"}
+    kinds |= {"computed in float8": "Float8DynamicActivationFloat8WeightConfig"}
+
+    def product(name: str, kind: str | None) -> Iterator[Row]:
+        layer: Any = nn.Sequential(nn.Linear(width, 4 * width, device=device, dtype=torch.bfloat16))
+        if kind is not None:
+            quantization.quantize_(layer, getattr(quantization, kind)())
+        x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for backwards in (False, True):
+            seconds = []
+            for _ in range(4):
+                start = time.perf_counter()
+                with torch.set_grad_enabled(backwards):
+                    found = layer(x)
+                if backwards:
+                    found.sum().backward()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            yield {"what": f"{name}, {'forwards and backwards' if backwards else 'forwards'}", "seconds": min(seconds)}
+
+    for name, kind in kinds.items():
+        yield from _guarded(name, partial(product, name, kind))
+
+
 def offloading(device: str, rehearse: bool) -> Iterator[Row]:
     """A14B with 4 of its blocks in each network: one network on the device at a time, from pinned memory."""
     layers, small = (1, [*SMALL, "model.frames=5"]) if rehearse else (4, [])
@@ -100,6 +132,7 @@ def _updates(
         told = {key: row[key] / 2**30 for key in ("held", "peak") if key in row}
         what = f"{model}, {row['phase']}" + (f", {layers} blocks" if layers else "")
         seconds = {"seconds": row["seconds"][0]} if "seconds" in row else {"failed": row["failed"]}
+        seconds |= {"said": "; ".join(row["said"])} if "said" in row else {}
         yield {"what": f"{what} {' '.join(o for o in overrides if o not in SMALL)}".strip()} | seconds | told
 
 
@@ -155,6 +188,7 @@ def synchronisations(device: str, rehearse: bool) -> Iterator[Row]:
 
 CHECKS: dict[str, tuple[Callable[[str, bool], Iterator[Row]], int]] = {
     "synchronisations": (synchronisations, 40),
+    "float8": (float8, 30),
     "experts": (experts, 60),
     "wan_ten_blocks": (wan_ten_blocks, 120),
     "qwen_image": (qwen_image, 120),

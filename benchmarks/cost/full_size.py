@@ -55,6 +55,7 @@ def measure(config: DistillConfig, layers: int | None, phase: int, updates: int,
         teacher = released_teacher(config, layers, device)
         row |= {"parameters": teacher.parameters, "latents": list(teacher.shape)}
         training = RandomTraining(config, teacher, accelerator, phase)
+        row |= {"said": training.said} if training.said else {}
         training.update()
         row["held"] = held_bytes(device)
         seconds = []

@@ -204,8 +204,17 @@ class RandomTraining:
         mesh: DeviceMesh | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self.said: list[str] = []
+        """What building said of the run, such as what computes attention."""
         self.roles = build_roles(
-            config, teacher.family, teacher.networks, teacher.routing, accelerator.device, mesh, kind=kind
+            config,
+            teacher.family,
+            teacher.networks,
+            teacher.routing,
+            accelerator.device,
+            mesh,
+            kind=kind,
+            say=self.said.append,
         )
         plan = config.plan.build()
         if config.memory.offload_idle_experts:
