@@ -39,7 +39,7 @@ SMALL = ["model.height=64", "model.width=64", "model.max_sequence_length=16", "f
 
 def demo(device: str, rehearse: bool) -> Iterator[Row]:
     """The embedded demo, shortened: trained and evaluated."""
-    updates, samples = (1, 1) if rehearse else (40, 4)
+    updates, samples = (1, 2) if rehearse else (40, 4)
     with tempfile.TemporaryDirectory() as folder:
         config = ROOT / "training/configs/embedded_demo.yaml"
         overrides = [f"updates={updates}", "validation.every=null", "monitoring.tracker=null"]

@@ -1,10 +1,11 @@
-"""Two processes against one: ``python benchmarks/cost/weak_scaling.py``.
+"""Several processes against one: ``python benchmarks/cost/weak_scaling.py``.
 
-Each process has its own samples, gradients are averaged. In one run of two processes (torchrun) three ways to train
-are timed in turn, many times: the first process alone while the other one waits; both at once, each for itself; both
-together. The second is what the machine takes for running two at once (caches, memory, other work on it), so the cost
-of training together is the time of the third over that of the second. Wall seconds of an update on the slower process.
-Writes docs/benchmarks/weak_scaling.json and .md: medians and quartiles over rounds.
+Each process has its own samples, gradients are averaged. In one run (torchrun) three ways to train are timed in turn,
+many times: the first process alone while the others wait; all at once, each for itself; all together. The second is
+what the machine takes for running them at once (caches, memory, other work on it, fewer processors than processes), so
+the cost of training together is the time of the third over that of the second. The cases are a network of which every
+process holds all, on two processes, and a teacher of two networks in shards (FSDP2), on one, two and four. Wall
+seconds of an update on the slowest process. Writes docs/benchmarks/weak_scaling.json and .md: medians and quartiles.
 """
 
 from __future__ import annotations
@@ -29,11 +30,19 @@ from torch import Tensor
 
 from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
 from benchmarks.cost.random_wan import finished, machine, spread
+from training.distributed.sharding import mesh_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE, APART, TOGETHER = "alone", "apart", "together"
 WAYS = (ALONE, APART, TOGETHER)
 RESULT = "result "
+CASES = (
+    ("wan", "none", 2),
+    ("wan_two_networks", "fsdp", 1),
+    ("wan_two_networks", "fsdp", 2),
+    ("wan_two_networks", "fsdp", 4),
+)
+"""Teacher, sharding of all that train together, processes."""
 
 
 class OneProcess:
@@ -52,7 +61,7 @@ class OneProcess:
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One of the two processes; the first prints the seconds of every round."""
+    """One of the processes; the first prints the seconds of every round."""
     together = Accelerator(cpu=arguments.device == "cpu")
     apart: Any = OneProcess(together.device)
     trainings: dict[str, RandomTraining] = {}
@@ -60,9 +69,15 @@ def worker(arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
         teacher = small_teacher(arguments.model, arguments.size, arguments.side, str(together.device))
         batch = arguments.batch * accelerator.num_processes
-        training = RandomTraining(
-            small_config(batch_size=batch, fake_updates=arguments.fake_updates), teacher, accelerator
+        sharding = arguments.sharding if accelerator is together else "none"
+        config = small_config(
+            batch_size=batch,
+            fake_updates=arguments.fake_updates,
+            parallel={"sharding": sharding},
+            plan={"steps": [1, 1], "shift": 5.0},  # every update makes as many evaluations
         )
+        mesh = mesh_of(config, together.device, accelerator.num_processes)
+        training = RandomTraining(config, teacher, accelerator, mesh=mesh)
         training.update()
         trainings |= dict.fromkeys(ways, training)
     for _ in range(arguments.rounds):
@@ -85,9 +100,9 @@ def results_of(output: str) -> list[dict[str, float]]:
     return [json.loads(line.removeprefix(RESULT)) for line in output.splitlines() if line.startswith(RESULT)]
 
 
-def run(options: Sequence[str], rounds: int) -> list[dict[str, float]]:
+def run(options: Sequence[str], rounds: int, processes: int = 2) -> list[dict[str, float]]:
     """Seconds of an update each way, by round. Raises RuntimeError with the end of what failed workers printed."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = [str(ROOT / "benchmarks/cost/weak_scaling.py"), "--worker", f"--rounds={rounds}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment)
@@ -107,26 +122,24 @@ def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The three ways and their ratios, a line each."""
-    names = {
-        ALONE: "one process, s",
-        APART: "two at once, each for itself, s",
-        TOGETHER: "two together, s",
-        "together / alone": "together / one process",
-        "together / apart": "together / each for itself",
-    }
-    lines = ["| | median | quartiles |", "| --- | ---: | ---: |"]
-    for key, name in names.items():
-        v = result[key]
-        lines.append(f"| {name} | {v['median']:.3g} | {v['quartile_1']:.3g} to {v['quartile_3']:.3g} |")
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The three ways and their ratio, a line for each case."""
+    lines = [
+        "| teacher | sharding | processes | one alone, s | each for itself, s | together, s | together / apart |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        spreads = [result["summary"][key] for key in (*WAYS, "together / apart")]
+        cells = [f"{v['median']:.3g} ({v['quartile_1']:.3g} to {v['quartile_3']:.3g})" for v in spreads]
+        lines.append(f"| {result['model']} | {result['sharding']} | {result['processes']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--model", default="wan")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--sharding", help=argparse.SUPPRESS)
     parser.add_argument("--size", default="100M")
     parser.add_argument("--side", type=int, default=16, help="of the latent; 16 are 64 tokens")
     parser.add_argument("--batch", type=int, default=1, help="samples of each process (default: 1)")
@@ -138,25 +151,26 @@ def main() -> None:
     if arguments.worker:
         worker(arguments)
         return
-    names = ("model", "size", "side", "batch", "fake_updates", "device")
-    settings = {name: getattr(arguments, name) for name in names}
-    before = os.getloadavg()[0]
-    rounds = run([f"--{name}={value}" for name, value in settings.items()], arguments.rounds)
+    settings = {name: getattr(arguments, name) for name in ("size", "side", "batch", "fake_updates", "device")}
+    before, results = os.getloadavg()[0], list[dict[str, Any]]()
+    for model, sharding, processes in CASES:
+        case = {"model": model, "sharding": sharding, **settings}
+        rounds = run([f"--{name}={value}" for name, value in case.items()], arguments.rounds, processes)
+        case |= {"processes": processes, "summary": summary(rounds), "rounds": rounds}
+        results.append(case)
+        print(table(results[-1:]).splitlines()[-1], flush=True)
     load = (before + os.getloadavg()[0]) / 2
-    result = summary(rounds)
     about = (
-        f"An update of {settings['model']} ({settings['size']}) with {settings['fake_updates']} fake updates, "
-        f"{settings['batch']} sample(s) of {settings['side'] ** 2 // 4} tokens on each process, one thread each; "
-        f"{machine(settings['device'])}, {os.cpu_count()} processors, {arguments.rounds} rounds, {load:.0f} processes "
-        "wanted to run on average. Written by `python benchmarks/cost/weak_scaling.py`, whose head says "
-        "what is compared."
+        f"An update ({settings['size']}) with {settings['fake_updates']} fake update(s), {settings['batch']} sample(s) "
+        f"of {settings['side'] ** 2 // 4} tokens on each process, one thread each; {machine(settings['device'])}, "
+        f"{os.cpu_count()} processors, {arguments.rounds} rounds, {load:.0f} processes wanted to run on average. "
+        "Written by `python benchmarks/cost/weak_scaling.py`, whose head says what is compared."
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    data = {"machine": machine(settings["device"]), "settings": settings, "summary": result, "rounds": rounds}
+    data = {"machine": machine(settings["device"]), "settings": settings, "cases": results}
     arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = f"# Weak scaling\n\n{about}\n\n{table(result)}\n"
+    text = f"# Weak scaling\n\n{about}\n\n{table(results)}\n"
     arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(table(result))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.cost.weak_scaling import ALONE, APART, TOGETHER, results_of, run, summary, table
 
-TINY = ["--model=wan", "--size=tiny", "--side=4", "--batch=1", "--fake_updates=1", "--device=cpu"]
+TINY = ["--model=wan", "--sharding=none", "--size=tiny", "--side=4", "--batch=1", "--fake_updates=1", "--device=cpu"]
 
 
 @pytest.mark.timeout(600)
@@ -12,6 +12,12 @@ def test_two_processes_are_timed_three_ways() -> None:
     rounds = run(TINY, 2)
     assert len(rounds) == 2
     assert all(one[way] > 0 for one in rounds for way in (ALONE, APART, TOGETHER))
+
+
+@pytest.mark.timeout(600)
+def test_two_networks_in_shards_are_timed() -> None:
+    (one,) = run(["--model=wan_two_networks", "--sharding=fsdp", *TINY[2:]], 1, 2)
+    assert all(one[way] > 0 for way in (ALONE, APART, TOGETHER))
 
 
 @pytest.mark.timeout(600)
@@ -31,4 +37,5 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert found["together / alone"]["median"] == pytest.approx(1.6)
     assert found["together / apart"]["median"] == pytest.approx(1.125)
     assert found[ALONE]["median"] == 5.5 and found["rounds"] == 2
-    assert "| together / each for itself | 1.12 | 1.06 to 1.19 |" in table(found)
+    line = table([{"model": "wan", "sharding": "fsdp", "processes": 4, "summary": found}]).splitlines()[-1]
+    assert line.startswith("| wan | fsdp | 4 | 5.5 (3.25 to 7.75) |") and line.endswith("| 1.12 (1.06 to 1.19) |")

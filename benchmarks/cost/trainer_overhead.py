@@ -1,10 +1,12 @@
-"""What an update costs beyond its network evaluations: ``python benchmarks/cost/update_cost.py``.
+"""What the trainer adds to its network calls, and what these add to arithmetic.
 
-A generator update, with its fake updates, cannot be cheaper than the evaluations of networks in it, forwards and
-backwards. Each repetition times one update of the trainer and then its floor: the very calls of networks that it made,
-with the same inputs and the same adapters, and nothing else (no losses, rollout arithmetic, optimizer, clipping, data).
-Times are processor seconds on a CPU, which other work on the machine changes little, and seconds on a GPU. Writes
-docs/benchmarks/update_cost.json and .md: medians and quartiles over repetitions of both and of their ratio.
+``python benchmarks/cost/trainer_overhead.py`` compares three times of a generator update with its fake updates. Each
+repetition times one update of the trainer and then its *calls*: the very calls of networks that it made, with the same
+inputs and the same adapters, forwards and backwards, and nothing else (no losses, rollout arithmetic, optimizer,
+clipping, data). Their ratio is what the trainer adds. The *floor* has no avoidable work in it: the FLOPs of the matrix
+products and attention in the calls that the method needs, at the rate of a large matrix product of the same machine,
+measured in the same repetition. Times are processor seconds on a CPU, which other work on the machine changes little,
+and seconds on a GPU. Writes docs/benchmarks/trainer_overhead.json and .md: medians and quartiles over repetitions.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from benchmarks.cost.random_training import TEXT_TOKENS, RandomTraining, small_config, small_teacher
@@ -101,6 +105,25 @@ def replay(calls: Sequence[Call], training: RandomTraining, device: str) -> floa
     return seconds
 
 
+def flops_of(calls: Sequence[Call], training: RandomTraining, device: str) -> int:
+    """Floating-point operations of matrix products and attention in these calls, forwards and backwards."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted on a CPU
+        replay(calls, training, device)
+    return counter.get_total_flops()
+
+
+def rate_of_products(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a large matrix product, the best of several."""
+    side = 1024 if device == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        start = clock(device)
+        torch.mm(a, b)
+        best = max(best, 2 * side**3 / (clock(device) - start))
+    return best
+
+
 def clock(device: str) -> float:
     """Processor seconds of this process on a CPU; seconds, once the work is done, on a GPU."""
     if device == "cpu":
@@ -110,28 +133,30 @@ def clock(device: str) -> float:
 
 
 def measure(training: RandomTraining, repetitions: int, device: str) -> list[dict[str, float]]:
-    """Times of updates and of their floors, after one of each to warm up."""
+    """Times of updates, of their calls alone, and of the arithmetic in these, after one of each to warm up."""
     roles = training.roles
     assert isinstance(roles, ObservedRoles)
-    rows = []
+    rows, flops = [], 0
     for repetition in range(repetitions + 1):
         with Recording(roles) as recording:
             start = clock(device)
             training.update()
             update = clock(device) - start
-        floor = replay(recording.calls, training, device)
-        if repetition:
-            backwards = sum(call.gradient for call in recording.calls)
-            rows.append({"update": update, "floor": floor, "calls": len(recording.calls), "backwards": backwards})
+        calls = replay(recording.calls, training, device)
+        if not repetition:  # every update makes as many calls of as many tokens
+            flops = flops_of(recording.calls, training, device)
+            continue
+        row = {"update": update, "calls": calls, "floor": flops / rate_of_products(device)}
+        rows.append(row | {"evaluations": len(recording.calls)})
     return rows
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Spreads of both times and of their ratio in the same repetition."""
+    """Spreads of the times and of their ratios in the same repetition."""
     return {
-        "update": spread([row["update"] for row in rows]),
-        "floor": spread([row["floor"] for row in rows]),
-        "ratio": spread([row["update"] / row["floor"] for row in rows]),
+        **{key: spread([row[key] for row in rows]) for key in ("update", "calls", "floor")},
+        "update / calls": spread([row["update"] / row["calls"] for row in rows]),
+        "update / floor": spread([row["update"] / row["floor"] for row in rows]),
         "repetitions": len(rows),
     }
 
@@ -139,16 +164,16 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The results, a line each."""
     lines = [
-        "| teacher | parameters | fake | floor, s | update, s | ratio |",
-        "| --- | ---: | --- | ---: | ---: | ---: |",
+        "| teacher | parameters | fake | floor, s | calls, s | update, s | update / calls | update / floor |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
         cells = [
             f"{v['median']:.3g} ({v['quartile_1']:.3g} to {v['quartile_3']:.3g})"
-            for v in (result["floor"], result["update"])
+            for v in (result["floor"], result["calls"], result["update"])
         ]
-        ratio = result["ratio"]
-        cells.append(f"{ratio['median']:.3f} ({ratio['quartile_1']:.3f} to {ratio['quartile_3']:.3f})")
+        for ratio in (result["update / calls"], result["update / floor"]):
+            cells.append(f"{ratio['median']:.3f} ({ratio['quartile_1']:.3f} to {ratio['quartile_3']:.3f})")
         count = f"{result['parameters'] / 1e6:.3g} M"
         lines.append(f"| {result['teacher']} | {count} | {result['fake']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -163,7 +188,7 @@ def main() -> None:
         "--side", type=int, default=32, help="of the latent; 32 are 256 tokens, more make the ratio smaller"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/update_cost")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/trainer_overhead")
     arguments = parser.parse_args()
     device, side = arguments.device, arguments.side
     accelerator = Accelerator(cpu=device == "cpu")
@@ -189,14 +214,15 @@ def write(path: Path, results: Sequence[Mapping[str, Any]], side: int, device: s
     about = (
         f"One generator update with its five fake updates (phase 1 of 2, LoRA of rank 16, batch 1, latents of {side} x "
         f"{side}: {side * side // 4} tokens of the picture, {TEXT_TOKENS} of text; {results[0]['repetitions']} "
-        f"repetitions) against its floor, the calls of networks in it alone; {machine(device)}. Medians in {unit}, "
-        f"quartiles in brackets. Target at 100 M parameters: at most {TARGET:.2f}. More tokens make the ratio smaller, "
-        "and the real models have thousands. Written by `python benchmarks/cost/update_cost.py`."
+        f"repetitions); {machine(device)}. *Calls* are its evaluations of networks alone; *floor* is their arithmetic "
+        f"at the rate of a large matrix product. Medians in {unit}, quartiles in brackets. Target of update / calls at "
+        f"100 M parameters: at most {TARGET:.2f}. Written by `python benchmarks/cost/trainer_overhead.py`, whose head "
+        "says what is compared."
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(device), "unit": unit, "side": side, "target": TARGET, "rows": list(results)}
     path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(f"# Update cost\n\n{about}\n\n{table(results)}\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(f"# Trainer overhead\n\n{about}\n\n{table(results)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
