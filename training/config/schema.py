@@ -133,10 +133,6 @@ class DistillConfig(Section):
             raise ValueError("memory.swap_blocks is for plain weights: set model.quantization to none, or leave it out")
         if memory.swap_blocks and self.compile != "none":
             raise ValueError("memory.swap_blocks moves weights between blocks: set compile to none, or leave it out")
-        if self.compile != "none" and context_parallel > 1:
-            raise ValueError(
-                "compile is for samples that are whole: set parallel.context_parallel to 1, or compile to none"
-            )
         if self.attention != "native" and context_parallel > 1:
             raise ValueError("attention of divided samples is native: leave attention or parallel.context_parallel out")
         for section, role in (("generator", self.generator), ("fake", self.fake)):
