@@ -97,7 +97,7 @@ def test_every_command_does_what_the_text_says(
 
 
 def test_the_data_sections_are_configurations(clone: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    text, *_ = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     settings = yaml.safe_load((clone / "training/configs/embedded_demo.yaml").read_text(encoding="utf-8"))
     data = changed(settings, **yaml.safe_load(text)).data
     assert data.prompt_column == "caption" and isinstance(data.buckets, list) and len(data.buckets) == 3
