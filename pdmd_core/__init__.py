@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .loadable import tell_diffusers
+
 if TYPE_CHECKING:
     from .experts import ExpertsError, PhasedExperts
     from .phases import PhasePlan
@@ -48,6 +50,9 @@ __all__ = [
     "detach_experts",
     "load_phased_pipeline",
 ]
+
+
+tell_diffusers()
 
 
 def __getattr__(name: str) -> object:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -23,9 +22,6 @@ from torch import Tensor
 
 from .flow import euler_step, like
 from .phases import PhasePlan
-
-# diffusers downloads pipelines from the Hub whose components are of libraries that stand here
-LOADABLE_CLASSES[__name__.rpartition(".")[0]] = {"SchedulerMixin": ["save_pretrained", "from_pretrained"]}
 
 
 @dataclass

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines import pipeline_loading_utils
 from safetensors.torch import load_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
+from pdmd_core.loadable import tell_diffusers
 from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts, detach_experts, load_phased_pipeline
 from pdmd_core.scheduler import PhasedDMDScheduler
@@ -117,11 +120,16 @@ def test_importing_the_package_is_enough_for_stock_diffusers(tmp_path: Path) -> 
     pipe.save_pretrained(tmp_path / "saved")
     code = (
         "import sys, pdmd_core; from diffusers import DiffusionPipeline; "
-        "print(type(DiffusionPipeline.from_pretrained(sys.argv[1]).scheduler).__name__)"
+        "print(type(DiffusionPipeline.from_pretrained(sys.argv[1]).scheduler).__name__); "
+        "from diffusers.pipelines import pipeline_loading_utils as table; assert 'pdmd_core' in table.LOADABLE_CLASSES"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "saved")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split()[-1] == "PhasedDMDScheduler"
+    with mock.patch.dict(pipeline_loading_utils.LOADABLE_CLASSES):  # what lets diffusers download one from the Hub
+        del pipeline_loading_utils.LOADABLE_CLASSES["pdmd_core"]
+        tell_diffusers()
+        assert "pdmd_core" in pipeline_loading_utils.LOADABLE_CLASSES, "diffusers was imported first"
 
 
 def test_a_scheduler_of_the_caller_s_own_walks_the_plan_or_is_refused(kind: str, tmp_path: Path) -> None:
