@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 class Encoder:
     """Encodes in batches with the teacher's own encoders, which are loaded when they are first needed.
 
-    Those of prompts are in ``dtype``, those of images in float32.
+    Those of prompts are in ``dtype``, those of images in float32. Where memory runs out, batches are halved.
     """
 
     def __init__(
@@ -132,10 +132,18 @@ class Encoder:
     def _in_batches(
         self, items: Sequence[Item], encode: Callable[[Sequence[Item]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        try:
-            parts = [encode(items[i : i + self.batch]) for i in range(0, len(items), self.batch)]
-        except ValueError as error:  # what a family's model does not take
-            raise PromptError(str(error)) from None
+        parts: list[dict[str, Tensor]] = []
+        done = 0
+        while done < len(items):
+            try:
+                parts.append(encode(items[done : done + self.batch]))
+                done += self.batch
+            except ValueError as error:  # what a family's model does not take
+                raise PromptError(str(error)) from None
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch //= 2
         return {name: _joined([part[name].cpu() for part in parts]) for name in parts[0]}
 
 

@@ -128,6 +128,28 @@ def test_all_that_encodes_prompts_is_narrow_and_nothing_else(name: str, tmp_path
             assert {p.dtype for p in component.parameters()} == {torch.float32 if part == "vae" else torch.bfloat16}
 
 
+def test_batches_are_halved_where_memory_runs_out(teacher: Path) -> None:
+    wan, sizes, most = family("wan"), list[int](), 3
+    examples, source = [Example(f"panda {k}") for k in range(7)], TeacherSource(str(teacher))
+    expected = encoding.Encoder(source, wan, 12).texts(examples, None)
+    encode = wan.encode_prompts
+
+    def short(pipeline: Any, prompts: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pipeline, prompts, *rest)
+
+    with mock.patch.object(wan, "encode_prompts", short):
+        encoder = encoding.Encoder(source, wan, 12, batch=8)
+        found = encoder.texts(examples, None)
+        assert sizes == [7, 4, 2, 2, 2, 1]
+        torch.testing.assert_close(found["prompt_embeds"], expected["prompt_embeds"])
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            encoder.texts(examples, None)
+
+
 def test_text_encoders_are_narrow_and_gone_when_networks_come(settings_of_run: dict[str, Any]) -> None:
     """Encoders of prompts in bfloat16 for networks in 16 bits; no network has weights while they are there."""
     there: list[weakref.ref[nn.Module]] = []
