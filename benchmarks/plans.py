@@ -29,7 +29,8 @@ from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.leaderboard import TEACHERS, make_board
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIFTS = (5.0, 3.0)
+SHIFTS = (0.5, 1.0, 3.0, 5.0)
+"""Those that are reported where there are rows."""
 SHIPPED_GUIDANCE = 3.0
 """Of the teacher of the shipped experts."""
 _STEP = {"fake_rollouts": "per_step"}
@@ -128,7 +129,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=["ring_5", "rising", "grid", "pictures"])
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
-    parser.add_argument("--shifts", nargs="+", type=float, choices=SHIFTS, default=SHIFTS)
+    parser.add_argument("--shifts", nargs="+", type=float, choices=SHIFTS, default=(5.0, 3.0))
     parser.add_argument("--seeds", type=int, choices=range(1, len(REPORTED) + 1), default=len(REPORTED))
     stages = ("shipped", "train", "report")
     parser.add_argument(
