@@ -49,6 +49,13 @@ def test_numbers_of_plans_are_those_of_the_evidence() -> None:
         assert own[2:] == said
 
 
+def test_the_shipped_experts_in_more_steps_are_those_of_the_evidence() -> None:
+    plans = (DOCS / "evidence" / "plans.md").read_text(encoding="utf-8")
+    shipped = [cells(line) for line in plans[plans.index("## The shipped") :].splitlines()[4:]]
+    (said,) = [part for part in PAGE.split("\n\n") if part.startswith("| steps | Frechet")]
+    assert [cells(line) for line in said.splitlines()[2:]] == [[row[0], row[1], row[3]] for row in shipped]
+
+
 def test_refined_numbers_are_those_of_the_leaderboard() -> None:
     board = (DOCS / "evidence" / "leaderboard.md").read_text(encoding="utf-8").splitlines()
     titles = {
