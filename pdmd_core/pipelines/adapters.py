@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -19,6 +19,7 @@ from .merging import Merge, MergedExperts
 from .networks import COMPONENT, network_of
 from .other_loras import load_unknown
 from .routing import AdapterSwitch, Route
+from .settings import casting_of
 
 logger = logging.get_logger(f"diffusers.{__name__}")
 
@@ -60,6 +61,11 @@ def load_adapters(
     try:
         for k, expert in enumerate(experts.manifest.experts):
             network, adapter = networks[expert.component], PREFIX + expert.name
+            if known is None and any(casting_of(module) is not None for module in network.modules()):
+                raise ExpertsError(
+                    "layerwise casting is on in this pipeline and would round the LoRA experts: attach them first, "
+                    "then enable_layerwise_casting()"
+                )
             turns = differences[expert.component]
             if known is None:
                 changes = load_unknown(pipe, network, experts, expert, adapter)
@@ -118,6 +124,7 @@ def _load_known(
     for layer in _tuner_layers(network).values():
         if adapter in layer._all_available_adapter_names():  # whatever the loader makes of ranks that differ
             layer.lora_alpha[adapter], layer.scaling[adapter] = layer.r[adapter], 1.0
+    _undo_rounding(network, adapter, state)
     return others
 
 
@@ -130,6 +137,17 @@ def _known_changes(network: Any, experts: PhasedExperts, expert: Expert) -> dict
             raise ExpertsError(f"{text}; these experts were distilled from another base")
         logger.warning(text)
     return dict(file.weights)
+
+
+def _undo_rounding(network: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> None:
+    """Give an adapter on layers that are stored in a lower dtype its weights again, in the dtype of computations."""
+    for name, layer in _tuner_layers(network).items():
+        hook = casting_of(layer.get_base_layer())
+        if hook is None or adapter not in layer._all_available_adapter_names():
+            continue
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part)[adapter].weight
+            weight.data = state[f"{COMPONENT}.{name}.{part}.weight"].to(weight.device, hook.compute_dtype)
 
 
 def _check_usable(network: Any) -> None:

@@ -18,6 +18,7 @@ from ..families import known_family, lora_family
 from ..phases import PhasePlan
 from ..scheduler import PhasedDMDScheduler
 from .adapters import load_adapters, remove_adapters
+from .attachment import MISSING, Attachment, Original
 from .guidance import guiders_of
 from .merging import Merge
 from .networks import (
@@ -28,7 +29,7 @@ from .networks import (
     network_of,
 )
 from .offload import disk_files, is_offloaded_in_parts, offloaded_again
-from .phased import MISSING, Attachment, Original, PhasedPipeline, phased_class, restore
+from .phased import PhasedPipeline, phased_class, restore
 from .refusals import refuse_pipeline
 from .routing import Route, guard_networks
 from .settings import give_settings
@@ -185,11 +186,12 @@ def attach_opened(
                     "the compiled network of this pipeline gives way to full experts: compile them too, with "
                     "`for network in pipe.phased.networks: network.compile()`"
                 )
+            quantizer = getattr(like, "hf_quantizer", None)
             networks = full_networks(
                 experts,
                 lambda component: empty_like(network_of(pipe, component)),
                 like.dtype,
-                like.config.get("quantization_config"),
+                None if quantizer is None else quantizer.quantization_config,
             )
             networks = [network if network.device == like.device else network.to(like.device) for network in networks]
             give_settings(like, networks)

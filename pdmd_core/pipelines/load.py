@@ -14,6 +14,7 @@ from ..experts.convert.released import UNKNOWN
 from ..experts.format.files import GUIDANCE, SCHEDULER_ENTRY
 from ..scheduler import PhasedDMDScheduler
 from .attach import attach_opened, kind_of
+from .attachment import Attachment
 from .merging import Merge
 from .networks import (
     COMPONENT,
@@ -26,7 +27,7 @@ from .networks import (
     no_base,
     pipeline_class,
 )
-from .phased import BASE_SCHEDULER, Attachment, PhasedPipeline, phased_class
+from .phased import BASE_SCHEDULER, PhasedPipeline, phased_class
 from .routing import Route, guard_networks
 
 _EXPERTS_ARGUMENTS = ("token", "cache_dir", "local_files_only")

@@ -23,7 +23,7 @@ def settings_of(network: Any) -> tuple[object, ...]:
         for name, module in network.named_modules()
         if hasattr(module, "processor")
     ]
-    cast = [name for name, module in network.named_modules() if _casting(module) is not None]
+    cast = [name for name, module in network.named_modules() if casting_of(module) is not None]
     return (id(_cache(network)), tuple(processors), id(getattr(network, "encoder_hid_proj", None)), tuple(cast))
 
 
@@ -40,7 +40,7 @@ def give_settings(source: Any, networks: Sequence[Any]) -> None:
         for name, module in source.named_modules():
             if hasattr(module, "processor") and hasattr(module, "set_processor"):
                 network.get_submodule(name).set_processor(module.processor)
-            if (hook := _casting(module)) is not None and _casting(network.get_submodule(name)) is None:
+            if (hook := casting_of(module)) is not None and casting_of(network.get_submodule(name)) is None:
                 _cast(network.get_submodule(name), hook)
         if getattr(source, "encoder_hid_proj", None) is not getattr(network, "encoder_hid_proj", None):
             network.encoder_hid_proj = source.encoder_hid_proj
@@ -55,7 +55,15 @@ def _cache(network: Any) -> Any:
     return getattr(network, "_cache_config", None)
 
 
-def _casting(module: nn.Module) -> Any:
+def casting_of(module: nn.Module) -> Any:
+    """Look up the layerwise casting of a layer.
+
+    Args:
+        module: A layer of a network.
+
+    Returns:
+        The hook, with its ``storage_dtype`` and ``compute_dtype``; None where there is none.
+    """
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook("layerwise_casting")
 
