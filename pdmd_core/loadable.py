@@ -31,7 +31,16 @@ class _AtImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The specification of the table's module, once; None for every other module."""
+        """Answer for the table's module, once.
+
+        Args:
+            fullname: The module that is imported.
+            path: Where its package is.
+            target: As of all finders; not used.
+
+        Returns:
+            The specification of the table's module; None for every other module.
+        """
         if fullname != _TABLE or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
