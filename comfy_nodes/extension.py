@@ -13,6 +13,8 @@ from .language import speaking
 
 PLAN_ROUTE = "/phased_dmd/plan"
 """The route on which the front end asks for the plan of widgets."""
+SIGMAS_ROUTE = "/phased_dmd/ksampler_sigmas"
+"""The route on which it asks for the sigmas of a KSampler that it replaces."""
 
 
 class PhasedDMDExtension(ComfyExtension):
@@ -27,6 +29,7 @@ class PhasedDMDExtension(ComfyExtension):
         server = getattr(PromptServer, "instance", None)
         if server is not None:
             server.routes.post(PLAN_ROUTE)(_plan)
+            server.routes.post(SIGMAS_ROUTE)(_ksampler_sigmas)
             server.add_on_prompt_handler(loaded.let_go)
         return _nodes()
 
@@ -71,3 +74,15 @@ async def _plan(request: web.Request) -> web.Response:
                 return web.json_response({"error": worded(str(error))})
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return web.json_response({"error": "not the widgets of a node of this pack"}, status=400)
+
+
+async def _ksampler_sigmas(request: web.Request) -> web.Response:
+    """The sigmas of a KSampler with these widgets, or what is wrong with them."""
+    from .ksampler_sigmas import ksampler_sigmas
+
+    try:
+        return web.json_response({"sigmas": ksampler_sigmas(await request.json())})
+    except NodeError as error:
+        return web.json_response({"error": str(error)})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return web.json_response({"error": "not the widgets of a KSampler"}, status=400)

@@ -25,8 +25,19 @@ def ui(server: Server):
         yield opened
 
 
-def two_samplers(server: Server, steps: int, split: int, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The teacher at two strengths of guidance, as Wan2.2's templates have its two networks."""
+NOTES = """() => window.app.graph._nodes.flatMap((node) => (node.widgets ?? [])
+    .filter((widget) => widget.name === "phased_note").map((widget) => `${node.type}: ${widget.element.textContent}`))"""
+
+
+def two_samplers(
+    server: Server,
+    steps: int,
+    split: int,
+    second: dict[str, Any] | None = None,
+    first: dict[str, Any] | None = None,
+    **both: Any,
+) -> dict[str, Any]:
+    """The teacher at two strengths of guidance, as Wan2.2's templates have its two networks; and changes of widgets."""
     graph = Graph(server.get("/object_info"))
     model, clip, vae = graph.add("PhasedDMDLoadDiffusersFolder", (0, 0), folder="teacher", tokens=16)
     (shifted,) = graph.add("ModelSamplingSD3", (0, 200), model=model, shift=5.0)
@@ -40,12 +51,14 @@ def two_samplers(server: Server, steps: int, split: int, changes: dict[str, Any]
         "steps": steps,
         "sampler_name": "euler",
         "scheduler": "simple",
+        **both,
     }
-    first = {"add_noise": "enable", "noise_seed": 17, "cfg": 3.0, "start_at_step": 0, "end_at_step": split}
-    second = {"add_noise": "disable", "cfg": 1.0, "start_at_step": split, "end_at_step": 10000, **(changes or {})}
-    leftover = {"return_with_leftover_noise": "enable"}
-    (half,) = graph.add("KSamplerAdvanced", (800, 0), model=shifted, latent_image=empty, **common, **first, **leftover)
-    (whole,) = graph.add("KSamplerAdvanced", (1200, 0), model=shifted, latent_image=half, **{**common, **second})
+    high = {"add_noise": "enable", "noise_seed": 17, "cfg": 3.0, "start_at_step": 0, "end_at_step": split}
+    high |= {"return_with_leftover_noise": "enable", **(first or {})}
+    low = {"add_noise": "disable", "noise_seed": 18, "cfg": 1.0, "start_at_step": split, "end_at_step": 10000}
+    low |= second or {}
+    (half,) = graph.add("KSamplerAdvanced", (800, 0), model=shifted, latent_image=empty, **{**common, **high})
+    (whole,) = graph.add("KSamplerAdvanced", (1200, 0), model=shifted, latent_image=half, **{**common, **low})
     (images,) = graph.add("VAEDecode", (1600, 0), samples=whole, vae=vae)
     graph.add("SaveImage", (1600, 200), images=images, filename_prefix="convert")
     return graph.to_json()
@@ -60,41 +73,80 @@ def picture(ui: FrontEnd, server: Server) -> tuple[list[str], np.ndarray]:
     return kinds, np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
-@pytest.mark.parametrize(("steps", "split", "plan"), [(4, 2, "Steps"), (20, 9, "Boundary")])
+@pytest.mark.parametrize(
+    ("steps", "split", "plan", "changes"),
+    [
+        (4, 2, "Steps", {}),
+        (20, 9, "Boundary", {}),
+        (8, 4, "Sigmas", {"scheduler": "beta"}),
+        (5, 2, "Sigmas", {"sampler_name": "uni_pc"}),
+        (8, 4, "Steps", {"sampler_name": "dpmpp_2m"}),
+        (4, 2, "Steps", {"sampler_name": "euler_ancestral"}),
+        (4, 2, "Steps", {"second": {"sampler_name": "heun"}}),
+    ],
+    ids=lambda value: str(value),
+)
 def test_a_pair_of_ksampler_advanced_becomes_one_sampler(
-    ui: FrontEnd, server: Server, steps: int, split: int, plan: str
+    ui: FrontEnd, server: Server, steps: int, split: int, plan: str, changes: dict[str, Any]
 ) -> None:
-    ui.load(two_samplers(server, steps, split))
+    ui.load(two_samplers(server, steps, split, **changes))
     kinds, before = picture(ui, server)
     assert kinds.count("KSamplerAdvanced") == 2
     assert ui.do(CONVERT) == {"count": 1, "left": []}
     kinds, after = picture(ui, server)
     assert "KSamplerAdvanced" not in kinds and f"PhasedDMDPlanFrom{plan}" in kinds and "PhasedDMDSampler" in kinds
     assert before.std() > 5
-    # ComfyUI's table of a thousand sigmas has no twentieths and thirds; ours has
-    assert np.abs(before - after).max() <= (3 if steps == 4 else 12)
-    assert np.abs(before - after).mean() < 0.6
-    assert ui.do(CONVERT) == {"count": 0, "left": []}
-    ui.fit()
-    ui.screenshot(f"converted_{steps}")
+    assert np.abs(before - after).max() <= 1
+    assert ui.do(CONVERT) == {"count": 0, "left": []} and ui.do(NOTES) == []
+    if not changes:
+        ui.fit()
+        ui.screenshot(f"converted_{steps}")
+
+
+def test_other_noise_in_the_second_half_is_said(ui: FrontEnd, server: Server) -> None:
+    ui.load(two_samplers(server, 4, 2, {"noise_seed": 0}, sampler_name="euler_ancestral"))
+    assert ui.do(CONVERT) == {"count": 1, "left": []}
+    assert ui.do(NOTES) == ["PhasedDMDSampler: euler_ancestral draws other noise in the second half"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 8}, "the two samplers differ in steps"),
-        ({"scheduler": "beta"}, "the two samplers differ in scheduler"),
-        ({"start_at_step": 3}, "do not run from the first step to the last without a gap"),
+        ({"second": {"steps": 8}}, "the two samplers differ in steps"),
+        ({"second": {"scheduler": "beta"}}, "the two samplers differ in scheduler"),
+        ({"second": {"start_at_step": 3}}, "do not run from the first step to the last without a gap"),
+        ({"scheduler": "ddim_uniform"}, "the sigmas of ddim_uniform do not descend from 1"),
+        ({"second": {"sampler_name": "uni_pc"}}, "the two samplers have other sigmas"),
+        ({"first": {"return_with_leftover_noise": "disable"}}, "set its return_with_leftover_noise to enable"),
     ],
 )
-def test_what_cannot_be_converted_is_left_and_said(
+def test_what_cannot_be_converted_is_left_and_said_on_the_node(
     ui: FrontEnd, server: Server, changes: dict[str, Any], message: str
 ) -> None:
-    ui.load(two_samplers(server, 4, 2, changes))
+    ui.load(two_samplers(server, 4, 2, **changes))
     done = ui.do(CONVERT)
     assert done["count"] == 0 and message in done["left"][0]
     kinds = ui.do("() => window.app.graph._nodes.map((node) => node.type)")
     assert kinds.count("KSamplerAdvanced") == 2
+    (note,) = ui.do(NOTES)
+    assert note.startswith("KSamplerAdvanced: Not converted: ") and message in note
+    ui.do(CONVERT)
+    assert len(ui.do(NOTES)) == 1
+    if "first" in changes:
+        ui.fit()
+        ui.screenshot("not_converted")
+
+
+def test_a_pair_whose_latent_is_also_used_elsewhere_is_left(ui: FrontEnd, server: Server) -> None:
+    ui.load(two_samplers(server, 4, 2))
+    ui.do(
+        """() => {
+            const graph = window.app.graph, upscale = LiteGraph.createNode("LatentUpscaleBy");
+            graph.add(upscale);
+            graph._nodes.find((node) => node.type === "KSamplerAdvanced").connect(0, upscale, 0);
+        }"""
+    )
+    assert "also goes to another node" in ui.do(CONVERT)["left"][0]
 
 
 def test_a_wan_moe_ksampler_becomes_a_boundary(ui: FrontEnd, server: Server) -> None:
