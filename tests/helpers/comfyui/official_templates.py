@@ -1,4 +1,4 @@
-"""What ComfyUI's own workflow templates need to be rebuilt on tiny networks: what they say, pictures, an autoencoder."""
+"""What rebuilding ComfyUI's own workflow templates on tiny networks needs: pictures, an autoencoder, our sampler."""
 
 from __future__ import annotations
 

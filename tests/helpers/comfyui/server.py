@@ -39,6 +39,7 @@ def make_named_files(base: Path) -> None:
             files = [(model["directory"], model["name"]) for model in node["properties"].get("models", [])]
             names = [value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors")]
             for directory, name in files + [("loras", name) for name in names if not files]:
+                (base / "models" / directory).mkdir(exist_ok=True)
                 (base / "models" / directory / name).touch()
     (base / "input/example.png").write_bytes(_DOT)
 
