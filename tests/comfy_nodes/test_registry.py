@@ -25,7 +25,7 @@ def archive() -> set[str]:
 
 def test_the_archive_has_all_that_nodes_need_and_no_training(archive: set[str]) -> None:
     needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "comfy_nodes").glob("*.py")}
-    for folder in ("web", "web/docs", "locales/en", "locales/zh", "workflows", "pdmd_core/experts"):
+    for folder in ("web", "web/docs", "locales/en", "locales/zh", "workflows", "subgraphs", "pdmd_core/experts"):
         needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).iterdir() if path.is_file()}
     needed |= {"__init__.py", "pyproject.toml", "LICENSE", "pdmd_core/phases.py"}
     models = {path for path in archive if path.startswith("training/embedded/models/")}

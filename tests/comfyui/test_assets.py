@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.helpers.comfyui.blueprints import BLUEPRINTS
 from tests.helpers.comfyui.example_workflows import WORKFLOWS
 from tests.helpers.comfyui.server import REPOSITORY, Server
-from tests.helpers.comfyui.write_assets import english_text, workflow_text
+from tests.helpers.comfyui.write_assets import blueprint_text, english_text, workflow_text
 
 FOLDER = REPOSITORY / "workflows"
-LOADERS = ("UNETLoader", "CLIPLoader", "VAELoader", "LoraLoaderModelOnly")
+LOADERS = ("UNETLoader", "CLIPLoader", "VAELoader", "LoraLoaderModelOnly", "CheckpointLoaderSimple")
+LOADERS += ("LTXVAudioVAELoader", "LTXAVTextEncoderLoader", "LatentUpscaleModelLoader")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,14 @@ def without_choices(workflow: dict[str, Any]) -> dict[str, Any]:
 def test_the_committed_workflow_is_the_one_that_its_source_makes(info, name: str) -> None:
     committed = json.loads((FOLDER / f"{name}.json").read_text())
     assert without_choices(committed) == without_choices(json.loads(workflow_text(info, name)))
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_the_committed_blueprint_is_the_one_that_its_source_makes_and_is_served(info, server, name: str) -> None:
+    committed = json.loads((REPOSITORY / f"subgraphs/{name}.json").read_text())
+    assert committed == json.loads(blueprint_text(info, name))
+    served = {each["name"] for each in server.get("/global_subgraphs").values()}
+    assert name in served and {path.stem for path in (REPOSITORY / "subgraphs").iterdir()} == set(BLUEPRINTS)
 
 
 def test_no_other_files_are_templates() -> None:

@@ -26,7 +26,8 @@ def ui(server: Server):
 
 
 NOTES = """() => window.app.graph._nodes.flatMap((node) => (node.widgets ?? [])
-    .filter((widget) => widget.name === "phased_note").map((widget) => `${node.type}: ${widget.element.textContent}`))"""
+    .filter((widget) => widget.name === "phased_note")
+    .map((widget) => `${node.type}: ${widget.element.textContent}`))"""
 
 
 def two_samplers(
@@ -147,6 +148,49 @@ def test_a_pair_whose_latent_is_also_used_elsewhere_is_left(ui: FrontEnd, server
         }"""
     )
     assert "also goes to another node" in ui.do(CONVERT)["left"][0]
+
+
+def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Server) -> None:
+    """Found in the search for nodes, as users do, and wired by hand."""
+    ui.load(two_samplers(server, 4, 2))
+    _, before = picture(ui, server)
+    ui.fit()
+    ui.page.mouse.dblclick(900, 850)
+    ui.page.locator("input:focus").wait_for()
+    ui.page.keyboard.type("two experts")
+    ui.page.get_by_text("two experts one sampler").first.wait_for()
+    ui.page.wait_for_timeout(500)
+    ui.screenshot("blueprint_search")
+    ui.page.keyboard.press("Enter")
+    ui.page.wait_for_timeout(500)
+    ui.page.mouse.click(900, 850)
+    ui.wait("() => window.app.graph._nodes.some((node) => node.title?.includes('two experts'))")
+    ui.do(
+        """() => {
+            const graph = window.app.graph;
+            const blueprint = graph._nodes.find((node) => node.title?.includes("two experts"));
+            const [first, second] = graph._nodes.filter((node) => node.type === "KSamplerAdvanced");
+            const socket = (node, name) => node.inputs.findIndex((input) => input.name === name);
+            const move = (node, from, to) => {
+                const link = graph.getLink(node.inputs[socket(node, from)].link);
+                graph.getNodeById(link.origin_id).connect(link.origin_slot, blueprint, socket(blueprint, to));
+            };
+            move(first, "model", "model_high_noise");
+            move(second, "model", "model_low_noise");
+            for (const name of ["positive", "negative", "latent_image"]) move(first, name, name);
+            const link = graph.getLink(second.outputs[0].links[0]);
+            blueprint.connect(0, graph.getNodeById(link.target_id), link.target_slot);
+            graph.remove(second);
+            graph.remove(first);
+            for (const [name, value] of [["cfg", "3, 1"], ["seed", 17]])
+                blueprint.widgets.find((widget) => widget.name === name).value = value;
+        }"""
+    )
+    kinds, after = picture(ui, server)
+    assert "KSamplerAdvanced" not in kinds and "PhasedDMDSampler" in kinds
+    assert np.abs(before - after).max() <= 1 and before.std() > 5
+    ui.fit()
+    ui.screenshot("blueprint")
 
 
 def test_a_wan_moe_ksampler_becomes_a_boundary(ui: FrontEnd, server: Server) -> None:
