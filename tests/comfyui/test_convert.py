@@ -189,6 +189,7 @@ def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Ser
     kinds, after = picture(ui, server)
     assert "KSamplerAdvanced" not in kinds and "PhasedDMDSampler" in kinds
     assert np.abs(before - after).max() <= 1 and before.std() > 5
+    ui.do("() => window.app.canvas.deselectAll()")
     ui.fit()
     ui.screenshot("blueprint")
 
