@@ -180,6 +180,7 @@ def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Ser
             for (const name of ["positive", "negative", "latent_image"]) move(first, name, name);
             const link = graph.getLink(second.outputs[0].links[0]);
             blueprint.connect(0, graph.getNodeById(link.target_id), link.target_slot);
+            blueprint.pos = [first.pos[0] + 100, first.pos[1]];
             graph.remove(second);
             graph.remove(first);
             for (const [name, value] of [["cfg", "3, 1"], ["seed", 17]])
@@ -190,6 +191,7 @@ def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Ser
     assert "KSamplerAdvanced" not in kinds and "PhasedDMDSampler" in kinds
     assert np.abs(before - after).max() <= 1 and before.std() > 5
     ui.do("() => window.app.canvas.deselectAll()")
+    ui.page.mouse.move(800, 950)
     ui.fit()
     ui.screenshot("blueprint")
 

@@ -1,4 +1,5 @@
-"""Write what is made from the nodes: ``workflows/`` with thumbnails, ``subgraphs/``, and the English ``locales``.
+"""Write what is made from the nodes: ``workflows/`` with thumbnails and one in the documentation, ``subgraphs/``, and
+the English ``locales``.
 
     .comfyui/venv/bin/python -m tests.helpers.comfyui.write_assets
 
@@ -130,9 +131,13 @@ def main() -> None:
             painted = painted_by(server, info, RUNS_ANYWHERE)
             make_named_files(base)
             with front_end(server.url) as ui:
+                ui.page.set_viewport_size({"width": 2600, "height": 1500})
                 graphs = {name: drawn_graph(ui, name) for name in WORKFLOWS}
     (REPOSITORY / "locales/en").mkdir(parents=True, exist_ok=True)
     (REPOSITORY / "locales/en/nodeDefs.json").write_text(english_text(info), encoding="utf-8")
+    shown = graphs["phased_wan22_undistilled_first_step"]
+    shown.thumbnail((1600, 1000), Image.Resampling.LANCZOS)
+    shown.save(REPOSITORY / "docs/comfyui/undistilled_first_step.jpg", quality=85)
     for name in WORKFLOWS:
         path = REPOSITORY / f"workflows/{name}.jpg"
         thumbnail(name, path, graphs[name], painted if name == RUNS_ANYWHERE else ())
