@@ -81,8 +81,11 @@ async def _ksampler_sigmas(request: web.Request) -> web.Response:
     from .ksampler_sigmas import ksampler_sigmas
 
     try:
-        return web.json_response({"sigmas": ksampler_sigmas(await request.json())})
-    except NodeError as error:
-        return web.json_response({"error": str(error)})
+        asked = await request.json()
+        with speaking(str(asked.get("locale", "en")), ""):
+            try:
+                return web.json_response({"sigmas": ksampler_sigmas(asked)})
+            except NodeError as error:
+                return web.json_response({"error": worded(str(error))})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return web.json_response({"error": "not the widgets of a KSampler"}, status=400)

@@ -4,6 +4,8 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { valueOf, source } from "./graph.js";
 import { say, unsay } from "./remarks.js";
+import { said } from "./convert_words.js";
+import { localeOf } from "./words.js";
 
 const ROUTE = "/phased_dmd/ksampler_sigmas";
 const SHIFTS = ["ModelSamplingSD3", "ModelSamplingAuraFlow"];
@@ -16,12 +18,16 @@ const LEFT_OUT = /^(dpm_2|uni_pc)/; // samplers for which KSampler leaves out th
 const WITHOUT_MEMORY = ["euler", "euler_cfg_pp", "heun", "ddim"];
 const WITH_NOISE = /ancestral|sde|lcm|ddpm|seeds|sa_solver/;
 
-class NotConverted extends Error {}
+class NotConverted extends Error {
+  constructor(sentence, ...values) {
+    super(said(app, sentence, ...values));
+  }
+}
 
 function read(node, name) {
   const widget = node.widgets.find((each) => each.name === name);
   const value = widget && valueOf(node, widget);
-  if (value === undefined) throw new NotConverted(`${name} comes from another node: write its value into the widget`);
+  if (value === undefined) throw new NotConverted("{} comes from another node: write its value into the widget", name);
   return value;
 }
 
@@ -55,10 +61,10 @@ async function pairOf(second) {
   if (first?.type !== "KSamplerAdvanced" || read(first, "add_noise") !== "enable") return null;
   if (read(second, "add_noise") !== "disable") return null;
   for (const name of ["steps", "scheduler"]) {
-    if (read(first, name) !== read(second, name)) throw new NotConverted(`the two samplers differ in ${name}`);
+    if (read(first, name) !== read(second, name)) throw new NotConverted("the two samplers differ in {}", name);
   }
   for (const name of ["positive", "negative"]) {
-    if (!same(first, second, name)) throw new NotConverted(`the two samplers differ in ${name}`);
+    if (!same(first, second, name)) throw new NotConverted("the two samplers differ in {}", name);
   }
   const steps = read(first, "steps");
   const split = read(first, "end_at_step");
@@ -77,7 +83,7 @@ async function pairOf(second) {
   const samplers = [first, second].map((node) => read(node, "sampler_name"));
   const [seed, other] = [first, second].map((node) => read(node, "noise_seed"));
   const plan = await planOf(steps, () => split, shifts[0], samplers, read(first, "scheduler"));
-  const note = WITH_NOISE.test(samplers[1]) && other !== seed + 1 ? `${samplers[1]} draws other noise in the second half` : "";
+  const note = WITH_NOISE.test(samplers[1]) && other !== seed + 1 ? said(app, "{} draws other noise in the second half", samplers[1]) : "";
   const cfgs = [first, second].map((node) => read(node, "cfg"));
   const models = [[first, "model"], [second, "model"]];
   return { source: first, last: second, old: [first, second], models, cfgs, seed, plan, denoise: 1, note, ...choice(samplers) };
@@ -105,7 +111,7 @@ async function planOf(steps, splitOf, shift, samplers, scheduler) {
   if (String(lists[0]) !== String(lists[1])) throw new NotConverted("the two samplers have other sigmas");
   const sigmas = lists[0].slice(0, -1);
   if (sigmas[0] !== 1 || sigmas.some((sigma, k) => k && sigma * 1.001 >= sigmas[k - 1])) {
-    throw new NotConverted(`the sigmas of ${scheduler} do not descend from 1 by at least 0.1 % a step`);
+    throw new NotConverted("the sigmas of {} do not descend from 1 by at least 0.1 % a step", scheduler);
   }
   const at = splitOf(sigmas);
   if (at < 1 || at >= sigmas.length) throw new NotConverted("all steps are on one side of the boundary");
@@ -114,9 +120,10 @@ async function planOf(steps, splitOf, shift, samplers, scheduler) {
 }
 
 async function sigmasOf(asked) {
-  const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) };
+  const body = JSON.stringify({ ...asked, locale: localeOf(app) });
+  const request = { method: "POST", headers: { "Content-Type": "application/json" }, body };
   const answer = await (await api.fetchApi(ROUTE, request)).json();
-  if (!answer.sigmas) throw new NotConverted(answer.error ?? "the server does not tell the sigmas");
+  if (!answer.sigmas) throw new NotConverted("{}", answer.error ?? "");
   return answer.sigmas;
 }
 
@@ -200,7 +207,7 @@ export async function convert() {
         }
       } catch (error) {
         if (!(error instanceof NotConverted)) throw error;
-        say(node, `Not converted: ${error.message}`);
+        say(node, said(app, "Not converted: {}", error.message));
         left.push(`${node.title}: ${error.message}`);
       }
     }
@@ -211,10 +218,10 @@ export async function convert() {
 
 async function convertAndSay() {
   const { count, left } = await convert();
-  const detail = [count ? `${count} replaced` : "", ...left].filter(Boolean).join("; ");
+  const detail = [count ? said(app, "{} replaced", count) : "", ...left].filter(Boolean).join("; ");
   const severity = count && !left.length ? "success" : "warn";
   const summary = "Phased DMD";
-  const nothing = "no pair of KSamplerAdvanced and no WanMoeKSampler here";
+  const nothing = said(app, "no pair of KSamplerAdvanced and no WanMoeKSampler here");
   app.extensionManager.toast.add({ severity, summary, detail: detail || nothing, life: 8000 });
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +106,9 @@ def test_errors_are_worded_in_the_language_with_their_file_last(part) -> None:
         found = worded("/models/loras/x.safetensors: no such file")
     assert found == CHINESE["no such file"] + " (x.safetensors)"
     assert worded("a.safetensors of experts: no such file") == "no such file (a.safetensors of experts)"
+
+
+def test_every_sentence_of_the_converter_has_its_translation() -> None:
+    used = re.findall(r'(?:NotConverted\(|said\(app, )"([^"]+)"', (ROOT / "web/convert.js").read_text(encoding="utf-8"))
+    known = re.findall(r'^  "(.+)":$', (ROOT / "web/convert_words.js").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(used) == set(known) and len(known) > 10

@@ -148,6 +148,12 @@ def test_a_pair_whose_latent_is_also_used_elsewhere_is_left(ui: FrontEnd, server
         }"""
     )
     assert "also goes to another node" in ui.do(CONVERT)["left"][0]
+    ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        ui.do(CONVERT)
+        assert "\u672a\u8f6c\u6362" in ui.do(NOTES)[0]
+    finally:
+        ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
 def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Server) -> None:
