@@ -9,7 +9,7 @@ import { localeOf } from "./words.js";
 
 const ROUTE = "/phased_dmd/ksampler_sigmas";
 const SHIFTS = ["ModelSamplingSD3", "ModelSamplingAuraFlow"];
-const FROM_OUTSIDE = -10; // ids of a subgraph's own sockets
+const FROM_OUTSIDE = -10; // ids of a subgraph's own sockets, which newer front ends have as text
 const TO_OUTSIDE = -20;
 const HOPS = 50;
 const FEW_STEPS = 8;
@@ -60,6 +60,7 @@ async function pairOf(second) {
   const first = before(second, "latent_image")?.origin;
   if (first?.type !== "KSamplerAdvanced" || read(first, "add_noise") !== "enable") return null;
   if (read(second, "add_noise") !== "disable") return null;
+  if (first.graph !== second.graph) throw new NotConverted("one of the two samplers is in a subgraph, the other is not");
   for (const name of ["steps", "scheduler"]) {
     if (read(first, name) !== read(second, name)) throw new NotConverted("the two samplers differ in {}", name);
   }
@@ -158,14 +159,14 @@ function moveInput(graph, from, fromName, to, toName) {
   const link = graph.getLink(from.inputs[socket(from, fromName)]?.link);
   if (!link) return;
   const slot = socket(to, toName);
-  if (link.origin_id === FROM_OUTSIDE) graph.inputNode.slots[link.origin_slot].connect(to.inputs[slot], to);
+  if (Number(link.origin_id) === FROM_OUTSIDE) graph.inputNode.slots[link.origin_slot].connect(to.inputs[slot], to);
   else graph.getNodeById(link.origin_id).connect(link.origin_slot, to, slot);
 }
 
 function moveOutputs(graph, from, to) {
   for (const id of [...(from.outputs[0].links ?? [])]) {
     const link = graph.getLink(id);
-    if (link.target_id === TO_OUTSIDE) graph.outputNode.slots[link.target_slot].connect(to.outputs[0], to);
+    if (Number(link.target_id) === TO_OUTSIDE) graph.outputNode.slots[link.target_slot].connect(to.outputs[0], to);
     else to.connect(0, graph.getNodeById(link.target_id), link.target_slot);
   }
 }

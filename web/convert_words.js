@@ -8,6 +8,8 @@ const ZH = {
     "\u4e24\u4e2a\u91c7\u6837\u5668\u7684 {} \u4e0d\u540c",
   "the two samplers do not run from the first step to the last without a gap":
     "\u4e24\u4e2a\u91c7\u6837\u5668\u6ca1\u6709\u4ece\u7b2c\u4e00\u6b65\u8fde\u7eed\u8fd0\u884c\u5230\u6700\u540e\u4e00\u6b65",
+  "one of the two samplers is in a subgraph, the other is not":
+    "\u8bf7\u628a\u4e24\u4e2a\u91c7\u6837\u5668\u653e\u8fdb\u540c\u4e00\u4e2a\u56fe\uff1a\u5176\u4e2d\u4e00\u4e2a\u5728\u5b50\u56fe\u91cc",
   "one of the two samplers has no steps":
     "\u5176\u4e2d\u4e00\u4e2a\u91c7\u6837\u5668\u6ca1\u6709\u6b65\u6570",
   "the first sampler ends without noise: set its return_with_leftover_noise to enable":

@@ -156,6 +156,21 @@ def test_a_pair_whose_latent_is_also_used_elsewhere_is_left(ui: FrontEnd, server
         ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
+def test_a_pair_in_a_subgraph_is_converted_there(ui: FrontEnd, server: Server) -> None:
+    ui.load(two_samplers(server, 4, 2))
+    _, before = picture(ui, server)
+    ui.do(
+        """() => {
+            const graph = window.app.graph;
+            graph.convertToSubgraph(new Set(graph._nodes.filter((node) => node.type === "KSamplerAdvanced")));
+        }"""
+    )
+    assert ui.do(CONVERT) == {"count": 1, "left": []}
+    kinds, after = picture(ui, server)
+    assert "KSamplerAdvanced" not in kinds and "PhasedDMDSampler" in kinds
+    assert np.abs(before - after).max() <= 1
+
+
 def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Server) -> None:
     """Found in the search for nodes, as users do, and wired by hand."""
     ui.load(two_samplers(server, 4, 2))
@@ -192,6 +207,11 @@ def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Ser
             for (const [name, value] of [["cfg", "3, 1"], ["seed", 17]])
                 blueprint.widgets.find((widget) => widget.name === name).value = value;
         }"""
+    )
+    ui.do("() => window.app.api.dispatchCustomEvent('graphChanged')")
+    ui.wait(
+        """() => window.app.graph._nodes.find((node) => node.subgraph).subgraph.nodes
+            .find((node) => node.type === "PhasedDMDSampler").phasedTimeline.textContent.includes("cfg 3")"""
     )
     kinds, after = picture(ui, server)
     assert "KSamplerAdvanced" not in kinds and "PhasedDMDSampler" in kinds

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.comfyui import install
@@ -113,6 +115,27 @@ class FrontEnd:
         """The whole graph in view."""
         self.do("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         self.page.wait_for_timeout(800)
+
+    def graph_picture(self) -> Image.Image:
+        """The graph that is open, as it is on the canvas, and a little around it."""
+        left, top, right, bottom = self.do(
+            """() => {
+                const {ds, canvas, graph} = window.app.canvas, at = canvas.getBoundingClientRect();
+                const boxes = [...graph._nodes, ...graph._groups].map(({pos, size}) =>
+                    [pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]]);
+                for (const end of [graph.inputNode, graph.outputNode]) {
+                    const [x, y, width, height] = end?.boundingRect ?? [];
+                    if (end) boxes.push([x, y, x + width, y + height]);
+                }
+                const edge = (k, most) => most(...boxes.map((box) => box[k]));
+                const screen = (...place) => place.map((each, k) =>
+                    [at.left, at.top][k] + (each + ds.offset[k]) * ds.scale);
+                return [...screen(edge(0, Math.min) - 20, edge(1, Math.min) - 20),
+                    ...screen(edge(2, Math.max) + 20, edge(3, Math.max) + 20)];
+            }"""
+        )
+        clip = {"x": max(left, 0), "y": max(top, 0), "width": right - left, "height": bottom - top}
+        return Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB")
 
     def screenshot(self, name: str) -> Path:
         ARTEFACTS.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""Write what is made from the nodes: ``workflows/`` with thumbnails and one in the documentation, ``subgraphs/``, and
-the English ``locales``.
+"""Write what is made from the nodes: ``workflows/`` with thumbnails, ``subgraphs/``, and the English ``locales``.
 
     .comfyui/venv/bin/python -m tests.helpers.comfyui.write_assets
 
@@ -88,23 +87,12 @@ def thumbnail(name: str, path: Path, graph: Image.Image, painted: Sequence[Image
 
 
 def drawn_graph(ui: FrontEnd, name: str) -> Image.Image:
-    """The groups of a workflow as the front end draws them."""
+    """A workflow as the front end draws it."""
     ui.load(workflow(name), name)
     ui.page.wait_for_timeout(1000)
     ui.close_dialogs()
     ui.fit()
-    left, top, right, bottom = ui.do(
-        """() => {
-            const {ds, canvas} = window.app.canvas, at = canvas.getBoundingClientRect();
-            const screen = (x, y) => [at.left + (x + ds.offset[0]) * ds.scale, at.top + (y + ds.offset[1]) * ds.scale];
-            const ends = (k) => window.app.graph._groups.map((each) => each.pos[k] + each.size[k]);
-            const starts = (k) => window.app.graph._groups.map((each) => each.pos[k]);
-            return [...screen(Math.min(...starts(0)), Math.min(...starts(1))),
-                ...screen(Math.max(...ends(0)), Math.max(...ends(1)))];
-        }"""
-    )
-    clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
-    return Image.open(io.BytesIO(ui.page.screenshot(clip=clip))).convert("RGB")
+    return ui.graph_picture()
 
 
 def painted_by(server: Server, info: dict[str, Any], name: str) -> list[Image.Image]:
@@ -135,9 +123,6 @@ def main() -> None:
                 graphs = {name: drawn_graph(ui, name) for name in WORKFLOWS}
     (REPOSITORY / "locales/en").mkdir(parents=True, exist_ok=True)
     (REPOSITORY / "locales/en/nodeDefs.json").write_text(english_text(info), encoding="utf-8")
-    shown = graphs["phased_wan22_undistilled_first_step"]
-    shown.thumbnail((1600, 1000), Image.Resampling.LANCZOS)
-    shown.save(REPOSITORY / "docs/comfyui/undistilled_first_step.jpg", quality=85)
     for name in WORKFLOWS:
         path = REPOSITORY / f"workflows/{name}.jpg"
         thumbnail(name, path, graphs[name], painted if name == RUNS_ANYWHERE else ())

@@ -7,17 +7,22 @@ Chinese needs a font that has it, such as Debian's fonts-wqy-microhei.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tempfile
 from pathlib import Path
+
+from PIL import Image
 
 from tests.comfyui import install
 from tests.helpers.comfyui.browser import FrontEnd, front_end, workflow
 from tests.helpers.comfyui.server import REPOSITORY, make_base, make_named_files, running
 
 FOLDER = REPOSITORY / "docs/comfyui"
-VIEW = {"x": 56, "y": 100, "width": 1544, "height": 800}
-"""The canvas without the bars of the front end."""
+WIDE, HIGH = 2600, 1400
+"""The window: large enough for a whole template with its words."""
+WIDTH = 1600
+"""Of a written picture."""
 FRONT_ENDS = {"classic": False, "nodes_2": True}
 
 
@@ -25,7 +30,9 @@ def take(ui: FrontEnd, name: str) -> None:
     """The whole graph as it is now."""
     ui.fit()
     ui.page.wait_for_timeout(500)
-    ui.page.screenshot(path=FOLDER / f"{name}.jpg", type="jpeg", quality=82, clip=VIEW)
+    picture = ui.graph_picture()
+    picture.thumbnail((WIDTH, picture.height), Image.Resampling.LANCZOS)
+    picture.save(FOLDER / f"{name}.jpg", quality=82)
 
 
 def take_node(ui: FrontEnd, node: int, name: str) -> None:
@@ -39,7 +46,8 @@ def take_node(ui: FrontEnd, node: int, name: str) -> None:
             canvas.setDirty(true, true);
             const seen = canvas.canvas.getBoundingClientRect(), at = (k) => (node.pos[k] + canvas.ds.offset[k]) * 1.5;
             const [x, y] = [seen.left + at(0) - 12, seen.top + at(1) - 57];
-            return { x, y, width: node.size[0] * 1.5 + 24, height: Math.min(node.size[1] * 1.5 + 69, 1000 - y) };
+            const height = Math.min(node.size[1] * 1.5 + 69, window.innerHeight - y);
+            return { x, y, width: node.size[0] * 1.5 + 24, height };
         }""",
         node,
     )
@@ -86,6 +94,11 @@ def templates(ui: FrontEnd) -> None:
     ui.close_dialogs()
     ui.cells(ui.node("PhasedDMDSampler"), 4)
     take(ui, "undistilled_first_step")
+    ui.load(json.loads(next((REPOSITORY / "subgraphs").glob("*.json")).read_text(encoding="utf-8")))
+    ui.close_dialogs()
+    ui.do("() => window.app.canvas.setGraph(window.app.graph._nodes[0].subgraph)")
+    ui.page.wait_for_timeout(1500)
+    take(ui, "blueprint")
 
 
 def chinese(ui: FrontEnd) -> None:
@@ -104,6 +117,7 @@ def main() -> None:
         base = make_base(Path(folder) / "base")
         make_named_files(base)
         with running(install.tree(install.NEWEST), base) as server, front_end(server.url) as ui:
+            ui.page.set_viewport_size({"width": WIDE, "height": HIGH})
             templates(ui)
             chinese(ui)
 
