@@ -2,7 +2,7 @@
 // pack, with the same seed, prompts, LoRAs, size, sigmas and guidance.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { valueOf, source } from "./graph.js";
+import { reached, valueOf } from "./graph.js";
 import { say, unsay } from "./remarks.js";
 import { said } from "./convert_words.js";
 import { localeOf } from "./words.js";
@@ -37,7 +37,7 @@ function socket(node, name) {
 
 function before(node, name) {
   const input = node.inputs[socket(node, name)];
-  return input ? source(node, input) : null;
+  return input ? reached(node, input) : null;
 }
 
 function same(a, b, name) {
@@ -50,7 +50,7 @@ function shiftOf(node, name) {
   for (let hop = 0; found && hop < HOPS; hop += 1) {
     if (SHIFTS.includes(found.origin.type) && found.origin.mode === 0) return read(found.origin, "shift");
     const next = found.origin.inputs?.find((input) => input.type === "MODEL" && input.link !== null);
-    found = next ? source(found.origin, next) : null;
+    found = next ? reached(found.origin, next) : null;
   }
   return null;
 }

@@ -4,7 +4,7 @@ const SOCKETS = ["plan", "model", "sigmas"];
 const HOPS = 100;
 const BYPASSED = 4;
 
-export function source(node, input) {
+function source(node, input) {
   const link = input.link === null || input.link === undefined ? null : node.graph?.getLink?.(input.link) ?? node.graph?.links?.[input.link];
   const origin = link ? node.graph.getNodeById(link.origin_id) : null;
   return origin ? { origin, slot: link.origin_slot } : null;
@@ -28,7 +28,7 @@ function outside(node, input) {
 }
 
 // As source, through the walls of subgraphs.
-function reached(node, input) {
+export function reached(node, input) {
   const beyond = outside(node, input);
   if (beyond) return beyond.socket ? reached(beyond.owner, beyond.socket) : null;
   let found = source(node, input);
@@ -67,14 +67,9 @@ function ofPrimitive(found) {
   return /^Primitive/.test(found?.origin.type ?? "") ? found.origin.widgets?.[0]?.value : undefined;
 }
 
-// A widget whose value comes over a link: that of a primitive, or undefined where another node computes it.
+// A widget whose value comes over a link: that of a primitive or of the node that stands for a subgraph, or undefined where
+// another node computes it.
 export function valueOf(node, widget) {
-  const input = linked(node, widget);
-  return input ? ofPrimitive(source(node, input)) : widget.value;
-}
-
-// As valueOf, also where the widget is one of the node that stands for a subgraph.
-function valueInRun(node, widget) {
   const input = linked(node, widget);
   const beyond = input ? outside(node, input) : null;
   if (!beyond) return input ? ofPrimitive(reached(node, input)) : widget.value;
@@ -88,7 +83,7 @@ export function describe(node, hop = 0) {
   const unknown = [];
   for (const widget of node.widgets ?? []) {
     if (widget.serialize === false || widget.options?.serialize === false) continue;
-    const value = valueInRun(node, widget);
+    const value = valueOf(node, widget);
     if (value === undefined) unknown.push(widget.name);
     else inputs[widget.name] = value;
   }
