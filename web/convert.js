@@ -48,7 +48,9 @@ function same(a, b, name) {
 function shiftOf(node, name) {
   let found = before(node, name);
   for (let hop = 0; found && hop < HOPS; hop += 1) {
-    if (SHIFTS.includes(found.origin.type) && found.origin.mode === 0) return Number(read(found.origin, "shift").toFixed(6)); // saved as 8.000000000000002
+    if (SHIFTS.includes(found.origin.type) && found.origin.mode === 0) {
+      return Number(read(found.origin, "shift").toFixed(6)); // a template of ComfyUI has 8 and 8.000000000000002
+    }
     const next = found.origin.inputs?.find((input) => input.type === "MODEL" && input.link !== null);
     found = next ? reached(found.origin, next) : null;
   }

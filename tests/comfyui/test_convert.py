@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.comfyui.test_presets import templates
 from tests.helpers.comfyui.browser import FrontEnd, front_end
 from tests.helpers.comfyui.graphs import Graph
 from tests.helpers.comfyui.server import Server
@@ -148,12 +150,14 @@ def test_a_pair_whose_latent_is_also_used_elsewhere_is_left(ui: FrontEnd, server
         }"""
     )
     assert "also goes to another node" in ui.do(CONVERT)["left"][0]
-    ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'zh')")
-    try:
-        ui.do(CONVERT)
-        assert "\u672a\u8f6c\u6362" in ui.do(NOTES)[0]
-    finally:
-        ui.do("() => window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    # a switch of the whole front end loads the graph again, some time later
+    chinese = ui.do(
+        """async () => {
+            const { said } = await import("/extensions/phased-dmd/convert_words.js");
+            return said({ extensionManager: { setting: { get: () => "zh-TW" } } }, "Not converted: {}", "steps");
+        }"""
+    )
+    assert chinese == "\u672a\u8f6c\u6362\uff1asteps"
 
 
 def test_a_pair_in_a_subgraph_is_converted_there(ui: FrontEnd, server: Server) -> None:
@@ -169,6 +173,12 @@ def test_a_pair_in_a_subgraph_is_converted_there(ui: FrontEnd, server: Server) -
     kinds, after = picture(ui, server)
     assert "KSamplerAdvanced" not in kinds and "PhasedDMDSampler" in kinds
     assert np.abs(before - after).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["video_wan2_2_14B_flf2v", "video_wan2_2_14B_fun_control"])
+def test_templates_of_comfyui_are_converted(ui: FrontEnd, name: str) -> None:
+    ui.load(json.loads((templates() / f"{name}.json").read_text(encoding="utf-8")), name)
+    assert ui.do(CONVERT) == {"count": 1, "left": []}
 
 
 def test_the_blueprint_takes_the_place_of_two_samplers(ui: FrontEnd, server: Server) -> None:
