@@ -49,6 +49,36 @@ _JOINED = {
     },
 }
 """Layers of a block in the original code, and in ComfyUI where it has another name."""
+_EMBEDDERS = {
+    "x_embedder.proj": "img_in.proj",
+    "image_embedder.norm_in": "vision_in.proj.0",
+    "image_embedder.linear_1": "vision_in.proj.1",
+    "image_embedder.linear_2": "vision_in.proj.3",
+    "image_embedder.norm_out": "vision_in.proj.4",
+    "context_embedder.proj_in": "txt_in.input_embedder",
+    "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
+    "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
+    "context_embedder.time_text_embed.text_embedder.linear_1": "txt_in.c_embedder.linear_1",
+    "context_embedder.time_text_embed.text_embedder.linear_2": "txt_in.c_embedder.linear_2",
+    "context_embedder_2.norm": "byt5_in.layernorm",
+    **{f"context_embedder_2.linear_{n}": f"byt5_in.fc{n}" for n in (1, 2, 3)},
+    "time_embed.timestep_embedder.linear_1": "time_in.mlp.0",
+    "time_embed.timestep_embedder.linear_2": "time_in.mlp.2",
+    "cond_type_embed": "cond_type_embedding",
+    "proj_out": "final_layer.linear",
+}
+"""Modules outside the blocks, with their names in the original code."""
+_REFINER = ("norm1", "norm2", "norm_out.linear", *(name for name in _TARGETS if name.startswith(("attn.to_", "ff."))))
+_OUTSIDE = (
+    *_EMBEDDERS,
+    *(
+        f"context_embedder.token_refiner.refiner_blocks.{n}.{name}"
+        for n in (0, 1)
+        for name in _REFINER
+        if not name.startswith("attn.to_add")
+    ),
+    "norm_out.linear",
+)
 _TOKENS = 1000
 """At which the pipeline's call cuts prompts; it has no argument for it."""
 _GLYPH_TOKENS = 256
@@ -74,8 +104,10 @@ class HunyuanVideo15Family(ModelFamily):
     lora_names = ModuleNames(
         blocks=("transformer_blocks",),
         in_block=_MODULES | {name: name for name in _NORMS},
+        outside={name: name for name in _OUTSIDE},
         joined=_JOINED,
         other_blocks={"double_blocks": "transformer_blocks"},
+        other_outside={native: own for own, native in _EMBEDDERS.items()},
         prefix="transformer.",
         flat_prefix="lora_transformer_",
     )

@@ -12,6 +12,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,13 +40,13 @@ def at_change(folder: str, action: str, change: str = "", number: int = 1, log: 
     """
     root, pattern = Path(os.path.realpath(folder)), re.compile(change)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if log else None
-    count, inside = 0, False
+    count, within = 0, threading.local()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count, inside
-        if inside or not (event == "open" or event in CHANGES):
+        nonlocal count
+        if getattr(within, "hook", False) or not (event == "open" or event in CHANGES):
             return
-        inside = True
+        within.hook = True  # of this thread alone: another may write a checkpoint meanwhile
         try:
             described = _change(event, arguments, root)
             if described is None:
@@ -57,7 +58,7 @@ def at_change(folder: str, action: str, change: str = "", number: int = 1, log: 
                 if count >= number:
                     _act(action, described, count == number)
         finally:
-            inside = False
+            within.hook = False
 
     sys.addaudithook(hook)
 

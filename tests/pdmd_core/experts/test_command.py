@@ -128,7 +128,7 @@ def blocks(language: str) -> list[str]:
 
 def test_every_command_of_the_page_runs_as_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "phased-dmd" and run(*arguments) == 0, command
