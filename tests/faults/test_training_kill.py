@@ -85,6 +85,7 @@ def test_a_checkpoint_that_a_thread_writes_is_whole_or_not_there(
 def test_random_moments(case: int, distillation: Callable[..., Distillation], uninterrupted: Uninterrupted) -> None:
     """Killed at a random time, then at random changes to the folder until it happens to finish."""
     draw, run = random.Random(case), distillation()
+    run.settings["checkpoints"] = {**run.settings["checkpoints"], "background": case % 2 == 1}
     started = run.start()
     time.sleep(draw.uniform(0, 8))
     started.send(signal.SIGKILL)
