@@ -129,6 +129,7 @@ def test_a_wrong_number_of_steps_is_said_on_the_sampler_and_in_the_log(server: S
         lines = [line for line in server.log.read_text()[logged:].splitlines() if "Phased experts" in line]
         changes = [line for line in lines if re.search(r"step \d+ of \d+: ", line)]
         assert any("low_noise, sigma 0.8333, cfg 1" in line for line in changes) or steps != 4
+        assert not any("[WARNING]" in line for line in changes)  # older ComfyUI writes no levels
         return texts, [line for line in lines if line not in changes]
 
     seeds = itertools.count(300)
