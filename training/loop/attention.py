@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,13 +39,25 @@ def set_attention(
     say(f"attention: {found}{why}")
     if found == "native":
         return found
-    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)  # it warns that backends are new
     for network in networks:
-        network.set_attention_backend(_NAMES[found])
+        with _quiet():
+            network.set_attention_backend(_NAMES[found])
         for module in network.modules():
             for name in NORMS & set(dict(module.named_children())):
                 module.get_submodule(name).register_forward_hook(as_attention_computes)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' warning that backends are new."""
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def as_attention_computes(norm: nn.Module, inputs: object, output: Tensor) -> Tensor:

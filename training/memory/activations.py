@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -131,7 +132,7 @@ def _peak(
             with fake:
                 parameter.grad = torch.empty_like(parameter)
         kept = saved_tensors_hooks(_away, _back) if config.memory.offload_activations else nullcontext()
-        with LiveBytes() as live:
+        with LiveBytes() as live, attention_backend("native"):  # what this process asked of other networks is no matter
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False), kept:
                 if role == FAKE:
                     loss = distiller.fake_loss(noise, conditioning, renoising)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 from benchmarks.cost.random_training import small_teacher
 from training.loop import attention
@@ -35,7 +36,8 @@ def test_what_runs_is_what_networks_compute_with(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(attention._NAMES, "flash", "_native_math")  # which a CPU has
     (network,) = small_teacher("wan", "tiny", 4).networks.values()
     said = list[str]()
-    assert set_attention([network], "flash", CPU, torch.float32, said.append) == "flash"
+    with attention_backend("native"):  # diffusers sets it for the process as well; here it is put back
+        assert set_attention([network], "flash", CPU, torch.float32, said.append) == "flash"
     assert said == ["attention: flash"]
     backends = {module.processor._attention_backend for module in network.modules() if hasattr(module, "processor")}
     assert {backend.value for backend in backends} == {"_native_math"}

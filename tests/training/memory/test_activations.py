@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cost.random_training import TEXT_TOKENS, RandomTraining, small_config, small_teacher
@@ -47,6 +48,14 @@ def test_predicted_are_those_of_a_real_step() -> None:
         loss = phase.distiller.generator_loss(phase.distiller.expert_rollout(batch, 0), batch, renoising).loss
         loss.backward()
     assert predicted == pytest.approx(allocated(found.profiler.kineto_results.events()), rel=0.1)
+
+
+def test_what_computes_attention_of_other_networks_changes_no_prediction() -> None:
+    teacher = small_teacher("wan", "tiny", 16)
+    network = teacher.networks["transformer"]
+    predicted = activation_bytes(small_config(), teacher.family, network, teacher.shape, 1)
+    with attention_backend("_native_math"):  # for the process, as set_attention_backend of any network does
+        assert activation_bytes(small_config(), teacher.family, network, teacher.shape, 1) == predicted
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
