@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pdmd_core.roles import RoleSpec
+
 
 @dataclass(frozen=True)
 class Method:
@@ -26,6 +28,12 @@ class Method:
     """Of its steps; that of all methods on a teacher when None."""
     of_experts: bool = False
     """The shipped four-step experts teach, in place of the model of which they were distilled."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the recipe that are not those of all methods on a teacher."""
+    expert: RoleSpec | None = None
+    """How experts hold their weights, where not as all methods on a teacher."""
+    fake: RoleSpec | None = None
+    """How fakes do."""
 
 
 METHODS = {

@@ -31,7 +31,7 @@ class EmbeddedBoard(Board):
     def cost(self, method: Method) -> tuple[float, float]:
         """Network evaluations of an update: forward, and those that run backward."""
         settings = self.study.settings
-        recipe, plan, objective = settings.recipe, settings.plan(method), settings.objective(method)
+        recipe, plan, objective = settings.recipe_of(method), settings.plan(method), settings.objective(method)
         guided = objective.guidance_scale != 1
         return cost_of_updates(plan, objective, recipe.fake_updates, recipe.draws_per_rollout, guided)
 

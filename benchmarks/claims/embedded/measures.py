@@ -27,6 +27,7 @@ from pdmd_core.metrics import (
 from pdmd_core.metrics.motion import flow_length, is_dynamic, smoothness
 from training.embedded.emoji import BACKGROUNDS, EMOJI, MOTIONS, caption
 from training.embedded.features import load_features, see
+from training.monitoring.sample_statistics import sample_statistics
 
 DIRECTIONS = {"moves left": (-1.0, 0.0), "moves right": (1.0, 0.0), "moves up": (0.0, -1.0), "moves down": (0.0, 1.0)}
 TRAVELS = 6.0
@@ -116,7 +117,10 @@ class Measures:
         classes = torch.stack([seen.emoji, seen.background], 1).unflatten(0, (-1, frames))[:, frames // 2]
         diversity = seed_diversity(layout, self.groups, cosine_distance)
         agreement = prompt_agreement(classes, self.wanted)
+        looks = sample_statistics(pixels, int((self.groups == 0).sum()))
         extra: dict[str, Value] = {
+            "saturation": looks.saturation,
+            "contrast": looks.contrast,
             "diversity_low": diversity.low,
             "diversity_high": diversity.high,
             "place_spread": self._place_spread(pixels),

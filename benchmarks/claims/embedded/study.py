@@ -35,9 +35,11 @@ from benchmarks.claims.embedded.training import (
 )
 from pdmd_core.distillation import expert_velocities
 from pdmd_core.experts import PhasedExperts
+from pdmd_core.experts.convert.low_rank import extract
+from pdmd_core.experts.format.weights import weights_of
 from pdmd_core.families import TeacherRouting
 from pdmd_core.phases import PhasePlan
-from pdmd_core.roles import Roles
+from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.rollout import route, sample
 from training.data.buckets import SampleSize
 from training.embedded.emoji import BACKGROUNDS, EMOJI, MOTIONS, EmojiScenes
@@ -206,22 +208,39 @@ class EmbeddedStudy:
             parts.append(drawn.pixels.transpose(1, 2) / 2 + 0.5)
         return torch.cat(parts)
 
-    def expert_samples(self, run: Run, pairs: list[tuple[int, int]], refined: int | None = None) -> Tensor:
-        """Pixels of a run's experts, as its plan or the refined one says, without guidance."""
+    def expert_samples(
+        self, run: Run, pairs: list[tuple[int, int]], refined: int | None = None, extracted: int | None = None
+    ) -> Tensor:
+        """Pixels of a run's experts, as its plan or the refined one says, without guidance.
+
+        Of full experts with ``extracted``, the LoRAs of this rank that are nearest to them.
+        """
         plan = self.settings.plan(run.method)
         weights = load_file(self.train(run))
-        roles = make_roles(self.sampler, plan, self.settings.rank)
+        specs = self.settings.specs(run.method)
+        if extracted is not None:
+            specs = (RoleSpec("lora", extracted, float(extracted)), specs[1])
+        roles = make_roles(self.sampler, plan, specs)
         for phase in plan.phases:
             prefix = f"{phase.name}/"
             own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            roles.load_state_dict(phase.name, own)
+            roles.load_state_dict(phase.name, own if extracted is None else self._nearest_lora(own, extracted))
         return self._sampled(roles, plan if refined is None else plan.refined(refined), pairs)
 
-    def shipped_samples(self, pairs: list[tuple[int, int]], steps: int) -> Tensor:
+    def _nearest_lora(self, expert: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+        base = self.sampler.pipeline.transformer.state_dict()
+        targets, title = self.sampler.family.lora_targets, f"rank {rank}"
+        return extract(weights_of(base), weights_of(expert), targets, rank, torch.float32, title).lora
+
+    def shipped_samples(self, pairs: list[tuple[int, int]], steps: int, strength: float = 1.0) -> Tensor:
         """Pixels of the shipped experts, in their four steps or in more."""
         experts = PhasedExperts.open(MODELS / "experts")
         networks = {"transformer": copy.deepcopy(self.sampler.pipeline.transformer)}
         roles = roles_from_experts(experts, networks, self.sampler.family, TeacherRouting())
+        for phase in experts.manifest.plan.phases:
+            state = roles.state_dict(phase.name)
+            changed = {name: strength * value if "lora_B" in name else value for name, value in state.items()}
+            roles.load_state_dict(phase.name, changed)
         return self._sampled(roles, experts.manifest.plan.refined(steps), pairs)
 
     def _sampled(self, roles: Roles, plan: PhasePlan, pairs: list[tuple[int, int]]) -> Tensor:
@@ -247,7 +266,7 @@ class EmbeddedStudy:
         if not path.exists():
             with tqdm(total=run.updates, desc=run.name, unit="update", leave=False) as bar:
                 problem = EmbeddedProblem(run, self.sampler, self.settings)
-                done = distil(problem, run, self.settings.recipe, bar.update)
+                done = distil(problem, run, self.settings.recipe_of(run.method), bar.update)
             weights = {f"{name}/{key}": value for name, own in done.experts.items() for key, value in own.items()}
             metadata = {"evaluations": json.dumps(done.evaluations), "skipped": json.dumps(done.skipped)}
             write_tensors(path, weights, metadata)
@@ -276,21 +295,25 @@ class EmbeddedStudy:
             write_tensors(path, look().to_tensors(), {})
         return Features.from_tensors(load_file(path))
 
-    def has_row(self, run: Run, refined: int | None = None) -> bool:
+    def has_row(self, run: Run, refined: int | None = None, extracted: int | None = None) -> bool:
         """Whether a run was trained and measured, in the steps of its plan or in more."""
-        return self._row_path(_row_name(run, refined)).exists()
+        return self._row_path(_row_name(run, refined, extracted)).exists()
 
     def _row_path(self, name: str) -> Path:
         return self.measured / "rows" / f"{name}.json"
 
-    def row(self, run: Run, refined: int | None = None) -> Row:
-        """Train and measure a run, in the steps of its plan or in more, or read what is there."""
-        path = self._row_path(_row_name(run, refined))
+    def row(self, run: Run, refined: int | None = None, extracted: int | None = None) -> Row:
+        """Train and measure a run, in the steps of its plan or in more, or read what is there.
+
+        With ``extracted``, what is measured of its full experts are the nearest LoRAs of this rank.
+        """
+        path = self._row_path(_row_name(run, refined, extracted))
         if not path.exists():
             with safe_open(self.train(run), "pt") as file:
                 metadata = file.metadata()
             evaluations: dict[str, int] = json.loads(metadata["evaluations"])
-            measured = self.measures.look(self.expert_samples(run, self.pairs(_noise_seed(run.seed)), refined))
+            pixels = self.expert_samples(run, self.pairs(_noise_seed(run.seed)), refined, extracted)
+            measured = self.measures.look(pixels)
             extra: dict[str, Any] = {
                 "training_evaluations": sum(evaluations.values()),
                 "skipped_updates": json.loads(metadata["skipped"]),
@@ -304,19 +327,24 @@ class EmbeddedStudy:
         return self._row_path(f"{name}-seed-{seed}").exists()
 
     def reference_row(self, name: str, seed: int) -> Row:
-        """Measure what needs no training, or read what is there."""
+        """Measure what needs no training, or read what is there.
+
+        Names are ``data``, ``teacher_<steps>``, and ``experts_<steps>`` or ``experts_<steps>_at_<strength of the
+        LoRAs>`` of the shipped experts.
+        """
         path = self._row_path(f"{name}-seed-{seed}")
         if not path.exists():
             evaluations = 0
             if name == "data":
                 pixels = self.data_samples(seed)
             elif name.startswith("experts_"):
-                evaluations = int(name.removeprefix("experts_"))
-                pixels = self.shipped_samples(self.pairs(_noise_seed(seed)), evaluations)
+                steps, *strength = name.removeprefix("experts_").split("_at_")
+                evaluations = int(steps)
+                pixels = self.shipped_samples(self.pairs(_noise_seed(seed)), evaluations, *map(float, strength))
             else:
-                steps = int(name.removeprefix("teacher_"))
-                evaluations = steps * (1 if self.settings.guidance_scale == 1 else 2)
-                pixels = self.teacher_samples(steps, self.pairs(_noise_seed(seed)))
+                evaluations = int(name.removeprefix("teacher_"))
+                pixels = self.teacher_samples(evaluations, self.pairs(_noise_seed(seed)))
+                evaluations *= 1 if self.settings.guidance_scale == 1 else 2
             write_row(path, self._row(name, seed, evaluations, self.measures.look(pixels), None, 0, {}))
         return read_row(path)
 
@@ -348,8 +376,9 @@ class EmbeddedStudy:
         )
 
 
-def _row_name(run: Run, refined: int | None) -> str:
-    return run.name if refined is None else f"{run.name}-refined-{refined}"
+def _row_name(run: Run, refined: int | None, extracted: int | None) -> str:
+    more = {"refined": refined, "extracted": extracted}
+    return "-".join([run.name, *(f"{name}-{value}" for name, value in more.items() if value is not None)])
 
 
 def _noise_seed(seed: int) -> int:

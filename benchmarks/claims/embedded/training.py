@@ -67,6 +67,15 @@ class EmbeddedSettings:
         scale = 1.0 if method.of_experts else self.guidance_scale
         return replace(Objective(guidance_scale=scale), **method.objective)
 
+    def recipe_of(self, method: Method) -> Recipe:
+        """Its recipe."""
+        return replace(self.recipe, **method.recipe)
+
+    def specs(self, method: Method) -> tuple[RoleSpec, RoleSpec]:
+        """How its experts and its fakes hold their weights."""
+        usual = RoleSpec("lora", self.rank, float(self.rank))
+        return method.expert or usual, method.fake or usual
+
     def as_dict(self) -> dict[str, Any]:
         """For identity and reports; the prompts by number and digest."""
         data = asdict(self)
@@ -80,18 +89,22 @@ def own_fake(fake: str, expert: str) -> str:
 
 
 def make_roles(
-    sampler: Sampler, plan: PhasePlan, rank: int, fakes: Sequence[str] = (), teacher: PhasedExperts | None = None
+    sampler: Sampler,
+    plan: PhasePlan,
+    specs: tuple[RoleSpec, RoleSpec],
+    fakes: Sequence[str] = (),
+    teacher: PhasedExperts | None = None,
 ) -> Roles:
     """Experts and fakes for each, on a copy of the teacher's network; weights depend on torch's global seed.
 
-    Experts that teach are LoRAs of the same rank; each expert begins as the one of them that owns its first sigma.
+    ``specs`` is how experts and how fakes hold their weights. Experts that teach are LoRAs of the experts' rank; each
+    expert begins as the one of them that owns its first sigma.
     """
-    spec = RoleSpec("lora", rank, float(rank))
     names = [phase.name for phase in plan.phases]
     base = copy.deepcopy(sampler.pipeline.transformer)
-    own = [own_fake(fake, name) for fake in fakes for name in names]
-    specs = {role: RoleSpec(**note["spec"]) for role, note in notes_of(teacher).items()}
-    roles = Roles(base, sampler.family, {**dict.fromkeys([*names, *own], spec), **specs})
+    own = dict.fromkeys([own_fake(fake, name) for fake in fakes for name in names], specs[1])
+    of_teacher = {role: RoleSpec(**note["spec"]) for role, note in notes_of(teacher).items()}
+    roles = Roles(base, sampler.family, {**dict.fromkeys(names, specs[0]), **own, **of_teacher})
     load_teacher(teacher, roles)
     if teacher is not None:
         for phase in plan.phases:
@@ -141,12 +154,12 @@ class EmbeddedProblem:
 
     def __init__(self, run: Run, sampler: Sampler, settings: EmbeddedSettings) -> None:
         self.plan, self.objective = settings.plan(run.method), settings.objective(run.method)
-        self.sampler, self.batch = sampler, settings.recipe.batch_size
+        self.sampler, self.batch = sampler, settings.recipe_of(run.method).batch_size
         self.prompts = len(settings.prompts)
         torch.manual_seed(run.seed)
         self.fakes = fake_roles(self.plan, self.objective)
         teacher = PhasedExperts.open(MODELS / "experts") if run.method.of_experts else None
-        self.roles = make_roles(sampler, self.plan, settings.rank, self.fakes, teacher)
+        self.roles = make_roles(sampler, self.plan, settings.specs(run.method), self.fakes, teacher)
         self.trainable: dict[int, list[str]] = {}
         self.evaluations: Counter[str] = Counter()
 
