@@ -47,13 +47,17 @@ def test_a_second_run_is_not_mixed_into_a_first(
     assert run.results() == uninterrupted.results
 
 
-def in_two_processes(run: Distillation, *faults: dict[str, Any]) -> list[Ended]:
+def in_two_processes(run: Distillation, *faults: dict[str, Any], resume: bool = False) -> list[Ended]:
     """A run of two processes as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [run.start(faults=faults, environment={**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    arguments = ["--resume"] if resume else []
+    started = [
+        run.start(*arguments, faults=faults, environment={**world, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
     return [process.wait() for process in started]
 
 
@@ -91,3 +95,22 @@ def test_a_validation_that_fails_in_one_of_several_processes_ends_the_run_in_a_l
     assert run.checkpoints == ["update-00000002", "update-00000003"]
     run.settings["parallel"] = {}
     assert run.run("--resume").status == 0
+
+
+def test_checkpoints_that_threads_of_two_processes_write_are_whole_or_not_there(
+    distillation: Callable[..., Distillation],
+) -> None:
+    """Shards of a full fake; the first process is killed while the other waits for it, in both threads."""
+    sharded = {"fake": {"kind": "full", "lr": 1e-3}, "parallel": {"sharding": "fsdp"}}
+    whole, run = distillation("whole"), distillation()
+    for each in (whole, run):
+        each.settings.update(sharded)
+    assert [ended.status for ended in in_two_processes(whole)] == [0, 0]
+    run.settings["checkpoints"] = {**run.settings["checkpoints"], "background": True}
+    killed, other = in_two_processes(run, run.at(r"replace checkpoints/\.unfinished-00000004 ", "SIGKILL"))
+    assert killed.status == -signal.SIGKILL and other.status, (killed.errors, other.errors)
+    run.check_nothing_half_written_counts()
+    assert run.checkpoints == ["update-00000002", "update-00000003"]
+    for ended in in_two_processes(run, resume=True):
+        assert ended.status == 0, ended.errors
+    assert run.results() == whole.results()

@@ -233,7 +233,7 @@ class CheckpointsSection(Section):
     keep_every: Count | None = None
     """Checkpoints of updates that are multiples of this stay for good."""
     background: bool = False
-    """Write them in a thread, from a copy in host memory, while updates go on; for one process."""
+    """Write them in a thread of each process, from a copy in host memory, while updates go on."""
     best: Literal["teacher_distance", "frechet"] | None = None
     """Measure of validations by which the best checkpoint of each phase stays too; null is without."""
     patience: Count | None = None

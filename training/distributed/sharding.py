@@ -26,10 +26,6 @@ from training.data.weight_files import WeightFiles
 def check_processes(config: DistillConfig, processes: int) -> None:
     """Raises ConfigError when this many processes cannot divide the work."""
     together, groups = config.parallel.context_parallel, config.groups(processes)
-    if config.checkpoints.background and processes > 1:
-        raise ConfigError(
-            f"checkpoints.background: {processes} processes write their shards together, between updates: leave it out"
-        )
     if processes % together:
         raise ConfigError(
             f"parallel.context_parallel: {processes} processes cannot be divided into groups of {together}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from training.loop.checkpoints import CheckpointError, plain_tensors, save_checkpoint
@@ -17,12 +19,19 @@ from training.monitoring.monitor import warn
 class CheckpointWriter:
     """Writes one checkpoint at a time. As a context, it is left when the last one is written.
 
+    All processes of a run make one together, and save together. Threads that write tell each other over connections of
+    their own, which nothing else uses: updates go on over the others.
+
     Args:
-        background: Whether a thread writes, from a copy in host memory; for a run of one process.
+        background: Whether a thread writes, from a copy in host memory.
+        timeout_minutes: How long threads of several processes wait for each other.
     """
 
-    def __init__(self, background: bool) -> None:
+    def __init__(self, background: bool, timeout_minutes: int = 60) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._group: dist.ProcessGroup | None = None
+        if background and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self._pending: Future[Path] | None = None
 
     def __enter__(self) -> CheckpointWriter:
@@ -71,7 +80,7 @@ class CheckpointWriter:
         if self._pool is None:
             return save_checkpoint(folder, update, tensors, values, keep, for_good)
         copies = {name: value.detach().to("cpu", copy=True) for name, value in plain_tensors(tensors).items()}
-        self._pending = self._pool.submit(save_checkpoint, folder, update, copies, values, keep, for_good)
+        self._pending = self._pool.submit(save_checkpoint, folder, update, copies, values, keep, for_good, self._group)
         return folder / f"update-{update:08d}"
 
     def check(self) -> None:

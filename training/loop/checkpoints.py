@@ -49,6 +49,7 @@ def save_checkpoint(
     values: Mapping[str, Any],
     keep: int,
     for_good: Callable[[int], bool] = lambda update: False,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write ``folder/update-<n>`` through a temporary folder, then remove older ones.
 
@@ -61,6 +62,7 @@ def save_checkpoint(
         values: What is no tensor, as JSON knows it.
         keep: How many of the newest stay, this one counted.
         for_good: Whether the checkpoint of an update stays however old it is.
+        group: Over what processes tell each other, where others use the default group meanwhile.
 
     Returns:
         The folder of this checkpoint.
@@ -76,18 +78,18 @@ def save_checkpoint(
             for left in folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
-        _wait_for_all()
+        _wait_for_all(group)
         with _without_warnings():
             writer = HuggingFaceStorageWriter(str(temporary), _file_numbers(plain), save_distributed=True)
             contiguous = {name: value.contiguous() for name, value in plain.items()}
-            dcp.save(contiguous, storage_writer=writer, no_dist=alone)
+            dcp.save(contiguous, storage_writer=writer, process_group=group, no_dist=alone)
         if first:
             with (temporary / VALUES).open("w", encoding="utf-8") as file:
                 json.dump({"format": FORMAT, "values": values}, file)
                 file.flush()
                 os.fsync(file.fileno())
-        _wait_for_all()
-        write_digests(temporary)
+        _wait_for_all(group)
+        write_digests(temporary, group)
         if first:
             _sync(temporary)
             _remove(target)
@@ -96,7 +98,7 @@ def save_checkpoint(
             for old in list_checkpoints(folder)[:-keep]:
                 if not for_good(update_of(old)):
                     _remove(old)
-        _wait_for_all()
+        _wait_for_all(group)
     return target
 
 
@@ -313,9 +315,9 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def _wait_for_all() -> None:
+def _wait_for_all(group: dist.ProcessGroup | None = None) -> None:
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
 def _sync(folder: Path) -> None:

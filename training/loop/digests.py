@@ -13,16 +13,17 @@ from pdmd_core.hashing import sha256_of
 NAME = "sha256.json"
 
 
-def write_digests(folder: Path) -> None:
+def write_digests(folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Write ``sha256.json``, the last file of a folder. All processes do it together and divide the reading.
 
     Args:
         folder: The folder, whose other files are all there.
+        group: Over what processes tell each other; the default group when None.
 
     Raises:
         OSError: If it cannot be written.
     """
-    found = digests_of(folder)
+    found = digests_of(folder, group)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with (folder / NAME).open("w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
@@ -50,11 +51,12 @@ def find_damage(folder: Path) -> str | None:
     return f"{changed[0]} is {'not what was written' if changed[0] in found else 'missing'}"
 
 
-def digests_of(folder: Path) -> dict[str, str]:
+def digests_of(folder: Path, group: dist.ProcessGroup | None = None) -> dict[str, str]:
     """Compute the SHA-256 of the files of a folder. All processes do it together.
 
     Args:
         folder: The folder.
+        group: Over what processes tell each other; the default group when None.
 
     Returns:
         File name to SHA-256, but for ``sha256.json`` and for files that cannot be read.
@@ -64,7 +66,7 @@ def digests_of(folder: Path) -> dict[str, str]:
     parts: list[dict[str, str]] = [{} for _ in range(processes)]
     parts[rank] = {path.name: digest for path in files[rank::processes] if (digest := _digest(path))}
     if processes > 1:
-        dist.all_gather_object(parts, parts[rank])
+        dist.all_gather_object(parts, parts[rank], group=group)
     return {name: digest for part in parts for name, digest in part.items()}
 
 

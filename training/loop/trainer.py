@@ -62,7 +62,7 @@ class Trainer:
         self.monitors = monitors_of(run.config, run.accelerator)
         self.comparison = TeacherComparison(run, self.monitors)
         self.best = BestCheckpoints(run.config.checkpoints)
-        self.checkpoints = CheckpointWriter(run.config.checkpoints.background)
+        self.checkpoints = CheckpointWriter(run.config.checkpoints.background, run.config.parallel.timeout_minutes)
 
     def run(self) -> Path:
         """Train all phases and write the experts, from the checkpoint from which the run was built to go on.

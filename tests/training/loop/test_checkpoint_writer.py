@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.configs import changed
-from training.config.schema import ConfigError, DistillConfig
-from training.distributed.sharding import check_processes
 from training.loop import checkpoint_writer
 from training.loop.checkpoint_writer import CheckpointWriter
 from training.loop.checkpoints import CheckpointError, list_checkpoints, load_tensors, save_checkpoint
@@ -61,10 +58,3 @@ def test_what_fails_is_one_line_at_the_next_update_and_at_the_end(
         writer.save(tmp_path / "file", 3, {"a": torch.ones(1)}, {}, 2, never)
         raise KeyboardInterrupt
     assert "cannot be written" in capsys.readouterr().err, "what ended the run comes first"
-
-
-def test_several_processes_write_together(config: DistillConfig) -> None:
-    background = changed(config, **{"checkpoints.background": True})
-    check_processes(background, 1)
-    with pytest.raises(ConfigError, match=r"checkpoints.background: 2 processes write their shards together"):
-        check_processes(background, 2)
