@@ -17,9 +17,11 @@ import folder_paths
 import torch
 
 from ..pdmd_core.experts import MANIFEST_NAME, Expert, PhasedExperts
+from ..pdmd_core.experts.convert.native import in_native_layout
 from ..pdmd_core.experts.format.files import RELEASED
 from ..pdmd_core.experts.format.fingerprint import Sampler, base_warning, sample_of
-from ..pdmd_core.families import family
+from ..pdmd_core.experts.format.weights import weights_of
+from ..pdmd_core.families import FAMILIES, family
 from ..pdmd_core.hashing import sha256_of
 from .errors import NodeError
 from .loaded import hold, key_of, loaded
@@ -131,7 +133,8 @@ def expert_model(
     try:
         if RELEASED not in experts.manifest.training:
             warn = _refuse
-        lora = Lora(experts.tensors(expert.name), experts.alphas(expert.name), what, expert.component)
+        known = experts.manifest.base.family
+        lora = Lora(experts.tensors(expert.name), experts.alphas(expert.name), what, expert.component, known)
         return apply_lora(base, lora, strength * expert.strength, warn)
     except NodeError as error:
         origin = experts.manifest.base
@@ -156,13 +159,25 @@ def base_warnings(experts: PhasedExperts, bases: Mapping[str, Any]) -> list[str]
 def _sampler(model: Any, family_name: str) -> Sampler:
     """Sample a MODEL's weights as they are without what is patched onto it."""
     keys, weights = comfy.lora.model_lora_keys_unet(model.model, {}), model.model_state_dict()
+    found = family(family_name) if family_name in FAMILIES else None
+    layout = None if found is None else found.native_layout
+
+    def place(name: str) -> Any:
+        if layout is not None and (native := layout.find(name)) is not None:
+            key = f"diffusion_model.{native.name}"
+            key = key if key in weights else f"{key.removesuffix('.scale')}.weight"
+            if key in weights and len(native.sources) > 1:
+                unit, part = len(weights[key]) // sum(native.shares), native.sources.index(name)
+                return key, (0, unit * sum(native.shares[:part]), unit * native.shares[part])
+            return key
+        with suppress(ValueError):  # ComfyUI itself knows where it is, or nobody
+            name = name if found is None else found.native_weight_name(name)
+        key = f"diffusion_model.{name}"
+        return key if key in weights else keys.get(key.removesuffix(".weight"), key)
 
     def sample(name: str) -> torch.Tensor | None:
-        with suppress(ValueError):  # ComfyUI itself knows where it is, or nobody
-            name = family(family_name).native_weight_name(name)
-        key = f"diffusion_model.{name}"
-        place = key if key in weights else keys.get(key.removesuffix(".weight"), key)
-        key, part = (place, None) if isinstance(place, str) else (place[0], place[1])
+        at = place(name)
+        key, part = (at, None) if isinstance(at, str) else (at[0], at[1])
         weight = model.backup[key].weight if key in model.backup else weights.get(key)
         return None if weight is None else sample_of(weight, *(part[1:] if part else ()))
 
@@ -181,8 +196,8 @@ def _full_model(experts: PhasedExperts, expert: Expert, base: Any, what: str) ->
 def _read_full_model(experts: PhasedExperts, expert: Expert, config: str | None, what: str) -> Any:
     state, base_name = experts.tensors(expert.name), experts.manifest.base.family
     try:
-        rename = family(base_name).native_weight_name
-        state = {rename(key): value for key, value in state.items()}
+        native = in_native_layout(weights_of(state), family(base_name))
+        state = {name: native.read(name) for name in native.specs}
     except ValueError:
         pass  # no family of ours, native names already, or a layout that ComfyUI itself converts: as it is
     metadata = None if config is None else {"config": config}
@@ -197,17 +212,20 @@ def _read_full_model(experts: PhasedExperts, expert: Expert, config: str | None,
         raise NodeError(f"{what}: ComfyUI does not know this network ({experts.manifest.base.architecture})")
     names, given = set(model.model.diffusion_model.state_dict()), set(state)
     if names != given:
-        given = _names_in_comfyui(state)
+        given = _names_in_comfyui(state, model.model.model_config.process_unet_state_dict)
     if names != given:
         wrong = sorted(names ^ given)
         raise NodeError(f"{what}: {len(wrong)} weights are missing or unknown, for example {wrong[0]!r}")
     return model
 
 
-def _names_in_comfyui(state: Mapping[str, Any]) -> set[str]:
-    """The names of weights after ComfyUI's own conversion from diffusers' layout; unknown ones stay."""
+def _names_in_comfyui(
+    state: Mapping[str, Any], renamed: Callable[[dict[str, Any]], Mapping[str, Any]] = dict
+) -> set[str]:
+    """The names of weights after ComfyUI's own conversion from diffusers' layout and its renaming; others stay."""
     rest = {key: value.to("meta") for key, value in state.items()}
-    return {*(comfy.model_detection.convert_diffusers_mmdit(rest, "") or {}), *rest}
+    found = comfy.model_detection.convert_diffusers_mmdit(rest, "") or {}
+    return set(renamed({**found, **rest}))
 
 
 def _plain(value: Any) -> bool:

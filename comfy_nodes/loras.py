@@ -14,8 +14,9 @@ import torch
 from ..pdmd_core.experts.lora.alpha import Alphas
 from ..pdmd_core.experts.lora.changes import LowRank, sum_of
 from ..pdmd_core.experts.lora.file import LoraFile, read_lora
+from ..pdmd_core.experts.lora.joined import joined
 from ..pdmd_core.experts.lora.keys import by_module, summary
-from ..pdmd_core.families import ModuleNames, family_of_lora
+from ..pdmd_core.families import FAMILIES, ModelFamily, ModuleNames, family, family_of_lora
 from .errors import NodeError
 
 _EXACT = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,6 +38,8 @@ class Lora:
     """What the file is, for errors and warnings."""
     component: str = "transformer"
     """The network of the base that it is for."""
+    family: str | None = None
+    """The family of the file, where that is known; its keys or the MODEL tell it otherwise."""
 
 
 def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], None]) -> Any:
@@ -59,7 +62,7 @@ def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], No
     known, rest = _sorted(lora, targets)
     patches, left_out = _loaded(known, targets, lora.what)
     parts, tables = [patches], {}
-    found = family_of_lora(list(by_module(lora.tensors)[0])) if rest else None
+    found = _family(lora, model) if rest else None
     if found is None:
         left_out += rest
     else:
@@ -90,6 +93,27 @@ def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], No
             f"{summary(left_out)}"
         )
     return patched
+
+
+def _family(lora: Lora, model: Any) -> ModelFamily | None:
+    """The family whose names a file has."""
+    if lora.family in FAMILIES:
+        return family(lora.family)
+    found = family_of_lora(list(by_module(lora.tensors)[0]))
+    return _family_of_network(model) if found is None else found
+
+
+def _family_of_network(model: Any) -> ModelFamily | None:
+    """The family, of those whose layers ComfyUI joins, that knows all of a MODEL's modules outside the blocks."""
+    names = [name for name in model.model.diffusion_model.state_dict() if "." in name]
+    for found in map(family, FAMILIES):
+        if found.native_layout is None:
+            continue
+        blocks = tuple(f"{blocks.native}." for blocks in found.native_layout.blocks)
+        outside = {name.rpartition(".")[0] for name in names if not name.startswith(blocks)}
+        if outside <= set(found.native_layout.outside):
+            return found
+    return None
 
 
 def _sorted(lora: Lora, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -182,8 +206,12 @@ def _patches(
     lora: dict[str, Any] = {}
     differences: Patches = {}
     left_out: list[str] = []
+    native_names = names.native_weight
+    if names.layout is not None:
+        before, file, native_names = len(file.left_out), joined(file, names.layout), str
+        left_out += file.left_out[before:]
     for name, changes in file.weights.items():
-        native = f"diffusion_model.{names.native_weight(name)}"
+        native = f"diffusion_model.{native_names(name)}"
         module = native.removesuffix(".weight")
         target = targets.get(module, native if native in weights else None)
         if target is None:

@@ -43,7 +43,7 @@ _CONVERT = """what --to writes:
   comfyui     one file for each expert under the original names of all weights, for ComfyUI's Load Diffusion Model
 
 what --layout writes, of a folder of LoRA experts or of anyone's LoRA file; what has no place there is listed:
-  native      original names, lora_down, lora_up and alpha: ComfyUI and diffusers read it
+  native      original names, lora_down, lora_up and alpha: ComfyUI reads it, and diffusers for most models
   kohya       original names with underscores for dots: ComfyUI, and diffusers for some models
   diffusers   diffusers' names for its load_lora_weights; alpha is in the weights
   peft        a folder for PEFT's PeftModel: diffusers' names, alpha in adapter_config.json

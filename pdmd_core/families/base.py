@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..flow import Sigma
 from ..phases import PhasePlan
 from .guidance import classifier_free_guidance
 from .lora_files import LoraFiles
+from .native_layout import NativeLayout, NativeWeight
 from .routing import TeacherRouting
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class ModelFamily(LoraFiles, ABC):
     """Whether diffusers divides the tokens of a sample rightly among processes, where it has a plan for it."""
     comfyui_sampling: str = "ModelSamplingSD3"
     """ComfyUI's own node that sets the shift of this model."""
+    native_layout: NativeLayout | None = None
+    """The native layout, where a weight of it has the rows of several of diffusers'."""
     comfyui_pipelines: tuple[str, ...] = ()
     """Pipeline classes whose folders the nodes load into ComfyUI, which needs ``native_autoencoder``."""
 
@@ -329,7 +332,6 @@ class ModelFamily(LoraFiles, ABC):
 
     # --- ComfyUI -------------------------------------------------------------
 
-    @abstractmethod
     def native_weight_name(self, diffusers_name: str) -> str:
         """Find the name of any of the network's weights in the native layout, which ComfyUI loads.
 
@@ -340,8 +342,25 @@ class ModelFamily(LoraFiles, ABC):
             The name in the native layout.
 
         Raises:
-            ValueError: If the weight has no counterpart there.
+            ValueError: If the weight has no counterpart there, or only as a part of one (``native_layout``).
         """
+        raise ValueError(f"{diffusers_name!r} has no weight of its own in the native layout of {self.title}")
+
+    def native_weights(self, names: Collection[str]) -> list[NativeWeight]:
+        """Find all weights of the native layout, which ComfyUI loads.
+
+        Args:
+            names: All weights of the network in diffusers.
+
+        Returns:
+            The native weights, each with those of diffusers that it is made of.
+
+        Raises:
+            ValueError: If a weight has no counterpart there, or if a part of a native weight is missing.
+        """
+        if self.native_layout is None:
+            return [NativeWeight(self.native_weight_name(name), (name,)) for name in names]
+        return self.native_layout.whole(names)
 
     def comfyui_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Tell what ComfyUI would guess wrong about a network.

@@ -10,19 +10,10 @@ from torch import Tensor, nn
 
 from ..flow import Sigma
 from .base import Conditioning, ModelFamily
-from .flux_layout import (
-    BLOCKS,
-    FLAT_PREFIX,
-    IN_BLOCK,
-    JOINED,
-    OTHER_BLOCKS,
-    PREFIX,
-    SHARES,
-    TARGETS,
-    grid_positions,
-)
+from .flux_layout import BLOCKS, PLAIN_BLOCKS, PREFIX, SCALES, SHARES, TARGETS, grid_positions
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
+from .native_layout import NativeLayout
 from .pictures import decode_pictures, from_tokens, picture_latent_size, to_tokens
 
 if TYPE_CHECKING:
@@ -31,21 +22,23 @@ if TYPE_CHECKING:
 
 _LAYERS = range(5)
 """Of the network that makes the modulation of all blocks."""
-_OTHER_OUTSIDE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
-    **{
-        f"distilled_guidance_layer.layers.{n}.{layer}": f"distilled_guidance_layer.layers.{n}.linear_{k}"
-        for n in _LAYERS
-        for k, layer in ((1, "in_layer"), (2, "out_layer"))
+_APPROXIMATOR = "distilled_guidance_layer"
+_LAYOUT = NativeLayout(
+    PLAIN_BLOCKS,
+    {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "final_layer.linear": "proj_out",
+        **{f"{_APPROXIMATOR}.{name}": f"{_APPROXIMATOR}.{name}" for name in ("in_proj", "out_proj")},
+        **{f"{_APPROXIMATOR}.norms.{n}": f"{_APPROXIMATOR}.norms.{n}" for n in _LAYERS},
+        **{
+            f"{_APPROXIMATOR}.layers.{n}.{layer}": f"{_APPROXIMATOR}.layers.{n}.linear_{k}"
+            for n in _LAYERS
+            for k, layer in ((1, "in_layer"), (2, "out_layer"))
+        },
     },
-}
-_OUTSIDE = (
-    *_OTHER_OUTSIDE.values(),
-    "distilled_guidance_layer.in_proj",
-    "distilled_guidance_layer.out_proj",
-    *(f"distilled_guidance_layer.norms.{n}" for n in _LAYERS),
+    shares=SHARES,
+    scales=(*SCALES, *(f"norms.{n}" for n in _LAYERS)),
 )
 
 
@@ -64,17 +57,8 @@ class ChromaFamily(ModelFamily):
     modules = {name: name for name in TARGETS}  # noqa: RUF012
     lora_targets = TARGETS
     lora_keys = LoraKeys(prefix=PREFIX, down=".lora_A.weight", up=".lora_B.weight", alpha=None)
-    lora_names = ModuleNames(
-        blocks=BLOCKS,
-        in_block=IN_BLOCK,
-        outside={name: name for name in _OUTSIDE},
-        joined=JOINED,
-        shares=SHARES,
-        other_blocks=OTHER_BLOCKS,
-        other_outside=_OTHER_OUTSIDE,
-        prefix=PREFIX,
-        flat_prefix=FLAT_PREFIX,
-    )
+    lora_names = ModuleNames(layout=_LAYOUT)
+    native_layout = _LAYOUT
     default_base = "lodestones/Chroma1-HD"
     comfyui_sampling = "ModelSamplingAuraFlow"
 
@@ -121,9 +105,3 @@ class ChromaFamily(ModelFamily):
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         return decode_pictures(pipeline.vae, latents)
-
-    def native_weight_name(self, diffusers_name: str) -> str:
-        raise ValueError(
-            f"{diffusers_name!r} has no weight of its own in ComfyUI's layout of {self.architecture}, which joins "
-            "attention's projections: use LoRA experts"
-        )

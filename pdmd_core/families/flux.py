@@ -10,28 +10,18 @@ from torch import Tensor, nn
 
 from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
-from .flux_layout import (
-    BLOCKS,
-    FLAT_PREFIX,
-    IN_BLOCK,
-    JOINED,
-    OTHER_BLOCKS,
-    PREFIX,
-    SHARES,
-    TARGETS,
-    grid_positions,
-)
+from .flux_layout import BLOCKS, MODULATED_BLOCKS, PREFIX, SCALES, SHARES, TARGETS, grid_positions
 from .guidance import embedded_guidance
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
+from .native_layout import NativeLayout
 from .pictures import decode_pictures, from_tokens, picture_latent_size, to_tokens
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, FluxTransformer2DModel
     from PIL.Image import Image
 
-_MODULATION = {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin", "norm.linear": "modulation.lin"}
-_MODULES = {name: name for name in (*TARGETS, *_MODULATION)}
+_MODULES = {name: name for name in (*TARGETS, "norm1.linear", "norm1_context.linear", "norm.linear")}
 _EMBEDDERS = {
     f"{native}.{layer}": f"time_text_embed.{own}.linear_{n}"
     for own, native in (
@@ -41,11 +31,19 @@ _EMBEDDERS = {
     )
     for n, layer in ((1, "in_layer"), (2, "out_layer"))
 }
-_OTHER_OUTSIDE = _EMBEDDERS | {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
-}
+_LAYOUT = NativeLayout(
+    MODULATED_BLOCKS,
+    _EMBEDDERS
+    | {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    },
+    shares=SHARES,
+    swapped=("norm_out.linear",),
+    scales=SCALES,
+)
 _AREA = 1024 * 1024
 """Pixels of the pictures that Kontext's call makes, whatever size it is asked for."""
 
@@ -65,18 +63,8 @@ class FluxFamily(ModelFamily):
     modules = _MODULES
     lora_targets = TARGETS
     lora_keys = LoraKeys(prefix=PREFIX, down=".lora_A.weight", up=".lora_B.weight", alpha=None)
-    lora_names = ModuleNames(
-        blocks=BLOCKS,
-        in_block=IN_BLOCK | {name: name for name in _MODULATION},
-        # the original has norm_out's halves in the other order
-        outside={name: name for name in (*_OTHER_OUTSIDE.values(), "norm_out.linear")},
-        joined=JOINED | {native: (own,) for own, native in _MODULATION.items()},
-        shares=SHARES,
-        other_blocks=OTHER_BLOCKS,
-        other_outside=_OTHER_OUTSIDE,
-        prefix=PREFIX,
-        flat_prefix=FLAT_PREFIX,
-    )
+    lora_names = ModuleNames(layout=_LAYOUT)
+    native_layout = _LAYOUT
     default_base = "black-forest-labs/FLUX.1-dev"
     guidance_argument = "true_cfg_scale"
     embedded_guidance = 3.5
@@ -165,9 +153,3 @@ class FluxFamily(ModelFamily):
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         return decode_pictures(pipeline.vae, latents)
-
-    def native_weight_name(self, diffusers_name: str) -> str:
-        raise ValueError(
-            f"{diffusers_name!r} has no weight of its own in ComfyUI's layout of {self.architecture}, which joins "
-            "attention's projections: use LoRA experts"
-        )

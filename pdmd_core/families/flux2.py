@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from ..flow import Sigma
 from .base import Conditioning, ModelFamily
-from .flux_layout import FLAT_PREFIX, OTHER_BLOCKS, PREFIX
+from .flux_layout import ATTENTION, NORMS, PREFIX, SCALES, native_blocks
 from .guidance import embedded_guidance
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
+from .native_layout import NativeLayout
 from .pictures import picture_latent_size
 
 if TYPE_CHECKING:
@@ -30,31 +31,33 @@ _TARGETS = (
 )
 _BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 _MODULES = {name: name for name in _TARGETS}
-_NORMS = tuple(f"attn.norm_{part}" for part in ("q", "k", "added_q", "added_k"))
 _MODULATION = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
-_OTHER_OUTSIDE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
-    **{f"{name}.lin": f"{name}.linear" for name in _MODULATION},
-    **{
-        f"{native}.{layer}": f"time_guidance_embed.{own}_embedder.linear_{n}"
-        for own, native in (("timestep", "time_in"), ("guidance", "guidance_in"))
-        for n, layer in ((1, "in_layer"), (2, "out_layer"))
+_LAYOUT = NativeLayout(
+    native_blocks(
+        ATTENTION
+        | {
+            "img_mlp.0": ("ff.linear_in",),
+            "img_mlp.2": ("ff.linear_out",),
+            "txt_mlp.0": ("ff_context.linear_in",),
+            "txt_mlp.2": ("ff_context.linear_out",),
+        },
+        NORMS | {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+    ),
+    {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        **{f"{name}.lin": f"{name}.linear" for name in _MODULATION},
+        **{
+            f"{native}.{layer}": f"time_guidance_embed.{own}_embedder.linear_{n}"
+            for own, native in (("timestep", "time_in"), ("guidance", "guidance_in"))
+            for n, layer in ((1, "in_layer"), (2, "out_layer"))
+        },
     },
-}
-_JOINED = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.linear_in",),
-    "img_mlp.2": ("ff.linear_out",),
-    "txt_mlp.0": ("ff_context.linear_in",),
-    "txt_mlp.2": ("ff_context.linear_out",),
-    "linear1": ("attn.to_qkv_mlp_proj",),
-    "linear2": ("attn.to_out",),
-}
+    swapped=("norm_out.linear",),
+    scales=SCALES,
+)
 
 
 class Flux2Family(ModelFamily):
@@ -73,17 +76,8 @@ class Flux2Family(ModelFamily):
     modules = _MODULES
     lora_targets = _TARGETS
     lora_keys = LoraKeys(prefix=PREFIX, down=".lora_A.weight", up=".lora_B.weight", alpha=None)
-    lora_names = ModuleNames(
-        blocks=_BLOCKS,
-        in_block=_MODULES | {name: name for name in _NORMS},
-        # the original has norm_out's halves in the other order
-        outside={name: name for name in (*_OTHER_OUTSIDE.values(), "norm_out.linear")},
-        joined=_JOINED,
-        other_blocks=OTHER_BLOCKS,
-        other_outside=_OTHER_OUTSIDE,
-        prefix=PREFIX,
-        flat_prefix=FLAT_PREFIX,
-    )
+    lora_names = ModuleNames(layout=_LAYOUT)
+    native_layout = _LAYOUT
     default_base = "black-forest-labs/FLUX.2-dev"
     embedded_guidance = 4.0
     context_parallel = False  # diffusers has a plan, which was not compared with one process
@@ -147,12 +141,6 @@ class Flux2Family(ModelFamily):
         latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
         pixels: Tensor = vae.decode(functional.pixel_shuffle(latents, 2), return_dict=False)[0]
         return (pixels.float().unsqueeze(1) / 2 + 0.5).clamp(0, 1)
-
-    def native_weight_name(self, diffusers_name: str) -> str:
-        raise ValueError(
-            f"{diffusers_name!r} has no weight of its own in ComfyUI's layout of {self.architecture}, which joins "
-            "attention's projections: use LoRA experts"
-        )
 
 
 def _positions(x: Tensor, rows: int, columns: int, tokens: int) -> Tensor:

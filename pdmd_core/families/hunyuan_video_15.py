@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
+from .flux_layout import ATTENTION, MODULATION, SCALES
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
+from .native_layout import NativeBlocks, NativeLayout
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, HunyuanVideo15Transformer3DModel
@@ -23,32 +25,23 @@ _TARGETS = (
     *(f"{side}.{part}" for side in ("ff", "ff_context") for part in ("net.0.proj", "net.2")),
 )
 _MODULES = {name: name for name in (*_TARGETS, "norm1.linear", "norm1_context.linear")}
-_NORMS = tuple(f"attn.norm_{part}" for part in ("q", "k", "added_q", "added_k"))
-_JOINED = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    **{
-        name: (own,)
-        for own, names in {
-            "attn.to_q": ("img_attn_q",),
-            "attn.to_k": ("img_attn_k",),
-            "attn.to_v": ("img_attn_v",),
-            "attn.to_out.0": ("img_attn_proj", "img_attn.proj"),
-            "attn.add_q_proj": ("txt_attn_q",),
-            "attn.add_k_proj": ("txt_attn_k",),
-            "attn.add_v_proj": ("txt_attn_v",),
-            "attn.to_add_out": ("txt_attn_proj", "txt_attn.proj"),
-            "ff.net.0.proj": ("img_mlp.fc1", "img_mlp.0"),
-            "ff.net.2": ("img_mlp.fc2", "img_mlp.2"),
-            "ff_context.net.0.proj": ("txt_mlp.fc1", "txt_mlp.0"),
-            "ff_context.net.2": ("txt_mlp.fc2", "txt_mlp.2"),
-            "norm1.linear": ("img_mod.linear", "img_mod.lin"),
-            "norm1_context.linear": ("txt_mod.linear", "txt_mod.lin"),
-        }.items()
-        for name in names
-    },
+_OTHERS = {
+    "img_attn_q": ("attn.to_q",),
+    "img_attn_k": ("attn.to_k",),
+    "img_attn_v": ("attn.to_v",),
+    "img_attn_proj": ("attn.to_out.0",),
+    "txt_attn_q": ("attn.add_q_proj",),
+    "txt_attn_k": ("attn.add_k_proj",),
+    "txt_attn_v": ("attn.add_v_proj",),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "img_mlp.fc1": ("ff.net.0.proj",),
+    "img_mlp.fc2": ("ff.net.2",),
+    "txt_mlp.fc1": ("ff_context.net.0.proj",),
+    "txt_mlp.fc2": ("ff_context.net.2",),
+    "img_mod.linear": ("norm1.linear",),
+    "txt_mod.linear": ("norm1_context.linear",),
 }
-"""Layers of a block in the original code, and in ComfyUI where it has another name."""
+"""Layers of a block in the original code, where ComfyUI has other names."""
 _EMBEDDERS = {
     "x_embedder.proj": "img_in.proj",
     "image_embedder.norm_in": "vision_in.proj.0",
@@ -56,29 +49,55 @@ _EMBEDDERS = {
     "image_embedder.linear_2": "vision_in.proj.3",
     "image_embedder.norm_out": "vision_in.proj.4",
     "context_embedder.proj_in": "txt_in.input_embedder",
-    "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
-    "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
-    "context_embedder.time_text_embed.text_embedder.linear_1": "txt_in.c_embedder.linear_1",
-    "context_embedder.time_text_embed.text_embedder.linear_2": "txt_in.c_embedder.linear_2",
     "context_embedder_2.norm": "byt5_in.layernorm",
     **{f"context_embedder_2.linear_{n}": f"byt5_in.fc{n}" for n in (1, 2, 3)},
-    "time_embed.timestep_embedder.linear_1": "time_in.mlp.0",
-    "time_embed.timestep_embedder.linear_2": "time_in.mlp.2",
     "cond_type_embed": "cond_type_embedding",
     "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
 }
-"""Modules outside the blocks, with their names in the original code."""
-_REFINER = ("norm1", "norm2", "norm_out.linear", *(name for name in _TARGETS if name.startswith(("attn.to_", "ff."))))
-_OUTSIDE = (
-    *_EMBEDDERS,
-    *(
-        f"context_embedder.token_refiner.refiner_blocks.{n}.{name}"
-        for n in (0, 1)
-        for name in _REFINER
-        if not name.startswith("attn.to_add")
-    ),
-    "norm_out.linear",
+_TIME = "context_embedder.time_text_embed"
+_PAIRS = (
+    (f"{_TIME}.timestep_embedder", "txt_in.t_embedder", "mlp.0", "mlp.2"),
+    (f"{_TIME}.text_embedder", "txt_in.c_embedder", "linear_1", "linear_2"),
+    ("time_embed.timestep_embedder", "time_in", "mlp.0", "mlp.2"),
+    ("time_embed.timestep_embedder_r", "time_r_in", "mlp.0", "mlp.2"),
 )
+"""Embedders of two layers, which have other names in the original code than in ComfyUI."""
+_REFINER = {
+    "self_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "self_attn.proj": ("attn.to_out.0",),
+    "mlp.0": ("ff.net.0.proj",),
+    "mlp.2": ("ff.net.2",),
+    "norm1": ("norm1",),
+    "norm2": ("norm2",),
+    "adaLN_modulation.1": ("norm_out.linear",),
+}
+_FEED_FORWARD = {
+    f"{native}_mlp.{layer}": (f"{own}.net.{part}",)
+    for native, own in (("img", "ff"), ("txt", "ff_context"))
+    for layer, part in ((0, "0.proj"), (2, "2"))
+}
+_LAYOUT = NativeLayout(
+    (
+        NativeBlocks("transformer_blocks", "double_blocks", ATTENTION | MODULATION | _FEED_FORWARD),
+        NativeBlocks(
+            "context_embedder.token_refiner.refiner_blocks", "txt_in.individual_token_refiner.blocks", _REFINER
+        ),
+    ),
+    {
+        **{native: own for own, native in _EMBEDDERS.items()},
+        **{f"{native}.in_layer": f"{own}.linear_1" for own, native, *_ in _PAIRS},
+        **{f"{native}.out_layer": f"{own}.linear_2" for own, native, *_ in _PAIRS},
+    },
+    swapped=("norm_out.linear",),
+    scales=SCALES,
+)
+"""The names of ComfyUI."""
+_OTHER_OUTSIDE = {
+    f"{native}.{layer}": f"{own}.linear_{n}"
+    for own, native, *layers in _PAIRS
+    for n, layer in zip((1, 2), layers, strict=True)
+}
 _TOKENS = 1000
 """At which the pipeline's call cuts prompts; it has no argument for it."""
 _GLYPH_TOKENS = 256
@@ -91,7 +110,7 @@ class HunyuanVideo15Family(ModelFamily):
     Text to video: where the network takes a picture, its latents, their mask and its features are zero. Quoted parts
     of a prompt, which are to be read in the clip, go through a second encoder (``glyph_embeds``). Guidance is a
     component of the pipeline. The pipeline has no loader of LoRA files, its network has. ComfyUI has attention's
-    projections in one weight and reads no LoRA files under diffusers' names.
+    projections in one weight, and its own loader reads no LoRA files under diffusers' names.
     """
 
     name = "hunyuan_video_15"
@@ -101,16 +120,8 @@ class HunyuanVideo15Family(ModelFamily):
     modules = _MODULES
     lora_targets = _TARGETS
     lora_keys = LoraKeys(prefix="transformer.", down=".lora_A.weight", up=".lora_B.weight", alpha=None)
-    lora_names = ModuleNames(
-        blocks=("transformer_blocks",),
-        in_block=_MODULES | {name: name for name in _NORMS},
-        outside={name: name for name in _OUTSIDE},
-        joined=_JOINED,
-        other_blocks={"double_blocks": "transformer_blocks"},
-        other_outside={native: own for own, native in _EMBEDDERS.items()},
-        prefix="transformer.",
-        flat_prefix="lora_transformer_",
-    )
+    lora_names = ModuleNames(joined=_OTHERS, other_outside=_OTHER_OUTSIDE, layout=_LAYOUT)
+    native_layout = _LAYOUT
     lora_loader = "transformer.load_lora_adapter"
     default_base = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v"
     guider = "guider"
@@ -190,12 +201,6 @@ class HunyuanVideo15Family(ModelFamily):
         latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return (pixels.float().transpose(1, 2) / 2 + 0.5).clamp(0, 1)
-
-    def native_weight_name(self, diffusers_name: str) -> str:
-        raise ValueError(
-            f"{diffusers_name!r} has no weight of its own in ComfyUI's layout of {self.architecture}, which joins "
-            "attention's projections: use LoRA experts"
-        )
 
 
 def _used(mask: Tensor) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from .native_layout import NativeLayout
+
 PREFIXES = (
     "base_model.model.model.diffusion_model.",
     "base_model.model.diffusion_model.",
@@ -38,6 +40,8 @@ class Place:
     """Whether they are parameters of no module of their own, such as a table that is added."""
     shares: tuple[int, ...] = (1,)
     """The sizes of several modules in relation to each other."""
+    swapped: bool = False
+    """Whether the file has the halves of its rows in the other order."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,11 @@ class ModuleNames:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Modules of a block that other tools have under another name, or as one: their name there to the modules in
     diffusers whose outputs it lists one after the other."""
-    shares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Those of ``joined`` whose parts are not equally large, to the parts' sizes in relation to each other."""
-    other_blocks: Mapping[str, str] = field(default_factory=dict)
-    """Names that other tools have for the lists of blocks, to those in diffusers."""
     other_outside: Mapping[str, str] = field(default_factory=dict)
     """Names that other tools have for modules outside the blocks, to those in diffusers."""
+    layout: NativeLayout | None = None
+    """The native layout where it joins modules of diffusers; it has all names then, and files in the native layout have
+    joined products."""
     prefix: str = "diffusion_model."
     """What files in the native layout put before a name, so that ComfyUI reads them."""
     flat_prefix: str = "lora_unet_"
@@ -106,6 +109,9 @@ class ModuleNames:
         Returns:
             Its native name, or None where it has none.
         """
+        if self.layout is not None:
+            found = self.layout.find(name)
+            return None if found is None else found.name
         module, _, kind = name.rpartition(".")
         if kind not in ("weight", "bias"):
             return self.native(name, is_parameter=True)
@@ -113,35 +119,58 @@ class ModuleNames:
         return None if native is None else f"{native}.{kind}"
 
     @cached_property
+    def _joined(self) -> dict[str, tuple[str, ...]]:
+        """Native modules of a block to those in diffusers; without those of which a file does not tell the order."""
+        found = {} if self.layout is None else self.layout.joined()
+        unclear = () if self.layout is None else self.layout.swapped_in_last
+        return {native: parts for native, parts in found.items() if not set(parts) & set(unclear)} | dict(self.joined)
+
+    @cached_property
     def _modules(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
         """All spellings of modules, of a block and outside: to names in diffusers."""
+        known, outside = dict(self.in_block), dict(self.outside)
+        if self.layout is not None:
+            known |= {own: own for parts in self.layout.joined().values() for own in parts}
+            outside |= {own: native for native, own in self.layout.outside.items()}
         others = {other: (own,) for other, own in self.other_outside.items()}
-        return _spellings(self.in_block, self.joined), _spellings(self.outside, others)
+        return _spellings(known, self._joined), _spellings(outside, others)
 
     @cached_property
     def _parameters(self) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
         return _spellings(self.block_parameters, {}), _spellings(self.parameters, {})
 
     @cached_property
+    def _lists(self) -> dict[str, str]:
+        """Every spelling of a list of blocks to its name in diffusers."""
+        found = {name: name for name in self.blocks}
+        for blocks in () if self.layout is None else self.layout.blocks:
+            found |= {blocks.own: blocks.own, blocks.native: blocks.own}
+        return {name.replace(".", "_"): own for name, own in found.items()} | found
+
+    @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        spellings = (*self.blocks, *self.other_blocks)
-        return re.compile(rf"({'|'.join(map(re.escape, spellings))})[._](\d+)[._](.+)")
+        return re.compile(rf"({'|'.join(map(re.escape, self._lists))})[._](\d+)[._](.+)")
 
     def _split(self, name: str) -> tuple[str, str]:
         """The block in diffusers with its number and a dot, and the rest; no block where the name is outside."""
-        match = self._pattern.fullmatch(name) if self.blocks else None
+        match = self._pattern.fullmatch(name) if self._lists else None
         if not match:
             return "", name
-        return f"{self.other_blocks.get(match[1], match[1])}.{match[2]}.", match[3]
+        return f"{self._lists[match[1]]}.{match[2]}.", match[3]
 
     def _place(self, name: str) -> Place | None:
         block, inner = self._split(name)
         for is_parameter, spellings in ((False, self._modules), (True, self._parameters)):
             names = spellings[0 if block else 1].get(inner)
-            if names is not None:
-                joined = next((key for key, parts in self.joined.items() if parts == names), "")
-                shares = self.shares.get(joined, (1,) * len(names))
-                return Place(tuple(block + each for each in names), is_parameter, shares)
+            if names is None:
+                continue
+            if self.layout is None:
+                return Place(tuple(block + each for each in names), is_parameter, (1,) * len(names))
+            joined = next((key for key, parts in self._joined.items() if parts == names), "")
+            shares = self.layout.shares.get(joined, (1,) * len(names))
+            original = not block and inner.replace(".", "_") != names[0].replace(".", "_")
+            swapped = original and names[0] in self.layout.swapped
+            return Place(tuple(block + each for each in names), is_parameter, shares, swapped)
         return None
 
 

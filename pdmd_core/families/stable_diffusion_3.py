@@ -12,6 +12,7 @@ from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
 from .lora_keys import LoraKeys
 from .module_names import ModuleNames
+from .native_layout import NativeBlocks, NativeLayout
 from .pictures import decode_pictures, picture_latent_size
 
 if TYPE_CHECKING:
@@ -26,11 +27,7 @@ _TARGETS = (
     *(f"{side}.net.{part}" for side in ("ff", "ff_context") for part in ("0.proj", "2")),
 )
 _MODULES = {name: name for name in (*_TARGETS, "norm1.linear", "norm1_context.linear")}
-_NORMS = {
-    **{f"x_block.{attn}.ln_{part}": f"{attn}.norm_{part}" for attn in ("attn", "attn2") for part in "qk"},
-    **{f"context_block.attn.ln_{part}": f"attn.norm_added_{part}" for part in "qk"},
-}
-_JOINED = {
+_BLOCK = {
     "x_block.attn.qkv": tuple(f"attn.{part}" for part in _PROJECTIONS),
     "context_block.attn.qkv": tuple(f"attn.{part}" for part in _ADDED),
     "x_block.attn2.qkv": tuple(f"attn2.{part}" for part in _PROJECTIONS),
@@ -42,18 +39,28 @@ _JOINED = {
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "x_block.adaLN_modulation.1": ("norm1.linear",),
-    **{native: (own,) for native, own in _NORMS.items()},
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+    **{f"x_block.{attn}.ln_{part}": (f"{attn}.norm_{part}",) for attn in ("attn", "attn2") for part in "qk"},
+    **{f"context_block.attn.ln_{part}": (f"attn.norm_added_{part}",) for part in "qk"},
 }
-"""Layers of the original code. Its last block has the halves of ``norm1_context.linear`` in the other order."""
-_OTHER_OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.linear": "proj_out",
-    **{
-        f"{native}_embedder.mlp.{2 * n - 2}": f"time_text_embed.{own}_embedder.linear_{n}"
-        for own, native in (("timestep", "t"), ("text", "y"))
-        for n in (1, 2)
+"""Layers of the original code."""
+_LAYOUT = NativeLayout(
+    (NativeBlocks("transformer_blocks", "joint_blocks", _BLOCK),),
+    {
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        **{
+            f"{native}_embedder.mlp.{2 * n - 2}": f"time_text_embed.{own}_embedder.linear_{n}"
+            for own, native in (("timestep", "t"), ("text", "y"))
+            for n in (1, 2)
+        },
     },
-}
+    {"pos_embed": "pos_embed.pos_embed"},
+    swapped=("norm_out.linear",),
+    swapped_in_last=("norm1_context.linear",),
+)
 
 
 class StableDiffusion3Family(ModelFamily):
@@ -70,17 +77,8 @@ class StableDiffusion3Family(ModelFamily):
     modules = _MODULES
     lora_targets = _TARGETS
     lora_keys = LoraKeys(prefix="transformer.", down=".lora_A.weight", up=".lora_B.weight", alpha=None)
-    lora_names = ModuleNames(
-        blocks=("transformer_blocks",),
-        in_block=_MODULES | {name: name for name in _NORMS.values()},
-        # the original has norm_out's halves in the other order
-        outside={name: name for name in (*_OTHER_OUTSIDE.values(), "context_embedder", "norm_out.linear")},
-        joined=_JOINED,
-        other_blocks={"joint_blocks": "transformer_blocks"},
-        other_outside=_OTHER_OUTSIDE,
-        prefix="transformer.",
-        flat_prefix="lora_transformer_",
-    )
+    lora_names = ModuleNames(layout=_LAYOUT)
+    native_layout = _LAYOUT
     default_base = "stabilityai/stable-diffusion-3.5-medium"
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
@@ -123,9 +121,3 @@ class StableDiffusion3Family(ModelFamily):
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         return decode_pictures(pipeline.vae, latents)
-
-    def native_weight_name(self, diffusers_name: str) -> str:
-        raise ValueError(
-            f"{diffusers_name!r} has no weight of its own in ComfyUI's layout of {self.architecture}, which joins "
-            "attention's projections: use LoRA experts"
-        )

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..flow import Sigma, of_each_sample
 from .base import Conditioning, ModelFamily
 from .module_names import ModuleNames
+from .native_layout import NativeBlocks, NativeLayout
 from .pictures import decode_pictures, picture_latent_size
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ _NAMES = ModuleNames(
     },
 )
 """Native names are those that ComfyUI reads in LoRA files; its network has attention's projections in one weight."""
+_IN_BLOCK = {native: (own,) for own, native in _NAMES.in_block.items() if not own.startswith("attention.to_")}
+_LAYOUT = NativeLayout(
+    tuple(NativeBlocks(name, name, _IN_BLOCK | dict(_NAMES.joined)) for name in _NAMES.blocks),
+    {native: own for own, native in _NAMES.outside.items()},
+    _NAMES.parameters,
+)
 _LORA = re.compile(r"(layers|noise_refiner|context_refiner)[._]\d+[._]attention[._]to_")
 
 
@@ -63,6 +70,7 @@ class ZImageFamily(ModelFamily):
     modules = _MODULES
     lora_targets = _TARGETS
     lora_names = _NAMES
+    native_layout = _LAYOUT
     unguided = 0.0
     comfyui_sampling = "ModelSamplingAuraFlow"
 
@@ -108,9 +116,3 @@ class ZImageFamily(ModelFamily):
     def owns_lora(self, modules: Sequence[str]) -> bool:
         # the layout of the original code, with attention.qkv, is Lumina 2's too
         return any(_LORA.search(module) for module in modules)
-
-    def native_weight_name(self, diffusers_name: str) -> str:
-        raise ValueError(
-            f"{diffusers_name!r} has no weight of its own in ComfyUI's layout of {self.architecture}, which joins "
-            "attention's projections: use LoRA experts"
-        )

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from pdmd_core.experts import BaseModel, Expert, Manifest, lora_to_file, write_experts
+from pdmd_core.experts.convert.native import in_native_layout
+from pdmd_core.experts.format.weights import weights_of
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from tests.helpers.comfyui.phased_models import LOAD, noise_of, sigmas_of
 from tests.helpers.comfyui.tiny_models import Z_IMAGE_TEXT, Z_IMAGE_WIDTH, z_image_state
+from tests.helpers.families.parts import spread
 from tests.helpers.tiny import randn
 
 PLAN = PhasePlan.from_steps([2, 2], shift=3.0)
@@ -140,6 +143,31 @@ def test_full_experts_load_in_both_layouts(pack, bases, base: Path, layout: str)
         pack.module("comfy_nodes.errors").NodeError, match="weights are missing or unknown, for example"
     ):
         pack.call("PhasedDMDLoadExperts", **load)
+
+
+@torch.no_grad()
+def test_full_experts_have_the_velocity_that_they_have_in_diffusers(models) -> None:
+    import comfy.model_management
+    import comfy.sd
+    from diffusers import ZImageTransformer2DModel
+
+    found = family("z_image")
+    sizes = {"dim": Z_IMAGE_WIDTH, "n_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": Z_IMAGE_TEXT}
+    axes = {"axes_dims": [32, 32, 32], "axes_lens": [64, 32, 32]}
+    network = ZImageTransformer2DModel(in_channels=16, **sizes, **axes).eval()
+    network.t_embedder = type(network.t_embedder)(256, mid_size=Z_IMAGE_WIDTH)  # 1024 in both, where they are as wide
+    spread(network, 0.02)
+    native = in_native_layout(weights_of(network.state_dict()), found)
+    state = {name: native.read(name).clone() for name in native.specs}
+    model = comfy.sd.load_diffusion_model_state_dict(state)
+    comfy.model_management.load_models_gpu([model])
+    x, prompts = randn(1, 16, 8, 12), randn(1, 5, Z_IMAGE_TEXT, seed=1)
+    conditioning = {"prompt_embeds": prompts, "prompt_mask": torch.ones(1, 5)}
+    velocities = [found.velocity(network, x, sigma, conditioning) for sigma in (0.9, 0.3)]
+    for sigma, expected in zip((0.9, 0.3), velocities, strict=True):
+        x_0 = model.model.apply_model(x, torch.tensor([sigma]), c_crossattn=prompts, num_tokens=5)
+        torch.testing.assert_close(x_0, x - sigma * expected, rtol=1e-5, atol=1e-5)
+    assert (velocities[0] - velocities[1]).abs().max() > 0.01
 
 
 def test_weights_that_comfyuis_conversion_does_not_know_are_not_forgotten(pack) -> None:

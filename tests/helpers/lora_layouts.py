@@ -29,6 +29,13 @@ def added(network: nn.Module, deltas: Deltas, strength: float = 1.0) -> nn.Modul
     return network
 
 
+def with_native_names(family: ModelFamily, pairs: Pairs) -> Pairs:
+    """Without those of which a file does not tell the order of rows in the native layout."""
+    layout = family.lora_names.layout
+    unclear = tuple(layout.swapped_in_last) if layout else ()
+    return {name: pair for name, pair in pairs.items() if not name.endswith(unclear)}
+
+
 def pairs_of(network: nn.Module, seed: int, ends: tuple[str, ...] = ("",), rank: int = RANK) -> Pairs:
     """Random projections for the linear layers whose names have these ends."""
     found = {}
@@ -50,6 +57,22 @@ def _native(family: ModelFamily, name: str) -> str:
     return native
 
 
+def _joined(family: ModelFamily, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
+    """Native module to projections, where it has several of diffusers': one below the other, and on the diagonal."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    layout = family.lora_names.layout
+    for name, pair in pairs.items():
+        if layout is None:
+            found[_native(family, name)] = pair
+            continue
+        native = layout.find(f"{name}.weight")
+        assert native is not None, name
+        parts = [pairs[source.removesuffix(".weight")] for source in native.sources]
+        down, up = torch.cat([part[0] for part in parts]), torch.block_diag(*(part[1] for part in parts))
+        found[native.name.removesuffix(".weight")] = down, torch.cat(up.chunk(2)[::-1]) if native.swapped else up
+    return found
+
+
 def _keys(pairs: Pairs, spell: Callable[[str], str], down: str, up: str) -> dict[str, Tensor]:
     return {
         f"{spell(name)}.{part}": value.clone()
@@ -61,24 +84,28 @@ def _keys(pairs: Pairs, spell: Callable[[str], str], down: str, up: str) -> dict
 _AB = ("lora_A.weight", "lora_B.weight")
 _DOWN_UP = ("lora_down.weight", "lora_up.weight")
 LAYOUTS: dict[str, Callable[[ModelFamily, Pairs], dict[str, Tensor]]] = {
-    "native": lambda f, p: _keys(p, lambda n: f.lora_names.prefix + _native(f, n), *_DOWN_UP),
-    "native_ab": lambda f, p: _keys(p, lambda n: f"diffusion_model.{_native(f, n)}", *_AB),
-    "kohya": lambda f, p: _keys(p, lambda n: f.lora_names.flat_prefix + _native(f, n).replace(".", "_"), *_DOWN_UP),
-    "kohya_double": lambda f, p: _keys(p, lambda n: "lora_unet__" + _native(f, n).replace(".", "_"), *_DOWN_UP),
+    "native": lambda f, p: _keys(_joined(f, p), lambda n: f"diffusion_model.{n}", *_DOWN_UP),
+    "native_ab": lambda f, p: _keys(_joined(f, p), lambda n: f"diffusion_model.{n}", *_AB),
+    "kohya": lambda f, p: _keys(_joined(f, p), lambda n: "lora_unet_" + n.replace(".", "_"), *_DOWN_UP),
+    "kohya_double": lambda f, p: _keys(_joined(f, p), lambda n: "lora_unet__" + n.replace(".", "_"), *_DOWN_UP),
     "diffusers": lambda f, p: _keys(p, lambda n: f"transformer.{n}", *_AB),
     "peft": lambda f, p: _keys(p, lambda n: f"base_model.model.{n}", *_AB),
-    "bare_native": lambda f, p: _keys(p, lambda n: _native(f, n), *_DOWN_UP),
+    "bare_native": lambda f, p: _keys(_joined(f, p), lambda n: n, *_DOWN_UP),
     "bare_diffusers": lambda f, p: _keys(p, lambda n: n, *_AB),
-    "diffsynth": lambda f, p: _keys(p, lambda n: _native(f, n), "lora_A.default.weight", "lora_B.default.weight"),
+    "diffsynth": lambda f, p: _keys(_joined(f, p), lambda n: n, "lora_A.default.weight", "lora_B.default.weight"),
     "dotted": lambda f, p: _keys(p, lambda n: f"transformer.{n}", "lora.down.weight", "lora.up.weight"),
 }
 """Name of a layout to what writes pairs in it, without alpha."""
 
 
 def with_alpha(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """An alpha beside each module."""
-    stems = {key.rpartition(".lora")[0] for key in tensors if ".lora" in key}
-    return tensors | {f"{stem}.alpha": torch.tensor(alpha) for stem in stems}
+    """An alpha beside each module, which means the same where products are joined to one of a higher rank."""
+    found = dict(tensors)
+    for key, value in tensors.items():
+        stem, half, _ = key.rpartition(".lora")
+        if half and key.removeprefix(stem).startswith((".lora_A", ".lora_down", ".lora.down")):
+            found[f"{stem}.alpha"] = torch.tensor(alpha * len(value) / RANK)
+    return found
 
 
 def wan_of_2026(

@@ -24,6 +24,7 @@ from ..format.weights import Weights, dtype_name, open_weights, write_weights
 from ..hub.card import card_text
 from ..writing import write_experts
 from .low_rank import extract, merged
+from .native import in_native_layout
 from .output import check_output, new_folder
 from .released import BESIDE, GIVEN
 
@@ -137,7 +138,7 @@ class Conversion:
                 if config:
                     metadata["config"] = json.dumps({"transformer": config})
                 try:
-                    native = weights[expert.name].renamed(base.family.native_weight_name)
+                    native = in_native_layout(weights[expert.name], base.family)
                 except ValueError as error:
                     raise ExpertsError(f"{expert.file}: {error}") from None
                 write_weights(folder / expert.file, native, metadata)

@@ -146,7 +146,9 @@ def sample_of(weight: Tensor, start: int = 0, rows: int | None = None) -> Tensor
     if weight.is_meta or type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # offloaded elsewhere; a tensor that consists of others
     weight = weight.detach().as_subclass(Tensor)
-    row = weight[start + (rows or len(weight)) // 2] if weight.ndim > 1 and len(weight) else weight
+    if rows is not None:
+        weight = weight[start : start + rows]
+    row = weight[len(weight) // 2] if weight.ndim > 1 and len(weight) else weight
     return row.flatten()[:MAX_SAMPLED_VALUES].cpu()
 
 

@@ -72,9 +72,23 @@ class LowRank:
             shares: The sizes of all parts in relation to each other.
 
         Returns:
-            The change of these rows.
+            The change of these rows, without the ranks that only other rows have.
         """
-        return replace(self, up=_rows(self.up, part, shares))
+        if len(shares) == 1:
+            return self
+        up = _rows(self.up, part, shares)
+        used = up.any(0) if up.dtype.itemsize > 1 else up.float().any(0)
+        if used.all() or not used.any():
+            return replace(self, up=up)
+        return replace(self, down=self.down[used], up=up[:, used])
+
+    def swapped(self) -> LowRank:
+        """Put the second half of the rows before the first.
+
+        Returns:
+            The change of the rows in this order.
+        """
+        return replace(self, up=torch.cat(self.up.chunk(2)[::-1]))
 
     def dense(self) -> Tensor:
         """Multiply out.
@@ -121,6 +135,14 @@ class Dense:
             The change of these rows.
         """
         return replace(self, value=_rows(self.value, part, shares))
+
+    def swapped(self) -> Dense:
+        """Put the second half of the rows before the first.
+
+        Returns:
+            The change of the rows in this order.
+        """
+        return replace(self, value=torch.cat(self.value.chunk(2)[::-1]))
 
     def dense(self) -> Tensor:
         """Multiply by the factor.

@@ -149,7 +149,8 @@ def read_lora(
         for kind, changes in changes_of_module(parts, scale, f"{what}: {module}").items():
             for index, target in enumerate(place.names):
                 name = f"{target}.{kind}"
-                weights.setdefault(name, []).extend(change.rows(index, place.shares) for change in changes)
+                parts_of = [change.rows(index, place.shares) for change in changes]
+                weights.setdefault(name, []).extend(c.swapped() if place.swapped else c for c in parts_of)
                 own_keys = [key for meaning, key in meanings.items() if ("bias" in meaning) == (kind == "bias")]
                 sources.setdefault(name, []).extend(own_keys)
     return LoraFile(what, weights, sources, left_out)

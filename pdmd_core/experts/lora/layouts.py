@@ -11,12 +11,13 @@ import torch
 from ...families import ModuleNames
 from .changes import Change, LowRank, sum_of
 from .file import LoraFile
+from .joined import joined
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LAYOUTS = {
-    "native": "original names, lora_down, lora_up and alpha: ComfyUI and diffusers read it",
+    "native": "original names, lora_down, lora_up and alpha: ComfyUI reads it, and diffusers for most models",
     "kohya": "original names with underscores for dots: ComfyUI, and diffusers for some models",
     "diffusers": "diffusers' names for its load_lora_weights, alpha in the weights",
     "peft": "a folder for PEFT's PeftModel: diffusers' names, alpha in adapter_config.json",
@@ -48,8 +49,10 @@ def in_layout(file: LoraFile, names: ModuleNames, layout: str) -> Written:
         The tensors, and what could not be written. Every product is exact: where alpha is put into a projection and
         that does not fit its dtype, it becomes float32.
     """
+    native = layout in ("native", "kohya")
+    file = joined(file, names.layout) if native and names.layout is not None else file
     written = Written(left_out=list(file.left_out))
-    spell = _native_name(names) if layout in ("native", "kohya") else _own_name
+    spell = _native_name(names) if native else _own_name
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, changes in file.weights.items():
@@ -79,7 +82,7 @@ def _native_name(names: ModuleNames) -> Callable[[str, str], str | None]:
     """Module, or parameter, under its native name with the layout's prefix."""
 
     def spell(weight: str, layout: str) -> str | None:
-        native = names.native_weight(weight)
+        native = weight if names.layout is not None else names.native_weight(weight)
         if native is None:
             return None
         module = native.removesuffix(".weight").removesuffix(".bias")

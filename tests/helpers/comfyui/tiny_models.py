@@ -90,6 +90,8 @@ def let_networks_be_small() -> None:
             config |= {"num_heads": 2, "freq_dim": 32, "text_dim": TEXT_FEATURES}
         if config and config.get("image_model") == "lumina2" and config["dim"] == Z_IMAGE_WIDTH:
             config |= Z_IMAGE
+            if f"{prefix}cap_pad_token" in state:
+                config["pad_tokens_multiple"] = 32
         return config
 
     detection.detect_unet_config = detect

@@ -18,14 +18,14 @@ from tests.helpers.families.cases import BY_FAMILY, STOPPED, VERIFIED
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- tests/helpers/families/matrix.py -->\n", "<!-- end -->\n"
+_JOINED = "comfyui/test_joined_projections.py"
 COMFYUI = {
     "wan": ("LoRA, full", "comfyui/test_converted_experts.py"),
     "qwen_image": ("LoRA", "comfyui/test_lora_files.py"),
     "z_image": ("LoRA, full", "comfyui/test_z_image.py"),
-    "ltx_video": ("LoRA", "comfyui/test_ltx_video.py"),
-    **dict.fromkeys(
-        ("chroma", "flux", "flux2", "ltx2", "stable_diffusion_3"), ("LoRA", "comfyui/test_joined_projections.py")
-    ),
+    "ltx_video": ("LoRA, full", "comfyui/test_ltx_video.py"),
+    "ltx2": ("LoRA", _JOINED),
+    **dict.fromkeys(("chroma", "flux", "flux2", "hunyuan_video_15", "stable_diffusion_3"), ("LoRA, full", _JOINED)),
 }
 """What of a family's experts the real ComfyUI loads in the tests, and where."""
 HEADER = (

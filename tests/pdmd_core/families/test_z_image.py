@@ -27,9 +27,3 @@ def test_targets_are_all_linear_layers_of_the_blocks_but_the_modulation() -> Non
 def test_a_module_that_cannot_be_adapted_is_an_error_that_names_it(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(name))):
         Z_IMAGE.native_module_name(name)
-
-
-def test_full_weights_for_comfyui_are_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"'layers\.0\.attention\.to_q\.weight' .* use LoRA experts") as caught:
-        Z_IMAGE.native_weight_name("layers.0.attention.to_q.weight")
-    assert len(str(caught.value).splitlines()) == 1

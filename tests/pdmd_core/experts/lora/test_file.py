@@ -11,7 +11,16 @@ from pdmd_core.experts.lora.alpha import Alphas
 from pdmd_core.experts.lora.file import LoraFile, read_lora
 from pdmd_core.families import FAMILIES, ModelFamily, ModuleNames, family, family_of_lora
 from tests.helpers.families.cases import CASES
-from tests.helpers.lora_layouts import LAYOUTS, RANK, Deltas, deltas_of, pairs_of, wan_of_2026, with_alpha
+from tests.helpers.lora_layouts import (
+    LAYOUTS,
+    RANK,
+    Deltas,
+    deltas_of,
+    pairs_of,
+    wan_of_2026,
+    with_alpha,
+    with_native_names,
+)
 from tests.helpers.tiny import randn
 
 WAN = family("wan")
@@ -39,7 +48,7 @@ def same(file: LoraFile, deltas: Deltas) -> None:
 def test_every_layout_means_the_same(name: str, layout: str) -> None:
     """On every linear layer, in the blocks and outside of them."""
     found = family(name)
-    pairs = pairs_of(network(name), 1)
+    pairs = with_native_names(found, pairs_of(network(name), 1))
     assert len(pairs) > 15
     tensors = with_alpha(LAYOUTS[layout](found, pairs), 1.0)
     file = read(tensors, found.lora_names)
@@ -83,8 +92,14 @@ def test_every_weight_of_a_network_has_a_place(name: str) -> None:
         module, _, kind = weight.rpartition(".")
         suffix = {"weight": ".diff", "bias": ".diff_b"}.get(kind)
         spelled = module if suffix else weight
-        native = found.lora_names.native(spelled, is_parameter=suffix is None)
-        assert native is not None, weight
+        if (layout := found.lora_names.layout) is None:
+            native = found.lora_names.native(spelled, is_parameter=suffix is None)
+            assert native is not None, weight
+        else:  # its parts are tested with products
+            place = layout.find(weight, {blocks.own: 9 for blocks in layout.blocks})
+            assert place is not None, weight
+            native = spelled if place.sources[1:] else place.name.removesuffix(f".{kind}").removesuffix(".scale")
+            native = spelled if module.endswith(tuple(layout.swapped_in_last)) else native
         for key in (native, spelled, native.replace(".", "_")):
             file = read({f"diffusion_model.{key}{suffix or '.diff'}": value}, found.lora_names)
             assert list(file.weights) == [weight], key

@@ -13,7 +13,16 @@ from pdmd_core.experts.lora.layouts import LAYOUTS, in_layout
 from pdmd_core.families import FAMILIES, family
 from tests.helpers.families.cases import CASES
 from tests.helpers.lora_layouts import LAYOUTS as FOUND
-from tests.helpers.lora_layouts import RANK, Deltas, deltas_of, pairs_of, save, wan_of_2026, with_alpha
+from tests.helpers.lora_layouts import (
+    RANK,
+    Deltas,
+    deltas_of,
+    pairs_of,
+    save,
+    wan_of_2026,
+    with_alpha,
+    with_native_names,
+)
 
 WAN = family("wan")
 READABLE = {"native": "native", "kohya": "kohya", "diffusers": "diffusers", "peft": "peft"}
@@ -33,7 +42,7 @@ def same(file: LoraFile, deltas: Deltas) -> None:
 @pytest.mark.parametrize("source", READABLE)
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_any_layout_becomes_any_other(name: str, source: str, layout: str) -> None:
-    pairs = pairs_of(CASES[name].build().transformer, 1)
+    pairs = with_native_names(family(name), pairs_of(CASES[name].build().transformer, 1))
     tensors = with_alpha(FOUND[source](family(name), pairs), 1.5)
     written = in_layout(read(tensors, name=name), family(name).lora_names, layout)
     assert not written.left_out
