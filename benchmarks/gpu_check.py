@@ -126,7 +126,7 @@ def _updates(
 ) -> Iterator[Row]:
     from benchmarks.cost.full_size import measure, recipe_of
 
-    config = recipe_of(model, overrides)
+    config = recipe_of(model, ["compile=none", *overrides])  # compiling takes minutes: one way of ten blocks does it
     for phase in phases:
         row = measure(config, layers, phase, 1, device)
         told = {key: row[key] / 2**30 for key in ("held", "peak") if key in row}

@@ -36,7 +36,7 @@ from training.loop.precision import make_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("qwen_image", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "wan2_1_t2v_14b", "wan2_1_t2v_1_3b")
-REHEARSAL = ["model.height=64", "model.width=64", "model.max_sequence_length=16", "fake_updates=1"]
+REHEARSAL = ["model.height=64", "model.width=64", "model.max_sequence_length=16", "fake_updates=1", "compile=none"]
 HONOURED: tuple[str, ...] = (
     *("model", "plan", "objective", "generator", "fake", "memory", "batch_size", "fake_updates", "draws_per_rollout"),
     *("precision", "compile", "attention", "max_grad_norm", "ema_decay", "seed"),

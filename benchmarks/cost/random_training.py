@@ -221,8 +221,9 @@ class RandomTraining:
             keep_idle_experts_away(self.roles, plan, phase, accelerator.device)
         self.training = PhaseTraining(config, plan, phase, self.roles, accelerator)
         order = ExampleOrder([torch.arange(2)], [1.0], config.seed)
-        rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        rng = RunRNG(config.seed, config.batch_size, order, rank, processes, device)
+        groups, device = config.groups(accelerator.num_processes), accelerator.device
+        group = accelerator.process_index // config.parallel.context_parallel
+        rng = RunRNG(config.seed, config.batch_size, order, group, groups, device)
         prompts = RandomPrompts(teacher.conditioning, accelerator.device)
         boundary = teacher.routing.boundary
         self.batches = DataBatches(rng, prompts, [teacher.shape], boundary, config.score_groups)

@@ -1,7 +1,7 @@
-"""Two processes that share a sample, with compiled blocks and without: a program for the tests.
+"""Two processes that share a sample and the weights, with compiled blocks and without: a program for the tests.
 
-Graphs are captured as ever and run as they are. Prints, as JSON, the relative distance of velocities and gradients, and
-how many graphs there were.
+Graphs are captured as ever and run as they are, unless ``BACKEND`` names another backend. Prints, as JSON, the relative
+distances of velocities and gradients, and how many graphs there were.
 """
 
 from __future__ import annotations
@@ -18,24 +18,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.cost.random_training import small_teacher
-from training.distributed.context_parallel import divide_samples
+from benchmarks.cost.random_training import small_config, small_teacher
+from training.distributed.sharding import mesh_of
+from training.loop import compiling
+from training.loop.build import build_roles
+
+CPU = torch.device("cpu")
+compiling.BACKEND = os.environ.get("BACKEND", "eager")
 
 
-def evaluate(compiled: bool) -> tuple[Tensor, Tensor]:
-    """Velocity of a sample, and the gradient with respect to it."""
+def evaluate(compiled: str) -> tuple[Tensor, Tensor]:
+    """Velocity of a sample by an expert, and the gradient with respect to its weights."""
+    parallel = {"sharding": "fsdp", "context_parallel": 2}
+    config = small_config(compile=compiled, parallel=parallel, memory={"gradient_checkpointing": True})
+    torch.manual_seed(0)
     teacher = small_teacher("wan", "tiny", 8)
-    (network,) = teacher.networks.values()
-    divide_samples([network], 2, torch.device("cpu"))
-    for block in teacher.family.blocks_of(network) if compiled else ():
-        block.compile(backend="eager")
+    roles = build_roles(config, teacher.family, teacher.networks, teacher.routing, CPU, mesh_of(config, CPU, 2))
+    expert = config.plan.build().phases[0].name
+    roles.set_trainable([expert])
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, *teacher.shape, generator=generator).requires_grad_()
+    x = torch.randn(1, *teacher.shape, generator=generator)
     given = {name: torch.randn(1, *shape, generator=generator) for name, shape in teacher.conditioning.items()}
-    velocity = teacher.family.velocity(network, x, torch.tensor([0.7]), given)
+    velocity = roles.velocity(expert, x, torch.tensor([0.7]), given)
     velocity.square().sum().backward()
-    assert x.grad is not None
-    return velocity.detach(), x.grad
+    gradients = [parameter.grad.flatten() for parameter in roles.parameters(expert) if parameter.grad is not None]
+    return velocity.detach(), torch.cat(gradients)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -49,7 +56,7 @@ with tempfile.TemporaryDirectory() as folder:
         if not child:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-            plain, compiled = evaluate(False), evaluate(True)
+            plain, compiled = evaluate("none"), evaluate("regional")
             if rank == 0:
                 found = [distance(a, b) for a, b in zip(compiled, plain, strict=True)]
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tempfile
-from functools import partialmethod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,13 +21,14 @@ from torch import nn
 
 from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
 from training.distributed.sharding import mesh_of
+from training.loop import compiling
 
 CASES = [(1, 1, "none"), (2, 1, "none"), (2, 1, "regional"), (2, 2, "none"), (4, 1, "none"), (4, 2, "none")]
 """Processes, groups of samples, and whether blocks are compiled, to graphs that run as they are."""
 BATCH, UPDATES = 8, 4
 
 
-nn.Module.compile = partialmethod(nn.Module.compile, backend=os.environ.get("BACKEND", "eager"))
+compiling.BACKEND = os.environ.get("BACKEND", "eager")
 
 
 def count(processes: int, groups: int, compiled: str) -> dict[str, object]:

@@ -131,8 +131,6 @@ class DistillConfig(Section):
             raise ValueError(f"memory.swap_blocks keeps blocks whole: {whole}")
         if memory.swap_blocks and self.model.quantization != "none":
             raise ValueError("memory.swap_blocks is for plain weights: set model.quantization to none, or leave it out")
-        if memory.swap_blocks and self.compile != "none":
-            raise ValueError("memory.swap_blocks moves weights between blocks: set compile to none, or leave it out")
         if self.attention != "native" and context_parallel > 1:
             raise ValueError("attention of divided samples is native: leave attention or parallel.context_parallel out")
         for section, role in (("generator", self.generator), ("fake", self.fake)):

@@ -142,7 +142,6 @@ def _passes(config: DistillConfig, counts: Mapping[str, float]) -> float:
 def _what_fits(config: DistillConfig, memory_per_gpu: float, gpus: int, blocks: int) -> str:
     """Which keys would make a run fit: each is added to those before it, where it helps."""
     swap = {"memory.swap_blocks": blocks, "memory.offload_idle_network": False, "parallel.sharding": "none"}
-    swap |= {"compile": "none"}
     own, chosen = leaves_of(config.model_dump()), dict[str, Any]()
     for changes in (*_SAVING, swap):
         together = chosen | changes

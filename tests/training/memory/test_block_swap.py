@@ -155,7 +155,6 @@ def test_a_run_on_two_networks_has_the_numbers_of_one_without_swapping(
         ({"memory.gradient_checkpointing": False}, "swap_blocks: weights go before the backward pass, with"),
         ({"memory.offload_idle_network": True}, "leave memory.offload_idle_network out"),
         ({"model.quantization": "int8"}, "memory.swap_blocks is for plain weights: set model.quantization to none"),
-        ({"compile": "regional"}, "memory.swap_blocks moves weights between blocks: set compile to none"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(
