@@ -268,7 +268,9 @@ def _compared(
     from PIL import ImageOps
 
     (width, height, frames), shape = of_size, base.family.latent_shape(pipeline, of_size[1], of_size[0], of_size[2])
-    picture = _picture(width, height) if base.family.takes_image(pipeline) else None
+    edits = str(experts.manifest.training.get("pipeline_tag")).startswith("image-")
+    takes = base.family.needs_image(pipeline) or (edits and base.family.takes_image(pipeline))
+    picture = _picture(width, height) if takes else None
     both = bool(experts.manifest.training.get("last_image")) or base.family.needs_last_image(
         pipeline.transformer.config
     )

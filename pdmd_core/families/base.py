@@ -55,6 +55,8 @@ class ModelFamily(LoraFiles, ABC):
     """Whether the pipeline's call takes ``num_frames`` and returns ``frames``; it returns ``images`` otherwise."""
     call_lacks: tuple[str, ...] = ()
     """Arguments that the calls of most pipelines have, and this one's has not."""
+    picture_sets_size: bool = False
+    """Whether a call that is given a picture has no ``height`` and ``width``, which it makes of the picture's sides."""
     frame_rate: float = 16.0
     """Frames a second of its clips, where the pipeline's call does not say otherwise."""
     context_parallel: bool = True
@@ -176,6 +178,30 @@ class ModelFamily(LoraFiles, ABC):
             The shapes without the batch, by the names of ``encode_prompts`` and ``encode_images``.
         """
 
+    def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Tell the shapes of what the image of an example adds, where the network's configuration does not tell them.
+
+        Args:
+            pipeline: A pipeline that takes images, whose weights may be on the meta device.
+            latent: The sample's ``latent_shape``; the image has its aspect ratio.
+
+        Returns:
+            The shapes without the batch, by the names of ``encode_images``; none by default.
+        """
+        return {}
+
+    def image_tokens(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> int:
+        """Tell how many tokens a prompt has beside those of its text where the text encoder sees the image.
+
+        Args:
+            pipeline: A pipeline that takes images, whose weights may be on the meta device.
+            latent: The sample's ``latent_shape``; the image has its aspect ratio.
+
+        Returns:
+            The tokens, 0 by default.
+        """
+        return 0
+
     def takes_image(self, pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
         """Tell whether a pipeline's call is given an image with each prompt.
 
@@ -186,6 +212,17 @@ class ModelFamily(LoraFiles, ABC):
             By default, whether the call has an argument ``image``.
         """
         return "image" in inspect.signature(pipeline.__call__).parameters
+
+    def needs_image(self, pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+        """Tell whether a pipeline that takes an image with each prompt cannot do without it.
+
+        Args:
+            pipeline: The pipeline or its class.
+
+        Returns:
+            By default, whether it takes images.
+        """
+        return self.takes_image(pipeline)
 
     def prompts_see_images(self, pipeline: DiffusionPipeline) -> bool:
         """Tell whether the text encoder sees the image beside the prompt.

@@ -132,20 +132,20 @@ class FluxFamily(ModelFamily):
             "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }
 
+    def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        columns, rows = _preferred(latent[-1] / latent[-2], 2 * pipeline.vae_scale_factor)
+        return {"image_latents": (latent[0], rows // pipeline.vae_scale_factor, columns // pipeline.vae_scale_factor)}
+
     @torch.no_grad()
     def encode_images(
         self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
     ) -> dict[str, Tensor]:
-        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-
         processor, side, latents = pipeline.image_processor, 2 * pipeline.vae_scale_factor, []
         for image in images:
             if min(image.size) < side:
                 raise ValueError(f"FLUX.1 Kontext takes pictures of {side}x{side} pixels or more, found {image.size}")
             shown_height, shown_width = processor.get_default_height_width(image)
-            ratio = shown_width / shown_height
-            _, *size = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-            columns, rows = (each // side * side for each in size)
+            columns, rows = _preferred(shown_width / shown_height, side)
             pixels = processor.preprocess(processor.resize(image, rows, columns), rows, columns)
             latents.append(pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None))
         return {"image_latents": torch.cat(latents)}
@@ -153,3 +153,12 @@ class FluxFamily(ModelFamily):
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         return decode_pictures(pipeline.vae, latents)
+
+
+def _preferred(ratio: float, side: int) -> tuple[int, int]:
+    """Width and height of the size nearest to an aspect ratio that Kontext sees pictures in, multiples of ``side``."""
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    _, *size = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    columns, rows = (each // side * side for each in size)
+    return columns, rows

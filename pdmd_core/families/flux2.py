@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,6 +59,10 @@ _LAYOUT = NativeLayout(
     swapped=("norm_out.linear",),
     scales=SCALES,
 )
+_MOST = 1024 * 1024
+"""Pixels of a picture to edit; larger ones are made smaller."""
+_OF_PICTURE = 10
+"""The index of its tokens; those of the sample have 0."""
 
 
 class Flux2Family(ModelFamily):
@@ -65,8 +70,8 @@ class Flux2Family(ModelFamily):
 
     Latents have the statistics of the autoencoder's batch norm. dev has no classifier-free guidance: its
     ``guidance_scale`` is an input of the network, 4 as in the pipeline's call. klein guides away from the empty prompt.
-    Text to image alone; prompts have ``max_sequence_length`` tokens. ComfyUI and diffusers read LoRA files under
-    diffusers' names.
+    Prompts have ``max_sequence_length`` tokens. With a picture to edit there are ``image_latents``, whose tokens follow
+    those of the sample. ComfyUI and diffusers read LoRA files under diffusers' names.
     """
 
     name = "flux2"
@@ -93,16 +98,21 @@ class Flux2Family(ModelFamily):
         # The pipeline rounds timesteps to the dtype of its latents before it divides.
         timestep = torch.as_tensor(sigma, device=x.device, dtype=torch.float32).expand(len(x)) * 1000
         prompts = conditioning["prompt_embeds"].to(dtype)
+        tokens, positions = x.flatten(2), _positions(x, x.shape[2], x.shape[3], 1)
+        own = tokens.shape[2]
+        if (image := conditioning.get("image_latents")) is not None:
+            tokens = torch.cat([tokens, image.flatten(2).to(x.dtype)], dim=2)
+            positions = torch.cat([positions, _positions(x, image.shape[2], image.shape[3], 1, _OF_PICTURE)])
         output: Tensor = network(
-            hidden_states=x.flatten(2).transpose(1, 2).to(dtype),
+            hidden_states=tokens.transpose(1, 2).to(dtype),
             timestep=timestep.to(dtype) / 1000,
             guidance=embedded_guidance(network, self.embedded_guidance, x),
             encoder_hidden_states=prompts,
             txt_ids=_positions(x, 1, 1, prompts.shape[1]),
-            img_ids=_positions(x, x.shape[2], x.shape[3], 1),
+            img_ids=positions,
             return_dict=False,
         )[0]
-        velocity: Tensor = output.transpose(1, 2).unflatten(2, x.shape[2:])
+        velocity: Tensor = output[:, :own].transpose(1, 2).unflatten(2, x.shape[2:])
         return velocity
 
     @torch.no_grad()
@@ -121,8 +131,28 @@ class Flux2Family(ModelFamily):
     ) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (tokens, config["joint_attention_dim"])}
 
-    def takes_image(self, pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
+    def needs_image(self, pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
         return False
+
+    def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        side = 2 * pipeline.vae_scale_factor
+        height, width = (part * side for part in latent[-2:])
+        if (shrunk := math.sqrt(_MOST / (height * width))) < 1:
+            height, width = int(height * shrunk), int(width * shrunk)
+        return {"image_latents": (latent[0], height // side, width // side)}
+
+    @torch.no_grad()
+    def encode_images(
+        self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
+    ) -> dict[str, Tensor]:
+        processor, side, latents = pipeline.image_processor, 2 * pipeline.vae_scale_factor, []
+        for image in images:
+            processor.check_image_input(image)
+            shown = processor._resize_to_target_area(image, _MOST) if image.width * image.height > _MOST else image
+            columns, rows = (length // side * side for length in shown.size)
+            pixels = processor.preprocess(shown, height=rows, width=columns, resize_mode="crop")
+            latents.append(pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None))
+        return {"image_latents": torch.cat(latents)}
 
     def guidance_arguments(self, scale: float, pipeline: type[DiffusionPipeline] | None = None) -> dict[str, float]:
         from diffusers import Flux2Pipeline
@@ -143,7 +173,7 @@ class Flux2Family(ModelFamily):
         return (pixels.float().unsqueeze(1) / 2 + 0.5).clamp(0, 1)
 
 
-def _positions(x: Tensor, rows: int, columns: int, tokens: int) -> Tensor:
-    """Index 0, row, column and place in the text of each token, of shape (rows * columns * tokens, 4)."""
-    sides = [torch.arange(side, device=x.device) for side in (1, rows, columns, tokens)]
-    return torch.cartesian_prod(*sides)
+def _positions(x: Tensor, rows: int, columns: int, tokens: int, index: int = 0) -> Tensor:
+    """Index, row, column and place in the text of each token, of shape (rows * columns * tokens, 4)."""
+    sides = [torch.arange(side, device=x.device) for side in (rows, columns, tokens)]
+    return torch.cartesian_prod(torch.tensor([index], device=x.device), *sides)

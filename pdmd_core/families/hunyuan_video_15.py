@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: ``HunyuanVideo15Pipeline`` with one ``HunyuanVideo15Transformer3DModel``."""
+"""HunyuanVideo 1.5: its pipelines from texts and from pictures, with one ``HunyuanVideo15Transformer3DModel``."""
 
 from __future__ import annotations
 
@@ -102,13 +102,15 @@ _TOKENS = 1000
 """At which the pipeline's call cuts prompts; it has no argument for it."""
 _GLYPH_TOKENS = 256
 """At which quoted parts are cut."""
+_IMAGE_TOKENS = 729
+"""Of SigLIP at 384 pixels, which the network sees the picture with."""
 
 
 class HunyuanVideo15Family(ModelFamily):
     """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 16, width / 16).
 
-    Text to video: where the network takes a picture, its latents, their mask and its features are zero. Quoted parts
-    of a prompt, which are to be read in the clip, go through a second encoder (``glyph_embeds``). Guidance is a
+    Image to video: ``image_latents`` of the picture go beside the first latent frame, with a mask, and its
+    ``image_embeds`` before the prompt; all of it is zero from texts alone. Quoted parts of a prompt, which are to be read in the clip, go through a second encoder (``glyph_embeds``). Guidance is a
     component of the pipeline. The pipeline has no loader of LoRA files, its network has. ComfyUI has attention's
     projections in one weight, and its own loader reads no LoRA files under diffusers' names.
     """
@@ -128,19 +130,22 @@ class HunyuanVideo15Family(ModelFamily):
     encoders = ("vae",)
     call_lacks = ("callback_on_step_end", "max_sequence_length")
     makes_clips, frame_rate = True, 24.0
+    picture_sets_size = True
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
-        from diffusers import HunyuanVideo15Pipeline
-
-        if not isinstance(pipeline, HunyuanVideo15Pipeline):
-            # the other gives the network a picture
-            raise ValueError(f"{self.title} is known as a HunyuanVideo15Pipeline, found a {type(pipeline).__name__}")
         spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
         side = spatial * pipeline.transformer.config.patch_size
         if height % side or width % side or height < side or width < side:
             raise ValueError(f"{self.title} clips have sides that are multiples of {side}, found {width}x{height}")
         if frames < 1 or (frames - 1) % temporal:
             raise ValueError(f"{self.title} clips have 1 + a multiple of {temporal} frames, found {frames}")
+        if self.takes_image(pipeline):  # the call chooses the size, by the picture's aspect ratio
+            chosen = pipeline.video_processor.calculate_default_height_width(height, width, pipeline.target_size)
+            if (height, width) != tuple(map(int, chosen)):
+                raise ValueError(
+                    f"{self.title} makes clips of {chosen[1]}x{chosen[0]} from pictures of this shape, found "
+                    f"{width}x{height}"
+                )
         channels = pipeline.transformer.config.out_channels
         return channels, 1 + (frames - 1) // temporal, height // spatial, width // spatial
 
@@ -149,6 +154,11 @@ class HunyuanVideo15Family(ModelFamily):
         # What `network.dtype` is, which looks through all modules.
         dtype = hunyuan.x_embedder.proj.weight.dtype
         picture = x.new_zeros(len(x), hunyuan.config.in_channels - x.shape[1], *x.shape[2:])
+        if (latents := conditioning.get("image_latents")) is not None:
+            picture[:, :-1, :1] = latents.to(x.dtype)
+            picture[:, -1, 0] = 1
+        # one token where there is no picture: the network masks it
+        no_embeds = x.new_zeros(len(x), 1, hunyuan.config.image_embed_dim)
         velocity: Tensor = hunyuan(
             hidden_states=torch.cat([x, picture], dim=1).to(dtype),
             # the pipeline rounds timesteps to the dtype of its latents
@@ -157,8 +167,7 @@ class HunyuanVideo15Family(ModelFamily):
             encoder_attention_mask=conditioning["prompt_mask"].to(x.device, non_blocking=True),
             encoder_hidden_states_2=conditioning["glyph_embeds"].to(dtype),
             encoder_attention_mask_2=conditioning["glyph_mask"],
-            # one token for the features of a picture, which there is none of: the network masks it
-            image_embeds=x.new_zeros(len(x), 1, hunyuan.config.image_embed_dim, dtype=dtype),
+            image_embeds=conditioning.get("image_embeds", no_embeds).to(dtype),
             return_dict=False,
         )[0]
         return velocity
@@ -194,6 +203,21 @@ class HunyuanVideo15Family(ModelFamily):
             "glyph_embeds": (_GLYPH_TOKENS, config["text_embed_2_dim"]),
             "glyph_mask": (_GLYPH_TOKENS,),
         }
+
+    def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        embeds = (_IMAGE_TOKENS, pipeline.transformer.config.image_embed_dim)
+        return {"image_latents": (latent[0], 1, *latent[2:]), "image_embeds": embeds}
+
+    @torch.no_grad()
+    def encode_images(
+        self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
+    ) -> dict[str, Tensor]:
+        processor, device, latents, embeds = pipeline.video_processor, pipeline.vae.device, [], []
+        for image in images:
+            seen = processor.resize(image, height=height, width=width, resize_mode="crop")
+            latents.append(pipeline._get_image_latents(pipeline.vae, processor, seen, height, width, device))
+            embeds.append(pipeline.encode_image(seen, 1, device, torch.float32))
+        return {"image_latents": torch.cat(latents), "image_embeds": torch.cat(embeds)}
 
     @torch.no_grad()
     def decode(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:

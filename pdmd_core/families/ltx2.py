@@ -1,4 +1,4 @@
-"""LTX-2: ``LTX2Pipeline`` with one ``LTX2VideoTransformer3DModel``, which makes a clip and its sound together."""
+"""LTX-2: ``LTX2Pipeline`` and ``LTX2ImageToVideoPipeline`` with one network, which makes a clip and its sound."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Ltx2Family(ModelFamily):
     is 0. The sound is as long as the clip, which has 24 frames per second. So clip and sound are noised, sampled and
     distilled as one, every number with the same weight; ``decode`` gives the clip, the pipeline both.
 
-    ``prompt_embeds`` and ``prompt_audio_embeds`` come from the connectors, which are not distilled. Guidance is
+    Image to video: ``first_frame``, the latent that the clip starts with. ``prompt_embeds`` and ``prompt_audio_embeds`` come from the connectors, which are not distilled. Guidance is
     classifier-free, of one scale for both: that of skipped layers and of isolated modalities, which the call has by
     default, is none here.
     """
@@ -99,11 +99,14 @@ class Ltx2Family(ModelFamily):
     comfyui_sampling = "ModelSamplingAuraFlow"
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int, frames: int) -> tuple[int, ...]:
-        from diffusers import LTX2Pipeline
+        from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
 
-        if not isinstance(pipeline, LTX2Pipeline):
+        if not isinstance(pipeline, (LTX2Pipeline, LTX2ImageToVideoPipeline)):
             # the others give the network more than it is given here
-            raise ValueError(f"{self.title} is known as an LTX2Pipeline, found a {type(pipeline).__name__}")
+            raise ValueError(
+                f"{self.title} is known as an LTX2Pipeline or LTX2ImageToVideoPipeline, found a "
+                f"{type(pipeline).__name__}"
+            )
         config = pipeline.transformer.config
         ratios = pipeline.vae_spatial_compression_ratio, pipeline.vae_temporal_compression_ratio
         if ratios != (_PIXELS, _FRAMES) or (config.patch_size, config.patch_size_t) != (1, 1):
@@ -131,12 +134,18 @@ class Ltx2Family(ModelFamily):
         length = _length(frames, config)
         sound, unused = _without_rest(x[:, config.in_channels :], length * config.audio_in_channels)
         mask = conditioning["prompt_mask"].to(x.device, non_blocking=True)
+        sample, of_tokens = x[:, : config.in_channels], timestep
+        if (first_frame := conditioning.get("first_frame")) is not None:
+            sample = _starting_with(first_frame.to(x.dtype), sample)
+            clean = torch.arange(frames * height * width, device=x.device) < height * width
+            of_tokens = torch.where(clean, 0, timestep[:, None])
         tokens, sounds = ltx(
-            hidden_states=x[:, : config.in_channels].flatten(2).transpose(1, 2).to(dtype),
+            hidden_states=sample.flatten(2).transpose(1, 2).to(dtype),
             audio_hidden_states=sound.unflatten(1, (-1, length, _PITCHES)).transpose(1, 2).flatten(2).to(dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
             audio_encoder_hidden_states=conditioning["prompt_audio_embeds"].to(dtype),
-            timestep=timestep,
+            timestep=of_tokens,
+            audio_timestep=timestep,
             sigma=timestep,
             encoder_attention_mask=mask,
             audio_encoder_attention_mask=mask,
@@ -149,6 +158,9 @@ class Ltx2Family(ModelFamily):
             return_dict=False,
         )
         clip = tokens.transpose(1, 2).unflatten(2, (frames, height, width))
+        if first_frame is not None:  # x_0 is known there, and with it the velocity
+            known = (x[:, : config.in_channels, :1] - first_frame) / like(sigma, x)
+            clip = _starting_with(known.to(clip.dtype), clip)
         heard = sounds.unflatten(2, (-1, _PITCHES)).transpose(1, 2).flatten(1)
         # what means nothing: x_0 is 0 there, and with it the velocity is known
         rest = torch.cat([heard, (unused / like(sigma, unused)).to(heard.dtype)], dim=1)
@@ -175,8 +187,28 @@ class Ltx2Family(ModelFamily):
         clip, sound = (config["caption_channels" if config["use_prompt_embeddings"] else name] for name in own)
         return {"prompt_embeds": (tokens, clip), "prompt_audio_embeds": (tokens, sound), "prompt_mask": (tokens,)}
 
-    def takes_image(self, pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
-        return False
+    def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        return {"first_frame": (pipeline.transformer.config.in_channels, 1, *latent[2:])}
+
+    @torch.no_grad()
+    def encode_images(
+        self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
+    ) -> dict[str, Tensor]:
+        import numpy as np
+        from diffusers.pipelines.ltx2 import pipeline_ltx2_image2video as stock
+        from PIL import Image as images_of
+
+        vae, found = pipeline.vae, []
+        crf = stock.resolve_default_image_crf(pipeline.text_encoder)
+        for image in images:
+            try:  # clips were compressed when the network was trained, and pictures are for it
+                seen = images_of.fromarray(stock.apply_image_conditioning_crf(np.array(image.convert("RGB")), crf))
+            except ImportError as error:
+                raise ValueError(f"{self.title} compresses pictures as clips are, which takes PyAV: {error}") from None
+            pixels = pipeline.video_processor.preprocess(seen, height=height, width=width)
+            latents = stock.retrieve_latents(vae.encode(pixels.to(vae.device, vae.dtype).unsqueeze(2)), None, "argmax")
+            found.append(pipeline._normalize_latents(latents.float(), vae.latents_mean, vae.latents_std))
+        return {"first_frame": torch.cat(found)}
 
     def guidance_arguments(self, scale: float, pipeline: type[DiffusionPipeline] | None = None) -> dict[str, float]:
         return {
@@ -207,6 +239,10 @@ class Ltx2Family(ModelFamily):
             f"{diffusers_name!r}: ComfyUI's files of {self.architecture} hold the connectors of the text encoder too: "
             "use LoRA experts"
         )
+
+
+def _starting_with(first_frame: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([first_frame, x[:, :, 1:]], dim=2)
 
 
 def _length(frames: int, config: Mapping[str, Any]) -> int:

@@ -57,6 +57,9 @@ _REFERENCE = 1024 * 1024
 _SEEN_BY_PLUS = 384 * 384
 """Pixels of the image that the text encoder sees in ``QwenImageEditPlusPipeline``; elsewhere it sees the reference."""
 
+_TOKEN = 28
+"""Sides of the part of an image that is one token of the text encoder."""
+
 
 class QwenImageFamily(ModelFamily):
     """The network's timestep is sigma; latents are (channels, 1, height / 8, width / 8), packed 2x2 for the network.
@@ -144,6 +147,15 @@ class QwenImageFamily(ModelFamily):
     def prompts_see_images(self, pipeline: DiffusionPipeline) -> bool:
         return self.takes_image(pipeline)
 
+    def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        width, height = _size(_REFERENCE, latent[-1] / latent[-2])
+        return {"image_latents": (latent[0], 1, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)}
+
+    def image_tokens(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> int:
+        pixels = _SEEN_BY_PLUS if _is_plus(pipeline) else _REFERENCE
+        width, height = _size(pixels, latent[-1] / latent[-2])
+        return round(width / _TOKEN) * round(height / _TOKEN)
+
     @torch.no_grad()
     def encode_images(
         self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int
@@ -190,10 +202,15 @@ def _is_plus(pipeline: DiffusionPipeline) -> bool:
     return isinstance(pipeline, QwenImageEditPlusPipeline)
 
 
-def _resized(pipeline: DiffusionPipeline, image: Image, pixels: int) -> Image:
-    """As edit pipelines resize what they are given: about this many pixels, sides multiples of 32."""
+def _size(pixels: int, ratio: float) -> tuple[int, int]:
+    """Width and height to which edit pipelines resize what they are given: about so many pixels, multiples of 32."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 
-    width, height, _ = calculate_dimensions(pixels, image.width / image.height)
+    width, height, _ = calculate_dimensions(pixels, ratio)
+    return int(width), int(height)
+
+
+def _resized(pipeline: DiffusionPipeline, image: Image, pixels: int) -> Image:
+    width, height = _size(pixels, image.width / image.height)
     resized: Image = pipeline.image_processor.resize(image, height, width)
     return resized

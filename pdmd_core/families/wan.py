@@ -168,6 +168,9 @@ class WanFamily(ModelFamily):
             shapes["image_embeds"] = (config["pos_embed_seq_len"] if both else _IMAGE_TOKENS, config["image_dim"])
         return shapes
 
+    def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        return {"first_frame": (latent[0], 1, *latent[2:])} if pipeline.config.get("expand_timesteps") else {}
+
     @torch.no_grad()
     def encode_images(
         self, pipeline: DiffusionPipeline, images: Sequence[Image], height: int, width: int, frames: int

@@ -37,7 +37,8 @@ class Encoder:
     ) -> None:
         self.source, self.family, self.max_sequence_length = source, family, max_sequence_length
         self.device, self.batch, self.dtype = device, batch, dtype
-        self.takes_image = family.takes_image(source.pipeline_class())
+        kind = source.pipeline_class()
+        self.takes_image, self.needs_image = family.takes_image(kind), family.needs_image(kind)
         self._pipeline: DiffusionPipeline | None = None
 
     @property
@@ -58,7 +59,12 @@ class Encoder:
     def check(self, total: int, with_image: int, with_last: int = 0) -> None:
         """All examples have the images that the teacher takes, and none otherwise. Raises PromptError."""
         kind = self.source.pipeline_class().__name__
-        if self.takes_image and with_image < total:
+        if self.takes_image and not self.needs_image and 0 < with_image < total:
+            raise PromptError(
+                f"{kind} takes prompts with an image each or without any, {total - with_image} of {total} have none: "
+                "make two files of them, and two runs"
+            )
+        if self.needs_image and with_image < total:
             raise PromptError(
                 f"{kind} takes an image with each prompt, {total - with_image} of {total} have none; prompts with "
                 'images are a .jsonl file with {"prompt": "...", "image": "file"} a line, or a dataset with both'
@@ -95,7 +101,7 @@ class Encoder:
 
     def images(self, examples: Sequence[Example], bucket: Bucket | None) -> dict[str, Tensor]:
         """Conditioning of the images, one row for each; empty for teachers that take none."""
-        if not self.takes_image or bucket is None:
+        if bucket is None or examples[0].image is None:
             return {}
 
         def encode(part: Sequence[Example]) -> dict[str, Tensor]:

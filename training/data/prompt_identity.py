@@ -13,7 +13,7 @@ from pdmd_core.hashing import sha256_of, sha256_of_bytes
 from training.data.buckets import Bucket, bucket_of
 from training.data.encoder import Encoder
 from training.data.examples import Example
-from training.data.teacher import TeacherSource
+from training.data.teacher import IMAGE_PARTS, TeacherSource
 
 CHUNK = 128
 """Examples in a file: some 100 MB for the prompts of a large model."""
@@ -57,9 +57,9 @@ def identity(
     texts = [name for name, value in source.index().items() if isinstance(value, list) and name.startswith(_TEXTS)]
     parts: list[object] = [negative_prompt, _weights(source, sorted(texts)), None]
     parts += [encoder.max_sequence_length, str(dtype), CHUNK]
-    if encoder.takes_image:
+    if with_image:
         parts += [[(b.width, b.height, b.frames) for b in buckets], source.pipeline]
-        parts += [_weights(source, ("processor", "image_encoder", "image_processor", "vae"))]
+        parts += [_weights(source, ("processor", *IMAGE_PARTS, "vae"))]
     if encoder.dtype != torch.float32:
         parts += [f"encoded in {encoder.dtype}"]
     digest.update(json.dumps(parts).encode())

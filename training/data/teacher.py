@@ -19,7 +19,7 @@ from pdmd_core.families import ModelFamily, family_of
 from training.config.command_line import UserError
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "processor", "connectors")
-IMAGE_PARTS = ("image_encoder", "image_processor")
+IMAGE_PARTS = ("image_encoder", "image_processor", "feature_extractor")
 """What the names of components start with that encode prompts, and images."""
 
 

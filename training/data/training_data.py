@@ -107,7 +107,7 @@ def training_data(
     dtype: torch.dtype = getattr(torch, model.dtype)
     encoder = Encoder(source, family, model.max_sequence_length, device, dtype=text_dtype(dtype))
     fixed = config.validation.prompts or []
-    if fixed and encoder.takes_image:
+    if fixed and (encoder.needs_image or next(iter(examples)).image is not None):
         raise PromptError(
             "validation.prompts: the teacher takes images; leave it out to see the first training prompts"
         )

@@ -138,13 +138,21 @@ def training_summary(
         "seed": config.seed,
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,
-        **({"last_image": True} if next(iter(config.data)).last_image is not None else {}),
+        **_of_images(next(iter(config.data)), config.model.frames),
         **({"objective": chosen} if (chosen := changed_choices(config.objective)) else {}),
         **unfinished,
         **({"start": begun} if begun else {}),
         **({"teacher_experts": taught} if taught else {}),
         **({"changes": list(history)} if history else {}),
     }
+
+
+def _of_images(example: Example, frames: int) -> dict[str, Any]:
+    """What is trained with images, told by one of the examples."""
+    if example.image is None:
+        return {}
+    tag = {"pipeline_tag": "image-to-video" if frames > 1 else "image-to-image"}  # as the Hub calls it
+    return tag if example.last_image is None else {**tag, "last_image": True}
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -242,7 +242,8 @@ def _arguments(manifest: Manifest, family: ModelFamily | None, takes_image: bool
     length = None if family and "max_sequence_length" in family.call_lacks else length
     text = ', image=load_image("image.png")' if takes_image else ""
     text += ', last_image=load_image("last.png")' if takes_image and manifest.training.get("last_image") else ""
-    text += f", width={size[0]}, height={size[1]}" if size else ""
+    sized = not (takes_image and family and family.picture_sets_size)
+    text += f", width={size[0]}, height={size[1]}" if size and sized else ""
     text += f", num_frames={size[2]}" if size and family and family.makes_clips else ""
     return text + (f", max_sequence_length={length}" if isinstance(length, int) else "")
 

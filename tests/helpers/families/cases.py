@@ -19,9 +19,5 @@ BY_FAMILY = {name: _named(import_module(f"tests.helpers.families.{name}").CASES)
 OF_FAMILIES = {name: case for cases in BY_FAMILY.values() for name, case in cases.items()}
 RESUMED = ["wan_two", *(next(iter(cases)) for family, cases in BY_FAMILY.items() if family != "wan")]
 """A case of each family."""
-STOPPED = {"wan_two_image_to_video": 1} | dict.fromkeys(RESUMED, 3)
-"""Cases whose runs are stopped after so many updates, and resumed."""
-VERIFIED = [name for name in OF_FAMILIES if "edit" not in name]
-"""All whose pictures are small: edit pipelines scale theirs to a million pixels."""
 CASES = OF_FAMILIES | _named(others.CASES)
 """With pipelines that are of no family."""

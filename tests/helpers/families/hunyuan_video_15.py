@@ -1,7 +1,8 @@
-"""A tiny random pipeline of HunyuanVideo 1.5."""
+"""Tiny random pipelines of HunyuanVideo 1.5."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,12 +10,21 @@ from diffusers import (
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15ByT5TextProjection
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from tests.helpers.families.case import Case, plain
 from tests.helpers.families.parts import quiet, qwen_tokenizer, spread, t5
@@ -44,8 +54,8 @@ def _tokenizer() -> Qwen2Tokenizer:
     return built
 
 
-def hunyuan_video_15() -> HunyuanVideo15Pipeline:
-    """Text to video; guidance is a component."""
+def hunyuan_video_15(image: bool = False) -> Any:
+    """Text to video, or image to video with ``image``; guidance is a component."""
     torch.manual_seed(0)
     network = HunyuanVideo15Transformer3DModel(
         in_channels=2 * CHANNELS + 1,
@@ -59,7 +69,8 @@ def hunyuan_video_15() -> HunyuanVideo15Pipeline:
         text_embed_2_dim=TEXT,
         image_embed_dim=8,
         rope_axes_dim=(4, 6, 6),
-        task_type="t2v",
+        task_type="i2v" if image else "t2v",
+        target_size=20,
     ).eval()
     spread(network, 0.05)
     vae = AutoencoderKLHunyuanVideo15(
@@ -83,7 +94,7 @@ def hunyuan_video_15() -> HunyuanVideo15Pipeline:
         rope_parameters={"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
     )
     pipeline = quiet(
-        HunyuanVideo15Pipeline(
+        (HunyuanVideo15ImageToVideoPipeline if image else HunyuanVideo15Pipeline)(
             text_encoder=Qwen2_5_VLTextModel(text).eval(),
             tokenizer=_tokenizer(),
             transformer=network,
@@ -92,6 +103,7 @@ def hunyuan_video_15() -> HunyuanVideo15Pipeline:
             text_encoder_2=t5(),
             tokenizer_2=ByT5Tokenizer(),
             guider=ClassifierFreeGuidance(guidance_scale=6.0),
+            **(_image_encoder() if image else {}),
         )
     )
     pipeline.tokenizer_max_length, pipeline.vision_num_semantic_tokens = (
@@ -101,18 +113,32 @@ def hunyuan_video_15() -> HunyuanVideo15Pipeline:
     return pipeline
 
 
+def _image_encoder() -> dict[str, Any]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = SiglipVisionConfig(**sizes, image_size=16, patch_size=8, vision_use_head=False)
+    side = {"height": 16, "width": 16}
+    return {
+        "image_encoder": SiglipVisionModel(config).eval(),
+        "feature_extractor": SiglipImageProcessorPil(size=side),
+    }
+
+
 def _beside_picture(network: nn.Module, args: Any, kwargs: dict[str, Any], x: Tensor, timestep: Tensor) -> Tensor:
     states = torch.cat([x, kwargs["hidden_states"][:, x.shape[1] :]], dim=1)
     return plain(network, args, kwargs, states, timestep)
 
 
+_COMMON = Case(
+    hunyuan_video_15,
+    (16, 24, 5),
+    (1, CHANNELS, 2, 4, 6),
+    _beside_picture,
+    prompt='a panda reads "no"',
+    tokens=TOKENS,
+    picture_size=(48, 32),
+)
 CASES = {
-    "hunyuan_video_15": Case(
-        hunyuan_video_15,
-        (16, 24, 5),
-        (1, CHANNELS, 2, 4, 6),
-        _beside_picture,
-        prompt='a panda reads "no"',
-        tokens=TOKENS,
-    )
+    "hunyuan_video_15": _COMMON,
+    "hunyuan_video_15_image_to_video": replace(_COMMON, build=lambda: hunyuan_video_15(image=True)),
 }

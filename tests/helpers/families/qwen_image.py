@@ -64,15 +64,15 @@ def _qwen_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def _qwen_parts(levels: int = 3, **changes: Any) -> dict[str, Any]:
-    """levels: of the autoencoder; each but the first halves the sides. changes: of the network."""
+def _qwen_parts(levels: int = 3, residual_blocks: int = 1, **changes: Any) -> dict[str, Any]:
+    """levels: of the autoencoder, with so many blocks; each but the first halves the sides. changes: of the network."""
     torch.manual_seed(0)
     channels = 4
     vae = AutoencoderKLQwenImage(
         base_dim=2,
         z_dim=channels,
         dim_mult=[1] * levels,
-        num_res_blocks=1,
+        num_res_blocks=residual_blocks,
         temperal_downsample=[False] * (levels - 1),
         latents_mean=[0.1 * i for i in range(channels)],
         latents_std=[1.0 + 0.2 * i for i in range(channels)],
@@ -138,14 +138,14 @@ def qwen_image_to_image() -> QwenImageImg2ImgPipeline:
 def qwen_image_edit() -> QwenImageEditPipeline:
     """The text encoder sees the picture, and its latents follow the sample's tokens.
 
-    Edit pipelines scale every picture to a million pixels: the latents are 32 times smaller.
+    Edit pipelines scale every picture to a million pixels: the latents are 32 times smaller, the autoencoder is short.
     """
-    return quiet(QwenImageEditPipeline(**_qwen_parts(levels=6), processor=picture_processor()))
+    return quiet(QwenImageEditPipeline(**_qwen_parts(levels=6, residual_blocks=0), processor=picture_processor()))
 
 
 def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
     """As Qwen-Image-Edit-2511: another template, and the given picture's tokens have a timestep of their own."""
-    parts = _qwen_parts(levels=6, zero_cond_t=True)
+    parts = _qwen_parts(levels=6, residual_blocks=0, zero_cond_t=True)
     return quiet(QwenImageEditPlusPipeline(**parts, processor=picture_processor()))
 
 

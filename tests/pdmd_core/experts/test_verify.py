@@ -24,7 +24,7 @@ from pdmd_core.hashing import sha256_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.helpers.families.cases import OF_FAMILIES, VERIFIED
+from tests.helpers.families.cases import OF_FAMILIES
 from tests.helpers.families.parts import use_all_colours
 from tests.helpers.tiny import CALL, lora_roles, randomise, transformer, wan_pipeline, write_lora_experts
 from tests.helpers.tiny_experts import note_fingerprints
@@ -319,7 +319,7 @@ def test_a_size_that_the_model_does_not_have_fails_in_one_line(folder: Path) -> 
     assert not check.passed and "multiples of 16" in check.detail and len(check.detail.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in VERIFIED if name != "wan"])  # it has tests of its own above
+@pytest.mark.parametrize("name", [name for name in OF_FAMILIES if name != "wan"])  # it has tests of its own above
 def test_every_family_is_sampled_the_same_before_and_after_merging(name: str, tmp_path: Path) -> None:
     case = OF_FAMILIES[name]
     pipeline, (height, width, frames) = case.build(), case.size

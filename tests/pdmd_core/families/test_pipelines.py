@@ -70,7 +70,7 @@ def taught(name: str) -> Taught:
     for part, strength in (("transformer", 0.2), ("transformer_2", 0.2), ("text_encoder", 0.5), ("image_encoder", 0.5)):
         spread(getattr(pipeline, part, None), strength)
     found = family_of(type(pipeline.transformer).__name__)
-    images = [case.picture] if found.takes_image(pipeline) else None
+    images = [case.picture] if case.takes("image") else None
     seen = images if found.prompts_see_images(pipeline) else None
     conditioning, negative = (
         _padded(found.encode_prompts(pipeline, [text], case.tokens, seen))

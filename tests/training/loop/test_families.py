@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.configs import changed
 from tests.helpers.families.case import Case
 from tests.helpers.families.cases import OF_FAMILIES as CASES
-from tests.helpers.families.cases import RESUMED, STOPPED
+from tests.helpers.families.cases import RESUMED
 from tests.helpers.families.wan import wan_5b
 from tests.helpers.interrupted import run_and_stop
 from tests.helpers.prompt_files import write_prompts
@@ -61,6 +63,21 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, case in CASES.items():
         case.build().save_pretrained(folder / name)
     return {name: folder / name for name in CASES}
+
+
+Distilled = Callable[[str], tuple[DistillConfig, PhasedExperts]]
+
+
+@pytest.fixture(scope="module")
+def distilled(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Distilled:
+    """A whole run of the case of a name, once: not to be changed."""
+
+    @functools.cache
+    def run(name: str) -> tuple[DistillConfig, PhasedExperts]:
+        config = config_of(name, teachers[name], tmp_path_factory.mktemp(name))
+        return config, PhasedExperts.open(Trainer(build_run(config)).run())
+
+    return run
 
 
 def config_of(name: str, teacher: Path, folder: Path, **changes: Any) -> DistillConfig:
@@ -160,11 +177,10 @@ def stock_sample(case: Case, teacher: Path, experts: PhasedExperts, call: dict[s
 
 @every_case
 def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
-    name: str, teachers: dict[str, Path], tmp_path: Path
+    name: str, teachers: dict[str, Path], distilled: Distilled, tmp_path: Path
 ) -> None:
     case, teacher = CASES[name], teachers[name]
-    config = config_of(name, teacher, tmp_path)
-    experts = PhasedExperts.open(Trainer(build_run(config)).run())
+    config, experts = distilled(name)
     components = [expert.component for expert in experts.manifest.experts]
     assert components == (["transformer", "transformer_2"] if name in TWO else ["transformer"] * 2)
     for expert in experts.manifest.experts:
@@ -174,19 +190,20 @@ def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
     found, teachers_own, call = sampled(name, config, experts, tmp_path)
     expected = stock_sample(case, teacher, experts, call)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - teachers_own).abs().max() > 0.02, "experts are not the teacher"
+    assert (found - teachers_own).abs().max() > 0.005, "experts are not the teacher"
 
 
-@pytest.mark.parametrize(("name", "stop_after"), STOPPED.items())
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan"])  # it has tests of its own
 def test_a_stopped_run_resumes_to_the_same_numbers(
-    name: str, stop_after: int, teachers: dict[str, Path], tmp_path: Path
+    name: str, teachers: dict[str, Path], distilled: Distilled, tmp_path: Path
 ) -> None:
-    whole = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "whole"))
-    Trainer(build_run(whole)).run()
-    broken = config_of(name, teachers[name], tmp_path, output_dir=str(tmp_path / "broken"))
-    run_and_stop(Trainer(build_run(broken)), stop_after)
+    """Stopped in the last phase where the family has no other case."""
+    whole, _ = distilled(name)
+    data = {"data.prompts": whole.data.prompts, "data.cache_dir": str(whole.output_dir / "cache")}
+    broken = config_of(name, teachers[name], tmp_path, **data)
+    run_and_stop(Trainer(build_run(broken)), 3 if name in RESUMED else 1)
     Trainer(build_run(broken, Resume())).run()
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    assert metrics(whole.output_dir) == metrics(broken.output_dir)
 
 
 @pytest.mark.parametrize("name", TWO)
