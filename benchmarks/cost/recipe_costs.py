@@ -28,6 +28,7 @@ MODELS = (
     "wan2_2_t2v_a14b",
     "wan2_2_i2v_a14b",
     "wan2_2_ti2v_5b",
+    "wan2_2_ti2v_5b_image",
     "wan2_1_i2v_14b_480p",
     "wan2_1_flf2v_14b_720p",
     "ltx_video",
@@ -43,7 +44,9 @@ MODELS = (
     "flux_2_dev",
     "flux_2_klein_base_9b",
     "hunyuan_video_1_5_480p",
+    "hunyuan_video_1_5_480p_image",
     "ltx_2",
+    "ltx_2_image",
 )
 KINDS = ("phased_single_gpu", "phased_24gb", "phased_48gb", "phased", "dmd_sgts")
 

@@ -110,9 +110,10 @@ class HunyuanVideo15Family(ModelFamily):
     """Timesteps are ``sigma * 1000``; latents are (channels, latent frames, height / 16, width / 16).
 
     Image to video: ``image_latents`` of the picture go beside the first latent frame, with a mask, and its
-    ``image_embeds`` before the prompt; all of it is zero from texts alone. Quoted parts of a prompt, which are to be read in the clip, go through a second encoder (``glyph_embeds``). Guidance is a
-    component of the pipeline. The pipeline has no loader of LoRA files, its network has. ComfyUI has attention's
-    projections in one weight, and its own loader reads no LoRA files under diffusers' names.
+    ``image_embeds`` before the prompt; all of it is zero from texts alone. Quoted parts of a prompt, which are to be
+    read in the clip, go through a second encoder (``glyph_embeds``). Guidance is a component of the pipeline. The
+    pipeline has no loader of LoRA files, its network has. ComfyUI has attention's projections in one weight, and its
+    own loader reads no LoRA files under diffusers' names.
     """
 
     name = "hunyuan_video_15"

@@ -80,9 +80,9 @@ class Ltx2Family(ModelFamily):
     is 0. The sound is as long as the clip, which has 24 frames per second. So clip and sound are noised, sampled and
     distilled as one, every number with the same weight; ``decode`` gives the clip, the pipeline both.
 
-    Image to video: ``first_frame``, the latent that the clip starts with. ``prompt_embeds`` and ``prompt_audio_embeds`` come from the connectors, which are not distilled. Guidance is
-    classifier-free, of one scale for both: that of skipped layers and of isolated modalities, which the call has by
-    default, is none here.
+    Image to video: ``first_frame``, the latent that the clip starts with. ``prompt_embeds`` and
+    ``prompt_audio_embeds`` come from the connectors, which are not distilled. Guidance is classifier-free, of one scale
+    for both: that of skipped layers and of isolated modalities, which the call has by default, is none here.
     """
 
     name = "ltx2"

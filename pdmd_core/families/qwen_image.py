@@ -149,7 +149,8 @@ class QwenImageFamily(ModelFamily):
 
     def image_shapes(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> dict[str, tuple[int, ...]]:
         width, height = _size(_REFERENCE, latent[-1] / latent[-2])
-        return {"image_latents": (latent[0], 1, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)}
+        side = 2 * pipeline.vae_scale_factor
+        return {"image_latents": (latent[0], 1, height // side * 2, width // side * 2)}
 
     def image_tokens(self, pipeline: DiffusionPipeline, latent: Sequence[int]) -> int:
         pixels = _SEEN_BY_PLUS if _is_plus(pipeline) else _REFERENCE

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.families import ModelFamily
@@ -27,7 +26,7 @@ from training.distributed.sharding import check_processes, group_size
 from training.loop.distilled_teacher import check_base
 from training.loop.start import specs_of_run, start_of
 from training.loop.targets import check_targets
-from training.memory.activations import activation_bytes
+from training.memory.activations import activation_bytes, example_shapes
 from training.memory.static import Held, in_words, static_memory
 from training.monitoring.trackers import check_tracker
 
@@ -86,7 +85,7 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     held = static_memory(config, plan, roles, gpus)
     lines += [f"  {part.role:12} {in_words(part.bytes)}: {part.how}" for part in held.parts]
     own = config.batch_size // config.groups(gpus)
-    activations, how = _activations(config, family, pipeline.transformer, shape, own)
+    activations, how = _activations(config, family, pipeline, shape, own)
     total = held.bytes + activations
     lines += [f"  {'all':12} {in_words(held.bytes)}: weights, gradients, optimizer"]
     all_of_it = "both its networks" if len(networks) > 1 else "the whole of it"
@@ -118,12 +117,13 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
 
 
 def _activations(
-    config: DistillConfig, family: ModelFamily, network: nn.Module, latent: Sequence[int], own: int
+    config: DistillConfig, family: ModelFamily, pipeline: DiffusionPipeline, latent: Sequence[int], own: int
 ) -> tuple[float, str]:
     """Bytes of activations, and what they are of."""
     count = min(config.memory.micro_batch_size or own, own)
     try:
-        found = activation_bytes(config, family, network, latent, own)
+        shapes = example_shapes(config, family, pipeline, latent)
+        found = activation_bytes(config, family, pipeline.transformer, latent, shapes, own)
     except Exception as error:  # a network of any kind, on tensors without numbers
         return 0.0, f"NOT counted, they come on top ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     whom = f"{count} sample{'s' if count > 1 else ''} at once, by evaluations on tensors that hold nothing"

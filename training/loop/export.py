@@ -20,6 +20,7 @@ from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
 from training.config.schema import DistillConfig
+from training.data.examples import Example
 from training.distributed.sharding import whole
 from training.loop.progress import Progress
 

@@ -70,8 +70,27 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of one example's conditioning, by name."""
+
+
+def example_shapes(config: DistillConfig, family: ModelFamily, pipeline: Any, latent: Sequence[int]) -> Shapes:
+    """The shapes of an example's conditioning, with its image where the pipeline is given one.
+
+    Args:
+        config: The configuration of the run; its first example tells where images can be left out.
+        family: The model family of the teacher.
+        pipeline: The teacher's pipeline, whose weights may be on the meta device.
+        latent: Shape of a latent.
+    """
+    given = family.takes_image(pipeline) and (family.needs_image(pipeline) or next(iter(config.data)).image is not None)
+    tokens = config.model.max_sequence_length + (family.image_tokens(pipeline, latent) if given else 0)
+    shapes = family.conditioning_shapes(pipeline.transformer.config, tokens, latent)
+    return shapes | (family.image_shapes(pipeline, latent) if given else {})
+
+
 def activation_bytes(
-    config: DistillConfig, family: ModelFamily, network: Any, latent: Sequence[int], own: int
+    config: DistillConfig, family: ModelFamily, network: Any, latent: Sequence[int], shapes: Shapes, own: int
 ) -> float:
     """The most that activations take in a step of the fake and in one of the generator, on one device.
 
@@ -80,6 +99,7 @@ def activation_bytes(
         family: The model family of the teacher.
         network: A network of the teacher, on any device; its configuration is what counts.
         latent: Shape of a latent.
+        shapes: Those of ``example_shapes``.
         own: Samples of a process in an update.
 
     Returns:
@@ -88,14 +108,20 @@ def activation_bytes(
     count = min(config.memory.micro_batch_size or own, own)
     key = next((key for key in _LAYERS if key in network.config), None)
     if key is None or network.config[key] <= _FEW[1]:
-        return _peak(config, family, network, {}, latent, count) / config.parallel.context_parallel
-    few, more = (_peak(config, family, network, {key: blocks}, latent, count) for blocks in _FEW)
+        return _peak(config, family, network, {}, latent, shapes, count) / config.parallel.context_parallel
+    few, more = (_peak(config, family, network, {key: blocks}, latent, shapes, count) for blocks in _FEW)
     whole = more + (more - few) / (_FEW[1] - _FEW[0]) * (network.config[key] - _FEW[1])
     return whole / config.parallel.context_parallel
 
 
 def _peak(
-    config: DistillConfig, family: ModelFamily, like: Any, changes: Mapping[str, int], latent: Sequence[int], count: int
+    config: DistillConfig,
+    family: ModelFamily,
+    like: Any,
+    changes: Mapping[str, int],
+    latent: Sequence[int],
+    shapes: Shapes,
+    count: int,
 ) -> int:
     """Of ``count`` samples on a network like this one with some settings changed."""
     plan = config.plan.build()
@@ -115,7 +141,6 @@ def _peak(
     if config.memory.gradient_checkpointing:
         for each in roles.networks():
             enable_gradient_checkpointing(each)
-    shapes = family.conditioning_shapes(network.config, config.model.max_sequence_length, latent)
     wide = getattr(torch, config.model.dtype)
     with fake:
         noise = torch.empty(count, *latent)

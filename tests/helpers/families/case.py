@@ -47,8 +47,6 @@ def _told(build: Callable[..., Any]) -> tuple[ModelFamily | None, frozenset[str]
     """The family of a pipeline, the arguments of its call that it is given here, and its class."""
     pipe = build()
     family, arguments = known_family(type(pipe.transformer).__name__), set(inspect.signature(pipe.__call__).parameters)
-    if family is not None and not family.takes_image(pipe):
-        arguments.discard("image")
     return family, frozenset(arguments), type(pipe)
 
 
@@ -74,6 +72,8 @@ class Case:
     """How many outputs of the call are latents."""
     picture_size: tuple[int, int] = (24, 40)
     """Width and height of the picture that the call is given, where it takes one."""
+    edits: bool = False
+    """Whether the call is given a picture that it can do without."""
     last_image: bool = False
     """Whether the call is given the picture that the clip ends with, too."""
     guided: bool = True
@@ -92,7 +92,6 @@ class Case:
     def call(self) -> dict[str, Any]:
         """A small call of the pipeline."""
         height, width, frames = self.size
-        takes = _told(self.build)[1]
         values = {
             "prompt": self.prompt,
             "image": self.picture,
@@ -103,11 +102,13 @@ class Case:
         }
         if self.last_image:
             values["last_image"] = self.last_picture
-        return {name: value for name, value in values.items() if name in takes}
+        return {name: value for name, value in values.items() if self.takes(name)}
 
     def takes(self, argument: str) -> bool:
-        """Whether the pipeline's call has an argument."""
-        return argument in _told(self.build)[1]
+        """Whether the pipeline's call has an argument, and is given it where it is a picture."""
+        family, arguments, kind = _told(self.build)
+        optional = argument == "image" and family is not None and not family.needs_image(kind)
+        return argument in arguments and (self.edits or not optional)
 
     @property
     def picture(self) -> Image.Image:

@@ -56,6 +56,6 @@ def flux_edit() -> FluxKontextPipeline:
 CASES = {
     "flux": Case(flux, (8, 12, 1), (1, 24, 4 * CHANNELS), thousandth, unpacked=unpacked),
     "flux_edit": Case(
-        flux_edit, (896, 1152, 1), (1, 63, 4 * CHANNELS), beside_tokens, unpacked=unpacked, picture_size=(256, 384)
+        flux_edit, (896, 1152, 1), (1, 63, 4 * CHANNELS), beside_tokens, unpacked=unpacked, picture_size=(1152, 896)
     ),
 }

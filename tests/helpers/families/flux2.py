@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ _SIZES = {"hidden_size": FEATURES, "intermediate_size": 8, "head_dim": 8, "vocab
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
 
 
-def _autoencoder() -> AutoencoderKLFlux2:
+def _autoencoder(levels: int) -> AutoencoderKLFlux2:
+    """levels: each but the first halves the sides."""
     torch.manual_seed(0)
     vae = AutoencoderKLFlux2(
-        down_block_types=["DownEncoderBlock2D"],
-        up_block_types=["UpDecoderBlock2D"],
-        block_out_channels=[4],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=[4] * levels,
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=1,
@@ -73,7 +75,7 @@ def _tokenizer() -> Qwen2Tokenizer:
     return built
 
 
-def flux2() -> Flux2Pipeline:
+def flux2(levels: int = 1) -> Flux2Pipeline:
     """dev: guidance is an input of the network."""
     torch.manual_seed(0)
     vision = {"model_type": "pixtral", "image_size": 14, "patch_size": 14, "num_hidden_layers": 1}
@@ -82,7 +84,7 @@ def flux2() -> Flux2Pipeline:
     encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
     pipeline = Flux2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_autoencoder(),
+        vae=_autoencoder(levels),
         text_encoder=encoder.eval(),
         tokenizer=_tokenizer(),
         transformer=_network(guidance_embeds=True),
@@ -90,14 +92,14 @@ def flux2() -> Flux2Pipeline:
     return quiet(pipeline)
 
 
-def flux2_klein() -> Flux2KleinPipeline:
+def flux2_klein(levels: int = 1) -> Flux2KleinPipeline:
     """klein that is not distilled: guided by the empty prompt."""
     torch.manual_seed(0)
     encoder = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=28, **_SIZES, **_HEADS)).eval()
     return quiet(
         Flux2KleinPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=_autoencoder(),
+            vae=_autoencoder(levels),
             text_encoder=encoder,
             tokenizer=qwen_tokenizer(),
             transformer=_network(guidance_embeds=False),
@@ -108,14 +110,21 @@ def flux2_klein() -> Flux2KleinPipeline:
 def _unpacked(pipeline: Any, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
     """dev returns tokens, klein what its autoencoder decodes."""
     if latents.ndim == 3:
-        return latents.transpose(1, 2).unflatten(2, (size[0] // 2, size[1] // 2))
+        side = 2 * pipeline.vae_scale_factor
+        return latents.transpose(1, 2).unflatten(2, (size[0] // side, size[1] // side))
     bn = pipeline.vae.bn
     mean, variance = (values.view(1, -1, 1, 1) for values in (bn.running_mean, bn.running_var))
     return (functional.pixel_unshuffle(latents, 2) - mean) / (variance + pipeline.vae.config.batch_norm_eps).sqrt()
 
 
 _SIZE, _LATENTS = (8, 12, 1), (1, 4 * CHANNELS, 4, 6)
+_DEV = Case(flux2, _SIZE, _LATENTS, velocity=None, tokens=512, unpacked=_unpacked, guided=False)
+_KLEIN = Case(flux2_klein, _SIZE, _LATENTS, velocity=None, tokens=TOKENS, unpacked=_unpacked)
+_EDITS = {"size": (64, 96, 1), "edits": True, "picture_size": (96, 64)}
+"""Pictures have sides of 64 pixels or more: the latents are 8 times smaller."""
 CASES = {
-    "flux2": Case(flux2, _SIZE, _LATENTS, velocity=None, tokens=512, unpacked=_unpacked, guided=False),
-    "flux2_klein": Case(flux2_klein, _SIZE, _LATENTS, velocity=None, tokens=TOKENS, unpacked=_unpacked),
+    "flux2": _DEV,
+    "flux2_klein": _KLEIN,
+    "flux2_edit": replace(_DEV, build=lambda: flux2(levels=4), **_EDITS),
+    "flux2_klein_edit": replace(_KLEIN, build=lambda: flux2_klein(levels=4), **_EDITS),
 }

@@ -56,7 +56,7 @@ def _autoencoders() -> dict[str, Any]:
     torch.manual_seed(0)
     clip = AutoencoderKLLTX2Video(
         latent_channels=CHANNELS,
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),

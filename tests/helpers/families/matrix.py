@@ -45,11 +45,12 @@ def recipes() -> dict[tuple[object, ...], list[str]]:
     """Kind of pipeline to the models of its recipes."""
     found: dict[tuple[object, ...], list[str]] = {}
     for path in sorted((ROOT / "training" / "configs").glob("*_phased_single_gpu.yaml")):
-        architecture = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["architecture"]
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         index, network = (
-            json.loads((ROOT / architecture / part).read_text(encoding="utf-8"))
+            json.loads((ROOT / model["architecture"] / part).read_text(encoding="utf-8"))
             for part in ("model_index.json", "transformer/config.json")
         )
+        index["_class_name"] = model.get("pipeline", index["_class_name"])
         found.setdefault(_kind(index, network), []).append(path.stem.removesuffix("_phased_single_gpu"))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,17 @@ def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
     return quiet(QwenImageEditPlusPipeline(**parts, processor=picture_processor()))
 
 
-_EDIT_SIZE, _EDIT_LATENTS = (64, 128, 1), (1, 2, 16)
+_EDITS = Case(
+    qwen_image_edit,
+    (64, 128, 1),
+    (1, 2, 16),
+    beside_tokens,
+    tokens=TOKENS,
+    unpacked=unpacked,
+    picture_size=(64, 32),
+)
 CASES = {
     "qwen_image": Case(qwen_image, (32, 48, 1), (1, 24, 16), thousandth, tokens=TOKENS, unpacked=unpacked),
-    "qwen_image_edit": Case(
-        qwen_image_edit, _EDIT_SIZE, _EDIT_LATENTS, beside_tokens, tokens=TOKENS, unpacked=unpacked
-    ),
-    "qwen_image_edit_plus": Case(
-        qwen_image_edit_plus, _EDIT_SIZE, _EDIT_LATENTS, beside_tokens, tokens=TOKENS, unpacked=unpacked
-    ),
+    "qwen_image_edit": _EDITS,
+    "qwen_image_edit_plus": replace(_EDITS, build=qwen_image_edit_plus),
 }

@@ -329,7 +329,8 @@ def test_every_family_is_sampled_the_same_before_and_after_merging(name: str, tm
     for seed, phase in enumerate(PLAN.phases):
         randomise(roles, phase.name, seed)
     experts = tmp_path / "experts"
-    write_lora_experts(experts, PLAN, roles, base)
+    training = {"pipeline_tag": "image-to-image"} if case.edits else None
+    write_lora_experts(experts, PLAN, roles, base, training)
     PhasedDMDScheduler.from_plan(PLAN).save_pretrained(experts / "scheduler")
     request = {"size": (width, height, frames), "max_sequence_length": case.tokens}
     assert sample_check(experts, **request).passed

@@ -51,3 +51,10 @@ def test_what_it_does_not_have_is_one_line() -> None:
         "glyph_embeds",
         "glyph_mask",
     }
+
+
+def test_the_call_chooses_the_size_of_clips_from_pictures() -> None:
+    pipe = hunyuan_video_15(image=True)
+    assert HUNYUAN.latent_shape(pipe, 16, 24, 5) == (4, 2, 4, 6)
+    with pytest.raises(ValueError, match="makes clips of 20x20 from pictures of this shape, found 40x40"):
+        HUNYUAN.latent_shape(pipe, 40, 40, 5)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LTX2ImageToVideoPipeline, LTX2VideoTransformer3DModel
+from diffusers import LTX2ConditionPipeline, LTX2ImageToVideoPipeline, LTX2VideoTransformer3DModel
 from torch import Tensor
 
 from pdmd_core.families import family, family_of_lora
@@ -14,6 +14,7 @@ from pdmd_core.phases import PhasePlan
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.ltx2 import CASES, CHANNELS, SOUND, ltx2
+from tests.helpers.families.parts import picture
 from tests.helpers.tiny import randn
 from tests.helpers.tiny_pipelines import lora_experts
 
@@ -107,6 +108,20 @@ def test_released_sizes_and_others() -> None:
         LTX2.latent_shape(pipe, 64, 100, 9)
     with pytest.raises(ValueError, match="1 \\+ a multiple of 8 frames, found 8"):
         LTX2.latent_shape(pipe, 64, 64, 8)
-    other = LTX2ImageToVideoPipeline(**pipe.components)
-    with pytest.raises(ValueError, match="known as an LTX2Pipeline, found a LTX2ImageToVideoPipeline"):
+    other = LTX2ConditionPipeline(**pipe.components)
+    with pytest.raises(ValueError, match="LTX2Pipeline or LTX2ImageToVideoPipeline, found a LTX2ConditionPipeline"):
         LTX2.latent_shape(other, 64, 64, 9)
+
+
+@torch.no_grad()
+def test_pictures_are_compressed_as_clips_are() -> None:
+    """By diffusers' own encoder of clips, for which the other tests have another."""
+    pytest.importorskip("av")
+    pipe = ltx2(LTX2ImageToVideoPipeline)
+    seen = picture(size=(160, 64))
+    call = {"prompt": "a", "image": seen, "height": 64, "width": 160, "num_frames": 9, "max_sequence_length": 24}
+    call |= {"num_inference_steps": 1, "output_type": "latent", **LTX2.guidance_arguments(1.0)}
+    vae = pipe.vae
+    clip = pipe._normalize_latents(pipe(**call)[0], vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    found = LTX2.encode_images(pipe, [seen], 64, 160, 9)["first_frame"]
+    torch.testing.assert_close(found, clip[:, :, :1], rtol=1e-4, atol=1e-4)

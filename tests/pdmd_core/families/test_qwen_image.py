@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from safetensors.torch import save_file
+from transformers import Qwen2VLImageProcessorPil
 
 from pdmd_core.experts import lora_to_file
-from pdmd_core.families.qwen_image import QwenImageFamily
+from pdmd_core.families.qwen_image import QwenImageFamily, _size
 from pdmd_core.roles import Roles, RoleSpec
+from tests.helpers.families.parts import picture
 from tests.helpers.families.qwen_image import qwen_image
 from tests.helpers.tiny import randn, randomise
 
@@ -92,3 +100,16 @@ def test_true_guidance_keeps_the_length_of_each_token() -> None:
             torch.testing.assert_close(length, positive[token].flatten(1).norm(dim=1))
             cosine = torch.cosine_similarity(guided[token].flatten(1), plain[token].flatten(1))
             torch.testing.assert_close(cosine, torch.ones(2))
+
+
+@pytest.mark.parametrize(("kind", "side"), [(QwenImageEditPipeline, 37), (QwenImageEditPlusPipeline, 14)])
+def test_the_tokens_of_a_picture_are_those_of_the_text_encoder_s_processor(
+    kind: type[DiffusionPipeline], side: int
+) -> None:
+    """At the released sizes, for a sample of 1024x1024."""
+    pipe = kind(**dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")))
+    pixels = 1024 * 1024 if side == 37 else 384 * 384
+    shown = picture(size=(64, 64)).resize(_size(pixels, 1.0))
+    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056)
+    grid = processor(shown, return_tensors="pt")["image_grid_thw"]
+    assert QWEN.image_tokens(pipe, (16, 1, 128, 128)) == side * side == int(grid.prod()) // 4

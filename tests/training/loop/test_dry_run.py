@@ -41,6 +41,7 @@ MODELS = {
     "wan2_2_t2v_a14b": ("28.58 G parameters", "16x21x60x104", 5.0),
     "wan2_2_i2v_a14b": ("28.58 G parameters", "16x21x60x104", 5.0),
     "wan2_2_ti2v_5b": ("5.00 G parameters", "48x31x44x80", 5.0),
+    "wan2_2_ti2v_5b_image": ("5.00 G parameters", "48x31x44x80", 5.0),
     "wan2_1_i2v_14b_480p": ("16.39 G parameters", "16x21x60x104", 5.0),
     "wan2_1_flf2v_14b_720p": ("16.40 G parameters", "16x21x60x104", 5.0),
     "ltx_video": ("1.92 G parameters", "128x21x15x22", 5.0),
@@ -56,7 +57,9 @@ MODELS = {
     "flux_2_dev": ("32.22 G parameters", "128x64x64", 3.0),
     "flux_2_klein_base_9b": ("9.08 G parameters", "128x64x64", 3.0),
     "hunyuan_video_1_5_480p": ("8.33 G parameters", "32x31x30x53", 5.0),
+    "hunyuan_video_1_5_480p_image": ("8.33 G parameters", "32x31x30x53", 5.0),
     "ltx_2": ("18.88 G parameters", "131x16x16x24", 5.0),
+    "ltx_2_image": ("18.88 G parameters", "131x16x16x24", 5.0),
 }
 """Parameters of the teacher, latents of a sample, shift of the plan."""
 OF_THE_PAPER = ("wan2_1_t2v_14b", "wan2_1_t2v_1_3b", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "qwen_image")
@@ -218,6 +221,7 @@ def test_recipes_have_the_paper_s_settings(model: str) -> None:
         ("flux_2_dev", 32_223_281_152, "Flux2Pipeline", None),
         ("flux_2_klein_base_9b", 9_078_581_248, "Flux2KleinPipeline", None),
         ("hunyuan_video_1_5_480p", 8_326_608_160, "HunyuanVideo15Pipeline", None),
+        ("hunyuan_video_1_5_480p_image", 8_326_608_160, "HunyuanVideo15ImageToVideoPipeline", None),
         ("ltx_2", 18_876_174_592, "LTX2Pipeline", None),
     ],
 )

@@ -181,6 +181,8 @@ def test_a_distillation_ends_in_experts_that_the_stock_pipeline_samples_with(
 ) -> None:
     case, teacher = CASES[name], teachers[name]
     config, experts = distilled(name)
+    tag = f"image-to-{'video' if case.size[2] > 1 else 'image'}" if case.takes("image") else None
+    assert experts.manifest.training.get("pipeline_tag") == tag
     components = [expert.component for expert in experts.manifest.experts]
     assert components == (["transformer", "transformer_2"] if name in TWO else ["transformer"] * 2)
     for expert in experts.manifest.experts:
@@ -314,3 +316,15 @@ def test_prompts_without_images_and_sample_prompts_are_refused_by_image_teachers
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(PromptError, match=r"validation\.prompts: the teacher takes images"):
         Trainer(build_run(config_of(name, teachers[name], tmp_path, **{"validation.prompts": ["a fox"]})))
+
+
+def test_a_teacher_that_can_do_without_images_has_them_with_all_prompts_or_with_none(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    name = "flux2_klein_edit"
+    path = write_prompts(tmp_path, images=True)
+    path.write_text(path.read_text(encoding="utf-8") + '\n{"prompt": "a fox"}\n', encoding="utf-8")
+    with pytest.raises(PromptError, match="with an image each or without any, 1 of 4 have none: make two") as caught:
+        config = config_of("flux2_klein", teachers[name], tmp_path, **{"data.prompts": str(path), "model.height": 64})
+        Trainer(build_run(changed(config, **{"model.width": 96})))
+    assert len(str(caught.value).splitlines()) == 1

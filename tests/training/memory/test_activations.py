@@ -18,12 +18,13 @@ from benchmarks.cost.random_training import TEXT_TOKENS, RandomTraining, small_c
 from tests.helpers.configs import changed
 from training.config.command_line import UserError
 from training.config.schema import ConfigError, DistillConfig, load_config
+from training.data.teacher import TeacherSource, family_of_pipeline, pipeline_on_meta
 from training.loop.build import build_run
 from training.loop.dry_run import describe
 from training.loop.precision import make_accelerator
 from training.loop.trainer import Trainer
 from training.memory import activations
-from training.memory.activations import activation_bytes
+from training.memory.activations import activation_bytes, example_shapes
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,11 +35,22 @@ def allocated(events: Iterable[Any]) -> int:
     return max(itertools.accumulate(size for _, size in sorted(sizes, key=lambda pair: pair[0])))
 
 
+def shapes_of(config: DistillConfig, teacher: Any) -> dict[str, tuple[int, ...]]:
+    """Of an example's conditioning."""
+    tokens = config.model.max_sequence_length
+    return teacher.family.conditioning_shapes(teacher.networks["transformer"].config, tokens, teacher.shape)
+
+
+def predicted_for(config: DistillConfig, teacher: Any) -> float:
+    network = teacher.networks["transformer"]
+    return activation_bytes(config, teacher.family, network, teacher.shape, shapes_of(config, teacher), 1)
+
+
 def test_predicted_are_those_of_a_real_step() -> None:
     model = {"path": "random", "max_sequence_length": TEXT_TOKENS}
     config = small_config(batch_size=1, plan={"steps": [1], "shift": 5.0}, model=model)
     teacher = small_teacher("wan", "100M", 16)
-    predicted = activation_bytes(config, teacher.family, teacher.networks["transformer"], teacher.shape, 1)
+    predicted = predicted_for(config, teacher)
     training = RandomTraining(config, teacher, make_accelerator("no", "cpu"))
     phase, batch = training.training, training.batches.draw(negative=True)
     renoising = training.batches.renoising(phase.distiller, batch.noise)
@@ -52,20 +64,18 @@ def test_predicted_are_those_of_a_real_step() -> None:
 
 def test_what_computes_attention_of_other_networks_changes_no_prediction() -> None:
     teacher = small_teacher("wan", "tiny", 16)
-    network = teacher.networks["transformer"]
-    predicted = activation_bytes(small_config(), teacher.family, network, teacher.shape, 1)
+    predicted = predicted_for(small_config(), teacher)
     with attention_backend("_native_math"):  # for the process, as set_attention_backend of any network does
-        assert activation_bytes(small_config(), teacher.family, network, teacher.shape, 1) == predicted
+        assert predicted_for(small_config(), teacher) == predicted
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_more_blocks_take_more_by_the_same_amount(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
     teacher = small_teacher("wan", "100M", 8)
     config = small_config(memory={"gradient_checkpointing": checkpointing})
-    network = teacher.networks["transformer"]
-    from_few = activation_bytes(config, teacher.family, network, teacher.shape, 1)
+    from_few = predicted_for(config, teacher)
     monkeypatch.setattr(activations, "_FEW", (9, 10))
-    assert from_few == pytest.approx(activation_bytes(config, teacher.family, network, teacher.shape, 1), rel=0.01)
+    assert from_few == pytest.approx(predicted_for(config, teacher), rel=0.01)
 
 
 def test_inputs_of_blocks_that_wait_in_host_memory_change_no_number(config: DistillConfig, tmp_path: Path) -> None:
@@ -118,3 +128,33 @@ def test_a_network_that_cannot_be_evaluated_so_is_said(
 
     monkeypatch.setattr("training.loop.dry_run.activation_bytes", fails)
     assert "NOT counted, they come on top (RuntimeError: data-dependent)" in describe(changed(settings_of_run))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("qwen_image_edit", {"prompt_embeds": (1024 + 37 * 37, 3584), "image_latents": (16, 1, 128, 128)}),
+        ("qwen_image_edit_plus", {"prompt_embeds": (1024 + 14 * 14, 3584), "image_latents": (16, 1, 128, 128)}),
+        ("flux_1_kontext_dev", {"prompt_embeds": (512, 4096), "image_latents": (16, 128, 128)}),
+        ("flux_2_dev", {"prompt_embeds": (512, 15360), "image_latents": (128, 64, 64)}),
+        ("wan2_2_ti2v_5b_image", {"prompt_embeds": (512, 4096), "first_frame": (48, 1, 44, 80)}),
+        ("ltx_2_image", {"prompt_embeds": (1024, 3840), "first_frame": (128, 1, 16, 24)}),
+        ("hunyuan_video_1_5_480p_image", {"image_embeds": (729, 1152), "image_latents": (32, 1, 30, 53)}),
+    ],
+)
+def test_pictures_that_a_teacher_is_given_count(
+    recipe: str, expected: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that it can do without, where the prompts have them."""
+    monkeypatch.chdir(ROOT)
+    changes = ["data.prompts=training/prompts/edits.jsonl"] if recipe == "flux_2_dev" else []
+    config = load_config(ROOT / f"training/configs/{recipe}_phased.yaml", changes)
+    model = config.model
+    pipeline = pipeline_on_meta(TeacherSource(str(model.architecture), None, model.pipeline))
+    found = family_of_pipeline(pipeline)
+    latent = found.latent_shape(pipeline, model.height, model.width, model.frames)
+    shapes = example_shapes(config, found, pipeline, latent)
+    assert {name: shapes[name] for name in expected} == expected
+    assert not changes or "image_latents" not in example_shapes(
+        load_config(ROOT / f"training/configs/{recipe}_phased.yaml"), found, pipeline, latent
+    )
