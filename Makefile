@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = PASSIVE
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo check format test-fast test docs audit hooks test-long test-oldest test-comfyui test-comfyui-load test-matrix \
+.PHONY: help demo check format test-fast test docs audit hooks test-long test-versions test-comfyui test-comfyui-load test-matrix \
 	gpu-wheels environment clean
 
 help: ## list these targets
@@ -63,12 +63,10 @@ audit: environment ## known vulnerabilities in the pinned packages; without netw
 test-long: environment ## the full size of tests that the suite runs in small: minutes to hours
 	$(BIN)/python -m pytest -m long
 
-# Families, roles, pipelines and the Hub on the lowest versions that pyproject.toml allows, laid over the environment; without
-# offloading, which diffusers 0.40 does in groups only where there is an accelerator
-OLDEST := pipelines experts/hub experts/convert/test_released.py families roles scheduler
-test-oldest: environment ## on the lowest versions that pyproject.toml allows
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest --requirement .ci/oldest.txt
-	PYTHONPATH=.oldest $(BIN)/python -m pytest $(wildcard $(addprefix tests/pdmd_core/,$(OLDEST))) -k "not offload"
+# Scheduler, roles, pipelines and the Hub, each row of .ci/versions.py in an environment of its own in .versions; where no
+# package index has torch for the CPU, it is made to load without CUDA, by a C compiler and binutils
+test-versions: ## on the lowest and the newest versions of Python, torch and diffusers: an hour
+	$(PYTHON) .ci/versions.py
 
 # In an environment of its own, with the real ComfyUI and Chromium; clones share it by setting PHASED_DMD_COMFYUI
 export PHASED_DMD_COMFYUI ?= $(CURDIR)/.comfyui

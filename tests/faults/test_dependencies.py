@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import sys
 import tomllib
 from importlib.metadata import packages_distributions, requires
@@ -69,7 +70,7 @@ def test_each_dependency_is_pinned_to_a_version_that_it_allows() -> None:
 
 
 def test_the_lowest_versions_that_are_allowed_are_tested() -> None:
-    """By ``make test-oldest``; torch is the pinned one there."""
+    """By ``make test-versions``."""
     lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
     tested = {canonicalize_name(r.name): r for r in map(Requirement, lines[1:])}
     found = declared()["diffusers"]
@@ -78,6 +79,11 @@ def test_the_lowest_versions_that_are_allowed_are_tested() -> None:
     for name in set(floors) - {"torch"}:
         (lowest,), (version,) = SpecifierSet(floors[name]), tested[name].specifier
         assert (lowest.operator, Version(lowest.version)) == (">=", Version(version.version)), name
+    versions = runpy.run_path(str(ROOT / ".ci" / "versions.py"))
+    oldest, (torch,) = versions["ROWS"]["oldest"], SpecifierSet(floors["torch"])
+    assert Version(oldest.torch.removeprefix("torch==")) == Version(torch.version)
+    assert oldest.python == PROJECT["requires-python"].removeprefix(">=")
+    assert all((ROOT / "tests" / "pdmd_core" / part).exists() for part in versions["PART"])
 
 
 def test_what_the_dependencies_need_is_pinned_too() -> None:
