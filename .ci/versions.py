@@ -40,7 +40,7 @@ OTHER_ANSWERS = {
 """Functions in C that are asked where there is no device, too."""
 LIBRARIES = ["diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub"]
 ROWS = {
-    "oldest": Row("3.11", "torch==2.6.0", ["--requirement", str(ROOT / ".ci" / "oldest.txt")]),
+    "oldest": Row("3.11", "torch==2.7.0", ["--requirement", str(ROOT / ".ci" / "oldest.txt")]),
     "newest, Python 3.11": Row("3.11", "torch", LIBRARIES),
     "newest, Python 3.12": Row("3.12", "torch", LIBRARIES),
     "newest, Python 3.13": Row("3.13", "torch", LIBRARIES),

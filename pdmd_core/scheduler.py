@@ -159,7 +159,9 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         trained = len(self.plan.sigmas)
         steps = trained if given is None else int(given)
         walked = self.plan.refined(max(steps, trained))
-        if (steps == trained or self.config.refine) and not self._counts_only:
+        if self._counts_only:
+            _check_start(sigmas)
+        elif steps == trained or self.config.refine:
             self._check_given(sigmas, timesteps, walked)
         self.num_inference_steps = steps
         self._use(walked, device)
@@ -369,6 +371,15 @@ class PhasedDMDScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 def _uniform(sigmas: np.ndarray, atol: float = 1e-6) -> bool:
     """Whether these are the raw times that pipelines pass by default: from 1 down in equal steps."""
     return len(sigmas) > 0 and np.allclose(sigmas, np.linspace(1, sigmas[-1], len(sigmas)), atol=atol)
+
+
+def _check_start(sigmas: Sequence[float] | np.ndarray | None) -> None:
+    """Refuse the steps that a pipeline computes for samples that are not noise."""
+    if sigmas is not None and float(sigmas[0]) < 0.97:
+        raise ValueError(
+            f"this call starts midway, at sigma {float(sigmas[0]):.3g}, where the experts' plan starts from noise: set "
+            "the argument that asks for it to noise alone, such as init_noise_level=1"
+        )
 
 
 def _check_same(what: str, sigmas: np.ndarray, plan: PhasePlan) -> None:

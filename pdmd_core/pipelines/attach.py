@@ -30,7 +30,7 @@ from .networks import (
 )
 from .offload import disk_files, is_offloaded_in_parts, offloaded_again
 from .phased import PhasedPipeline, phased_class, restore
-from .refusals import refuse_pipeline
+from .refusals import refuse_pipeline, refuse_shared_layers
 from .routing import Route, guard_networks
 from .settings import give_settings
 
@@ -176,6 +176,7 @@ def attach_opened(
             for switch in attachment.switches.values()
         ]
     else:
+        refuse_shared_layers(pipe)
         networks = loaded
         if networks is None:
             like = network_of(pipe, COMPONENT)
@@ -210,16 +211,19 @@ def _share(pipe: DiffusionPipeline, owner: DiffusionPipeline) -> PhasedPipeline:
         raise ExpertsError("the pipeline given as experts has none: pass an experts folder, a Hub id or a phased one")
     if not shared.route.attached:
         raise ExpertsError("the pipeline given as experts has lost them to detach_experts: attach them to it again")
-    if not shared.networks:
+    refuse_pipeline(pipe)
+    if shared.networks:
+        refuse_shared_layers(pipe)
+        if type(network_of(pipe, COMPONENT)) is not type(shared.networks[0]):
+            raise ExpertsError(
+                f"the experts to share are of a {type(shared.networks[0]).__name__}, the pipeline has a "
+                f"{type(network_of(pipe, COMPONENT)).__name__}"
+            )
+    else:
         own = [network_of(pipe, name) for name in component_names(2)]
         if not all(switch.network in own for switch in shared.switches.values()):
             assert shared.experts is not None  # LoRA experts come from a folder
             return attach_opened(pipe, shared.experts, merge=shared.merge)
-    elif type(network_of(pipe, COMPONENT)) is not type(shared.networks[0]):
-        raise ExpertsError(
-            f"the experts to share are of a {type(shared.networks[0]).__name__}, the pipeline has a "
-            f"{type(network_of(pipe, COMPONENT)).__name__}"
-        )
     attachment = Attachment(
         shared.plan,
         shared.guidance_scale,

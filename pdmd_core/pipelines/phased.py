@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
@@ -21,6 +22,7 @@ from .attachment import MISSING, Attachment, Original
 from .guidance import guidances_of
 from .networks import COMPONENT, component_names
 from .offload import offload_groups
+from .refusals import nothing_carried
 
 logger = logging.get_logger(f"diffusers.{__name__}")
 
@@ -85,7 +87,7 @@ def phased_class(base: type[DiffusionPipeline], networks: int = 0) -> type[Diffu
         given = signature.bind_partial(self, *args, **kwargs).arguments
         with attachment.lock:
             attachment.check(self, given)
-            kwargs |= _defaults(self, signature, given)
+            kwargs |= _defaults(self, signature, given) | nothing_carried(self, given)
             if (steps := given.get("num_inference_steps")) is not None:
                 self.scheduler.check_steps(steps)
             asked = any(given.get(name) is not None for name in ("sigmas", "timesteps"))
@@ -242,8 +244,12 @@ def _defaults(pipe: Any, signature: inspect.Signature, given: Mapping[str, Any])
     attachment: Attachment = pipe.phased
     known = signature.parameters
     defaults: dict[str, Any] = {}
-    if "num_inference_steps" in known and not {"num_inference_steps", "sigmas", "timesteps"} & set(given):
-        defaults["num_inference_steps"] = len(attachment.plan.sigmas)
+    if not {"sigmas", "timesteps"} & set(given):
+        steps = given.get("num_inference_steps") or len(attachment.plan.sigmas)
+        if "num_inference_steps" in known and "num_inference_steps" not in given:
+            defaults["num_inference_steps"] = steps
+        if "sigmas" in known and ("num_inference_steps" not in known or pipe.config.get("sample_sigmas")):
+            defaults["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()  # only their number counts
     for guidance in guidances_of(pipe):
         name, wanted = guidance.argument, guidance.of(attachment.guidance_scale)
         if name not in given:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
 
 from ..experts import ExpertsError
 from ..scheduler import PhasedDMDScheduler
@@ -17,6 +20,8 @@ REASONS = {
     "Cosmos2VideoToWorldPipeline": "its sigmas go up to 80, with noise added to samples that keep their size",
     "Flux2KleinKVPipeline": "it keeps keys and values of the first step for all others, and with them its expert: use "
     "Flux2KleinPipeline",
+    "HeliosPyramidPipeline": "it samples in stages of growing size, each along sigmas of its own",
+    "LTX2DFRTemporalRefinePipeline": "it refines clips that are there, by random steps of a scheduler of its own",
 }
 REASONS |= {
     f"SkyReelsV2DiffusionForcing{kind}Pipeline": "frames are at noise levels of their own, so no step is of one expert"
@@ -67,6 +72,49 @@ def reason_against(pipe: DiffusionPipeline) -> str | None:
     if scheduler.config.get("invert_sigmas"):
         return "its sigmas run from 0 for noise to 1 (invert_sigmas)"
     return None
+
+
+def refuse_shared_layers(pipe: DiffusionPipeline) -> None:
+    """Refuse full experts in a pipeline where another component is made of layers of the network.
+
+    Args:
+        pipe: The pipeline.
+
+    Raises:
+        ExpertsError: If it is one: the component would stay with the base's layers.
+    """
+    own = {id(parameter) for parameter in network_of(pipe, COMPONENT).parameters()}
+    for name, component in pipe.components.items():
+        if name != COMPONENT and isinstance(component, nn.Module) and own & {id(p) for p in component.parameters()}:
+            raise ExpertsError(
+                f"the {name} of a {type(pipe).__name__} shares layers with its {COMPONENT}, which full experts "
+                "replace: convert the experts to LoRA"
+            )
+
+
+def nothing_carried(pipe: DiffusionPipeline, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose arguments of a call with which nothing that one expert computed is used by the next.
+
+    Args:
+        pipe: A phased pipeline.
+        given: The arguments that the caller gave, by name.
+
+    Returns:
+        Further arguments.
+
+    Raises:
+        ExpertsError: If the caller asks for what hands keys and values of the first expert to the others.
+    """
+    if type(pipe).__name__ == "GlmImagePipeline" and given.get("image") is not None:
+        raise ExpertsError(
+            "a GlmImagePipeline keeps the first expert's keys and values of a picture for all others: phased experts "
+            "take no picture there"
+        )
+    if "use_kv_cache" not in inspect.signature(type(pipe).__call__).parameters:
+        return {}
+    if given.get("use_kv_cache"):
+        raise ExpertsError("use_kv_cache=True keeps the first expert's keys and values for all others: leave it out")
+    return {"use_kv_cache": False}
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:

@@ -275,11 +275,11 @@ def _timestep(network: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def _at_sigma(timestep: Tensor, sigma: float) -> bool:
-    """Whether a timestep is sigma * 1000, sigma or 1 - sigma, as far as its dtype can tell.
+    """Whether a timestep is sigma * 1000, that less 1 (GLM-Image), sigma or 1 - sigma, as far as its dtype can tell.
 
     The largest entry counts: image-to-video models give the tokens of the known frame timestep 0.
     """
     value = float(timestep.max())
     tolerance = 1e-4 if timestep.dtype in (torch.float32, torch.float64) else 8e-3
-    candidates = ((sigma * 1000, 1000.0), (sigma, 1.0), (1 - sigma, 1.0))
+    candidates = ((sigma * 1000, 1000.0), (sigma * 1000 - 1, 1000.0), (sigma, 1.0), (1 - sigma, 1.0))
     return any(abs(value - candidate) <= tolerance * unit for candidate, unit in candidates)

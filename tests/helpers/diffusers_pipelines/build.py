@@ -1,7 +1,7 @@
 """Tiny random pipelines of every class of diffusers, from the sizes in ``sizes.json``.
 
-The sizes, and the arguments of a small call, are those of diffusers' own tests of its pipelines (Apache-2.0), and go
-into the real classes.
+The sizes, and the arguments of a small call, are mostly those of diffusers' own tests of its pipelines (Apache-2.0).
+They go into the real classes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,11 +17,15 @@ import numpy as np
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.models.controlnets import controlnet_cosmos
+from diffusers.models.transformers import transformer_cosmos
+from diffusers.pipelines.omnigen import pipeline_omnigen
 from torch import nn
+from torch.nn import functional
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.t5gemma import modeling_t5gemma
 
-from tests.helpers.families.parts import picture, quiet, qwen_tokenizer
+from tests.helpers.families.parts import picture, quiet, qwen_tokenizer, spread
 from tests.helpers.families.qwen_image import picture_processor
 from tests.helpers.tiny import randn, tokenizer
 
@@ -47,6 +52,16 @@ def classes() -> list[str]:
     ]
 
 
+def stand_in_for_torchvision() -> None:
+    """What pipelines of Cosmos and OmniGen take from torchvision, which the tests do without."""
+    resize = SimpleNamespace(resize=lambda x, size, **_: functional.interpolate(x, size))
+    for module in (transformer_cosmos, controlnet_cosmos):
+        if not hasattr(module, "transforms"):
+            module.transforms = SimpleNamespace(functional=resize, InterpolationMode=SimpleNamespace(NEAREST=0))
+    if not hasattr(pipeline_omnigen, "OmniGenMultiModalProcessor"):
+        pipeline_omnigen.OmniGenMultiModalProcessor = lambda *_, **__: None
+
+
 class NothingUnsafe(nn.Module):
     """In the place of Cosmos' safety checker, whose weights are 40 GB."""
 
@@ -63,6 +78,7 @@ class NothingUnsafe(nn.Module):
 
 def build(name: str) -> Any:
     """A pipeline of a class; equal weights every time."""
+    stand_in_for_torchvision()
     kind = getattr(diffusers, name)
     known = inspect.signature(kind.__init__).parameters
     parts = {n: _component(n, v) for n, v in SIZES[name]["components"].items() if n in known}
@@ -89,12 +105,14 @@ def _component(name: str, size: Any) -> Any:
             return known[kind](**settings) if kind in known else getattr(transformers, kind)()
         case {"transformers": kind, "config": config}:
             made = getattr(transformers, kind, None) or getattr(modeling_t5gemma, kind)
-            if kind.startswith("Qwen2_5_VLFor"):
+            if kind.startswith(("Qwen2_5_VLFor", "Qwen3VLFor")):
                 config = config | {key: qwen_tokenizer().convert_tokens_to_ids(token) for key, token in _TOKENS.items()}
             return made(made.config_class(**config)).eval()
         case {"diffusers": kind, "config": config}:
             made = getattr(diffusers, kind, None) or getattr(diffusers.pipelines.ltx2, kind)
             component = made(**_with_tuples(made, config))
+            if name == "controlnet":
+                spread(component, 0.1)  # at first it has no effect
             return component.eval() if isinstance(component, nn.Module) else component
     raise AssertionError(f"{name}: {size}")
 
@@ -109,7 +127,8 @@ def call_of(name: str) -> dict[str, Any]:
     """Arguments of a small call, with a generator of its own; guidance and steps as the pipeline has them."""
     call = {key: _argument(value) for key, value in SIZES[name]["call"].items()}
     known = inspect.signature(getattr(diffusers, name).__call__).parameters
-    call |= {"generator": torch.Generator().manual_seed(7), "output_type": "latent", "return_dict": False}
+    call |= {"generator": torch.Generator().manual_seed(7), "return_dict": False}
+    call.setdefault("output_type", "latent")
     return {key: value for key, value in call.items() if key in known}
 
 

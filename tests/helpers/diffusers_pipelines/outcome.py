@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from pdmd_core.experts import ExpertsError
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.pipelines.refusals import reason_against
-from tests.helpers.diffusers_pipelines.build import SIZES, build, call_of, classes
+from tests.helpers.diffusers_pipelines.build import build, call_of, classes
 from tests.helpers.diffusers_pipelines.by_hand import ByHand, with_adapters, with_weights
 from tests.helpers.tiny_pipelines import KINDS, PLAN
 
@@ -29,7 +30,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "pipelines.md"
 EQUAL = "equal"
 ELSEWHERE = {"QwenImageEditPipeline", "QwenImageEditPlusPipeline"}
 """Classes that tests/pdmd_core/pipelines/test_equality.py tries, in a size that is not built here."""
-NO_GUIDANCE = {
+NO_GUIDANCE: dict[str, dict[str, float | None]] = {
     "guidance_scale": {"ZImage": 0.0, "Krea2": 0.0, "": 1.0},
     "true_cfg_scale": {"": 1.0},
     "audio_guidance_scale": {"": 1.0},
@@ -38,6 +39,7 @@ NO_GUIDANCE = {
     "modality_scale": {"": 1.0},
     "audio_modality_scale": {"": 1.0},
     "guidance_rescale": {"": 0.0},
+    "guidance_schedule": {"": None},
     "audio_guidance_rescale": {"": 0.0},
 }
 """Argument of calls to the value for no guidance, by how the name of the class begins."""
@@ -45,7 +47,7 @@ EMBEDDED = re.compile(r"Flux2?(Control|Fill|Kontext|Img|Inp)?|HunyuanVideo|Hunyu
 """Pipelines whose guidance_scale is an input of the network, which stays as the base has it."""
 
 
-def unguided(name: str) -> dict[str, float]:
+def unguided(name: str) -> dict[str, float | None]:
     """Arguments of a call for no guidance, as a reader of the pipeline would give them."""
     known = inspect.signature(getattr(diffusers, name).__call__).parameters
     embedded = EMBEDDED.match(name) and not name.startswith("Flux2Klein")
@@ -57,7 +59,7 @@ def unguided(name: str) -> dict[str, float]:
 
 
 def outcome(name: str, kind: str) -> str:
-    """``equal``, or the sentence by which experts of a kind ("lora", "full") are refused."""
+    """``equal``, the sentence by which experts of a kind ("lora", "full") are refused, or by which the class fails."""
     pipe = build(name)
     if (reason := reason_against(pipe)) is not None:
         return f"refused: {reason}"
@@ -67,7 +69,12 @@ def outcome(name: str, kind: str) -> str:
             attach_experts(pipe, folder)
         except ExpertsError as error:
             return f"refused: {error}"
-        sampled, forwards = _called(pipe, call_of(name), pipe.phased.networks or [pipe.transformer])
+        try:
+            sampled, forwards = _called(pipe, call_of(name), pipe.phased.networks or [pipe.transformer])
+        except Exception as error:
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                _by_hand(name, kind, Path(folder))
+            return f"fails without experts too: {error}"
         expected, by_hand = _by_hand(name, kind, Path(folder))
     assert forwards == by_hand and len(forwards) <= len(PLAN.sigmas), "one forward a step, of one sample"
     assert sampled and all(tensor.isfinite().all() for tensor in sampled)
@@ -89,8 +96,11 @@ def _by_hand(name: str, kind: str, folder: Path) -> tuple[list[Tensor], list[int
     if hasattr(pipe, "get_timesteps"):
         _say_where_it_starts(pipe)
     call = call_of(name) | unguided(name)
-    if "num_inference_steps" in inspect.signature(type(pipe).__call__).parameters:
+    known = inspect.signature(type(pipe).__call__).parameters
+    if "num_inference_steps" in known:
         call["num_inference_steps"] = len(PLAN.sigmas)
+    if "use_kv_cache" in known:
+        call["use_kv_cache"] = False  # what an expert computed is its own
     return _called(pipe, call, [pipe.transformer])
 
 
@@ -129,6 +139,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
+def of_this_version() -> bool:
+    """Whether the page is of the version of diffusers that is installed."""
+    found = re.search(r"diffusers (\d+\.\d+)", PAGE.read_text(encoding="utf-8"))
+    return found is not None and diffusers.__version__.startswith(f"{found[1]}.")
+
+
 @functools.cache
 def rows() -> dict[str, dict[str, str]]:
     """The table of the page: class to LoRA and full."""
@@ -136,19 +152,30 @@ def rows() -> dict[str, dict[str, str]]:
     return {name: {"lora": lora, "full": full} for name, lora, full in found}
 
 
+def counts(table: dict[str, dict[str, str]]) -> str:
+    """The table in one sentence."""
+    full, lora = (sum(cells[kind] == EQUAL for cells in table.values()) for kind in ("full", "lora"))
+    neither = sum(all(cell.startswith("refused") for cell in cells.values()) for cells in table.values())
+    fails = sum(cells["full"].startswith("fails") for cells in table.values())
+    return (
+        f"Of {len(table)} classes {full} are equal with full experts, {lora} with LoRA experts, {neither} are refused "
+        f"with either, {fails} fail without experts too."
+    )
+
+
 def main() -> None:
     """Write the table."""
-    lines = ["| pipeline | LoRA | full |", "| --- | --- | --- |"]
+    table = {}
     for name in classes():
-        if name in ELSEWHERE:
-            cells = [EQUAL, EQUAL]
-        else:
-            cells = [outcome(name, kind) if name in SIZES else "not tried" for kind in ("lora", "full")]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    page = PAGE.read_text(encoding="utf-8")
-    head = page.partition("| pipeline |")[0]
-    PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+        known = name in ELSEWHERE
+        table[name] = {kind: EQUAL if known else outcome(name, kind) for kind in ("lora", "full")}
+        print(name, table[name], flush=True)
+    head, version = PAGE.read_text(encoding="utf-8").partition("| pipeline |")[0], diffusers.__version__
+    head = re.sub(r"diffusers \d+\.\d+", f"diffusers {version.rpartition('.')[0]}", head)
+    head = re.sub(r"Of \d+ classes .*?\.", counts(table), head, flags=re.DOTALL)
+    lines = [head + "| pipeline | LoRA | full |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | {cells['lora']} | {cells['full']} |" for name, cells in table.items()]
+    PAGE.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from pdmd_core.experts import ExpertsError, PhasedExperts
@@ -354,6 +354,10 @@ def test_experts_to_share_must_be_there_and_fit(tmp_path: Path) -> None:
     with pytest.raises(ExpertsError, match="to share are of a WanTransformer3DModel, the pipeline has a FluxTransform"):
         attach_experts(other, pipe)
     assert_same(other, before)
+    other = CASES["wan"].build()
+    other.scheduler = DDIMScheduler()
+    with pytest.raises(ExpertsError, match="its DDIMScheduler does not step along a rectified flow"):
+        attach_experts(other, pipe)
 
 
 def test_the_file_of_each_expert_is_read_once(kind: str, tmp_path: Path, hashed: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers import UniPCMultistepScheduler as UniPC
@@ -12,7 +13,10 @@ from diffusers import UniPCMultistepScheduler as UniPC
 from pdmd_core.experts import ExpertsError
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.pipelines.refusals import REASONS, reason_against
+from tests.helpers.diffusers_pipelines.build import build, call_of
+from tests.helpers.diffusers_pipelines.outcome import rows
 from tests.helpers.families.cases import CASES
+from tests.helpers.families.parts import picture
 from tests.helpers.pipeline_state import assert_same, state_of
 from tests.helpers.tiny_pipelines import KINDS, PLAN
 
@@ -58,7 +62,28 @@ def test_pipelines_of_pipelines_and_those_that_guide_with_another_network_are_re
     assert reason_against(pipe).endswith("attach them to pipe.generation_pipe")
 
 
-def test_classes_that_are_refused_by_name_exist() -> None:
-    import diffusers
+@pytest.mark.parametrize(
+    ("name", "asked", "reason"),
+    [
+        (
+            "StableAudio3AudioToAudioPipeline",
+            {"init_noise_level": 0.5},
+            "starts midway, at sigma 0.5,.*init_noise_level=1",
+        ),
+        ("QwenImage21Pipeline", {"use_kv_cache": True}, "keeps the first expert's keys and values for all others"),
+        ("GlmImagePipeline", {"image": picture()}, "keeps the first expert's keys and values of a picture"),
+    ],
+)
+def test_a_call_that_would_sample_past_the_experts_is_refused(
+    name: str, asked: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    if not hasattr(diffusers, name):
+        pytest.skip("newer than this diffusers")
+    pipe = build(name)
+    attach_experts(pipe, KINDS["full"](tmp_path, pipe, PLAN))
+    with pytest.raises(ValueError, match=reason):
+        pipe(**call_of(name) | asked)
 
-    assert all(hasattr(diffusers, name) for name in REASONS)
+
+def test_classes_that_are_refused_by_name_exist() -> None:
+    assert set(REASONS) <= set(rows())

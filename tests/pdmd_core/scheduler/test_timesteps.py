@@ -72,9 +72,17 @@ def test_sigmas_of_the_caller_s_own_that_are_not_the_plan_s_are_refused(argument
     scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
     with pytest.raises(ValueError, match=r"given are not the plan's: expected sigmas 1.0000, 0.9375, 0.8333, 0.6250"):
         scheduler.set_timesteps(**arguments)
+    if arguments.get("sigmas", [1.0])[0] < 1:
+        return
     with scheduler.counting_only():
         scheduler.set_timesteps(**arguments)
     assert torch.equal(scheduler.sigmas, torch.tensor([*scheduler.plan.sigmas, 0.0]))
+
+
+def test_a_pipeline_that_computes_steps_of_its_own_from_midway_is_refused() -> None:
+    scheduler = PhasedDMDScheduler.from_plan(PLANS["two phases"])
+    with scheduler.counting_only(), pytest.raises(ValueError, match="starts midway, at sigma 0.9, where the experts'"):
+        scheduler.set_timesteps(sigmas=[0.9, 0.7, 0.5, 0.3])
 
 
 @pytest.mark.parametrize("steps", [4, 5, 8, 13])
