@@ -17,14 +17,21 @@ SECONDS = {
     "HiDreamImagePipeline",
     "HunyuanImagePipeline",
     "HunyuanVideo15Pipeline",
-    "Kandinsky5I2VPipeline",
+    "HunyuanVideo15ImageToVideoPipeline",
+    "JoyImageEditPipeline",
+    "JoyImageEditPlusPipeline",
+    "Kandinsky5I2IPipeline",
     "Kandinsky5T2IPipeline",
+    "Kandinsky6SRPipeline",
+    "LTX2DFRPipeline",
     "MotifVideoPipeline",
+    "QwenImageEditInpaintPipeline",
+    "QwenImageLayeredPipeline",
     "SanaPipeline",
     "StableDiffusion3ControlNetPipeline",
     "StableDiffusion3ControlNetInpaintingPipeline",
 }
-"""Classes that take seconds, most for vocabularies of text encoders."""
+"""Classes that take seconds, most for sizes that are not the caller's choice."""
 
 
 KNOWN = sorted(set(SIZES) & set(dir(diffusers)))
