@@ -92,10 +92,10 @@ def make_parser() -> arguments.CommandParser:
     )
     what.add_argument(
         "--quantization",
-        choices=("int8", "float8"),
+        choices=("int8", "float8", "nf4"),
         nargs="+",
         default=[],
-        help="further rows: LoRA experts on a base whose matrices have 8 bits, as many will run them",
+        help="further rows: LoRA experts on a base whose matrices have 8 bits, or 4, as many will run them",
     )
     what.add_argument("--no_noise_floor", action="store_true", help="leave out the row of the teacher in many steps")
     what.add_argument(

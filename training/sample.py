@@ -132,6 +132,13 @@ def make_parser() -> arguments.CommandParser:
         help="of the networks (default: float32; large teachers take bfloat16)",
     )
     machine.add_argument(
+        "--quantization",
+        choices=("none", "int8", "float8", "nf4"),
+        default="none",
+        help="matrices of the teacher, which is the base of LoRA experts, in 8 bits (takes the package torchao) or 4 "
+        "(bitsandbytes) (default: none)",
+    )
+    machine.add_argument(
         "--offload",
         choices=("none", "network", "blocks"),
         default="none",
@@ -178,6 +185,7 @@ def run(options: argparse.Namespace) -> int:
 
     experts = open_experts(options.experts) if options.experts is not None else None
     refuse_unheard(options)
+    refuse_quantized(options, experts)
     examples = given_examples(options.prompt, options.image, options.last_image)
     examples += read_examples(options.prompts) if options.prompts is not None else []
     if not examples:
@@ -206,6 +214,7 @@ def run(options: argparse.Namespace) -> int:
             getattr(torch, options.dtype),
             options.negative_prompt or "",
             source.revision,
+            options.quantization,
             offload=options.offload,
             decoding=options.decode,
         )
@@ -234,6 +243,20 @@ def refuse_unheard(options: argparse.Namespace) -> None:
                 )
     elif options.negative_prompt is not None and options.guidance_scale == 1:
         raise UserError("--negative_prompt is for guidance, and --guidance_scale 1 is none: leave one of them out")
+
+
+def refuse_quantized(options: argparse.Namespace, experts: PhasedExperts | None) -> None:
+    """Raise UserError where the base cannot be quantized, or the package for it is missing."""
+    if options.quantization == "none":
+        return
+    from training.config.command_line import UserError
+    from training.memory.quantization import library_config
+
+    if experts is not None and any(expert.kind != "lora" for expert in experts.manifest.experts):
+        raise UserError("--quantization is of the base of LoRA experts, these are full networks: leave it out")
+    if options.offload == "blocks":
+        raise UserError("--offload blocks is for plain weights: leave it out, or --quantization")
+    library_config(options.quantization)
 
 
 def plan_of(experts: PhasedExperts, steps: int | None) -> PhasePlan:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from pdmd_core.experts import PhasedExperts
+from pdmd_core.experts.convert.conversions import Conversion
 from pdmd_core.scheduler import PhasedDMDScheduler
 from tests.helpers.families.parts import picture
 from tests.helpers.families.wan import wan_image_clip, wan_image_two_networks
@@ -86,6 +88,27 @@ def test_images_of_the_command_line_are_those_of_a_jsonl_file(
     three = [word for image in (*images, images[0]) for word in ("--image", str(image))]
     assert "one for each --prompt (2) or one for all of them, found 3" in refused(*one_for_all[:4], *three)
     assert not (tmp_path / "d.png").exists()
+
+
+def test_a_quantized_base_samples_near_what_it_did(
+    experts: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for kind in ("none", "int8", *(["nf4"] if find_spec("bitsandbytes") else [])):
+        given = ["--experts", str(experts), "--prompt", "a boat", "--image", str(images[0]), "--quantization", kind]
+        assert sample.main([*given, "--seeds", "1", "--output", str(tmp_path / f"{kind}.png")]) == 0
+        with Image.open(tmp_path / f"{kind}.png") as picture:
+            found[kind] = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).float()
+    for kind in found.keys() - {"none"}:
+        assert 0 < (found[kind] - found["none"]).abs().mean() < 16, kind
+    Conversion(PhasedExperts.open(experts), tmp_path / "full").to_full()
+    for words, more in (
+        ("these are full networks", ["--experts", str(tmp_path / "full")]),
+        ("--offload blocks is for plain weights", ["--experts", str(experts), "--offload", "blocks"]),
+    ):
+        capsys.readouterr()
+        assert sample.main([*more, "--prompt", "x", "--image", str(images[0]), "--quantization", "int8"]) == 2
+        assert words in capsys.readouterr().err
 
 
 def edited(experts: Path, folder: Path, **changes: Any) -> str:

@@ -48,8 +48,8 @@ class ModelSection(Section):
     """Folder with the pipeline's configs: --dry-run then needs no download."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen base network."""
-    quantization: Literal["none", "int8", "float8"] = "none"
-    """Matrices of the frozen base's blocks in 8 bits (takes the package torchao); LoRA roles only."""
+    quantization: Literal["none", "int8", "float8", "nf4"] = "none"
+    """Matrices of the frozen base's blocks in 8 bits (takes torchao) or in 4 (takes bitsandbytes); LoRA roles only."""
     height: Count = 64
     """Height of the samples in pixels."""
     width: Count = 64

@@ -14,7 +14,7 @@ from pdmd_core.roles import FAKE, TEACHER, Roles
 from training.config.schema import DistillConfig
 from training.distributed.sharding import group_size
 from training.loop.optimizers import MOMENTS
-from training.memory.quantization import quantized_numbers
+from training.memory.quantization import BYTES, quantized_numbers
 
 FLOAT32 = 4
 """Bytes of a weight that trains or has trained, and of its gradient."""
@@ -119,8 +119,9 @@ def _base_sizes(config: DistillConfig, roles: Roles) -> list[int]:
     sizes = []
     for network in roles.bases.values():
         size = _frozen_bytes(config, network, network)
-        narrow = quantized_numbers(network, roles.family) if config.model.quantization != "none" else 0
-        sizes.append(size - narrow * (wide - 1))
+        if (kind := config.model.quantization) != "none":
+            size -= int(quantized_numbers(network, roles.family) * (wide - BYTES[kind]))
+        sizes.append(size)
     return sizes
 
 
