@@ -82,7 +82,7 @@ test-comfyui-load: ## the nodes under load: hours
 
 # The nodes on older ComfyUI; 0.3.75 cannot load the tiny teacher, so no server is started there
 MATRIX := 0.27.0 0.18.2 0.16.3 0.3.75
-IN_PROCESS := $(wildcard tests/comfyui/test_composite*.py tests/comfyui/test_nodes*.py tests/comfyui/test_borders.py)
+IN_PROCESS := $(wildcard tests/comfyui/test_composite*.py tests/comfyui/test_nodes*.py) $(addprefix tests/comfyui/,test_borders.py test_bypass.py)
 test-matrix: ## the nodes on older ComfyUI
 	$(PYTHON) tests/comfyui/install.py $(addprefix --version ,$(MATRIX))
 	for version in $(MATRIX); do \

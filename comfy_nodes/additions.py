@@ -37,6 +37,7 @@ _PARTS = (
     "additional_models",
     "attachments",
     "force_cast_weights",
+    "patches_uuid",
 )
 """What patching changes of a MODEL. (Old versions of ComfyUI have no wrappers of weights.)"""
 
@@ -111,7 +112,10 @@ def _add_to_weights(result: Any, carrier: Any, then: Mapping[str, Any], shared: 
     if carrier.force_cast_weights and not then["force_cast_weights"]:
         result.force_cast_weights = changed = True
     if changed:  # equal changes, equal name: ComfyUI then knows in the next run that the weights are the same
-        result.patches_uuid = uuid.uuid5(result.patches_uuid, str(carrier.patches_uuid))
+        alike = shared and result.patches_uuid == then["patches_uuid"]
+        result.patches_uuid = (
+            carrier.patches_uuid if alike else uuid.uuid5(result.patches_uuid, str(carrier.patches_uuid))
+        )
 
 
 def _compile(result: Any, carrier: Any, then: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from ..pdmd_core.phases import PhasePlan
 from ..pdmd_core.sampling import sampling_sigmas
 from .additions import BOUND_TO_RUN, PatchSnapshot, with_additions
+from .bypass import refuse_compiled, take_away
 from .errors import NodeError, in_words
 from .language import said
 from .model_options import with_added_options
@@ -105,6 +106,7 @@ class Run:
         self.options_at_start = guider.model_options
         self.active = self.index(sigmas[0])
         self._patchers = [composite.patcher(self.carrier, k) for k in range(len(composite.plan))]
+        refuse_compiled(self._patchers)
         for patcher in self._patchers:
             patcher.hook_mode = self.carrier.hook_mode
         self._options: dict[int, dict[str, Any]] = {}
@@ -201,6 +203,8 @@ class Run:
         """Leave guider and experts as they were."""
         for k, options in self._options.items():
             comfy.samplers.cast_to_load_options(options, device=self._patchers[k].offload_device)
+        for patcher in self._patchers:
+            take_away(patcher)
         self.guider.model_patcher = self.carrier
 
     def _name(self) -> str:

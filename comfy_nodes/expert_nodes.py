@@ -14,6 +14,7 @@ from ..pdmd_core.experts.convert.released import open_lora, open_source
 from ..pdmd_core.experts.errors import ExpertsError
 from ..pdmd_core.experts.format.header import read_header
 from ..pdmd_core.phases import PhasePlan
+from .bypass import BESIDE, LORA_WEIGHTS
 from .composite import Expert, compose
 from .errors import NodeError, in_words
 from .language import said
@@ -22,7 +23,7 @@ from .loading import FROM_HUB, base_warnings, expert_model, experts_names, finge
 from .loras import Lora, apply_lora
 from .notices import warn_of_base, warn_of_loras
 from .parts import Parts, in_parts
-from .schema import Plan, cfg_input, plan_input, schema, shift_input, strengths_input
+from .schema import Plan, cfg_input, lora_weights_input, plan_input, schema, shift_input, strengths_input
 from .slots import slot_warnings
 from .timeline import timeline
 from .widget_text import TRAINED, read_cfgs, read_strengths
@@ -73,6 +74,7 @@ class LoadExperts(io.ComfyNode):
                     "base_2", optional=True, tooltip="The low-noise network, when the base has two (Wan2.2 14B)."
                 ),
                 strengths_input("expert_strengths", "LoRA expert", "strength"),
+                lora_weights_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip=_MODEL),
@@ -104,6 +106,7 @@ class LoadExperts(io.ComfyNode):
         base_1: Any = None,
         base_2: Any = None,
         expert_strengths: Any = "",
+        lora_weights: str = LORA_WEIGHTS[0],
     ) -> io.NodeOutput:
         """Load the experts and compose them."""
         opened = open_experts(experts, hub_id)
@@ -116,11 +119,8 @@ class LoadExperts(io.ComfyNode):
         for k, each, value in zip(parts.phases, parts.strengths, parts.cfgs, strict=True):
             expert = manifest.experts[k]
             shown = each if expert.kind == "lora" else None
-            entries.append(
-                Expert(
-                    expert_model(opened, expert, bases, each, warnings.append), value, shown, manifest.guidance_scale
-                )
-            )
+            made = expert_model(opened, expert, bases, each, warnings.append, lora_weights == BESIDE)
+            entries.append(Expert(made, value, shown, manifest.guidance_scale))
         warnings = [*dict.fromkeys(warnings)]  # an expert of several strengths warns once
         let_go()
         warnings += base_warnings(opened, bases)
@@ -214,6 +214,7 @@ class ExpertsFromLoRAs(io.ComfyNode):
                 shift_input(),
                 *loras,
                 strengths_input("strengths", "LoRA", "its strength above"),
+                lora_weights_input(),
             ],
             outputs=[io.Model.Output(tooltip=_MODEL)],
         )
@@ -221,7 +222,14 @@ class ExpertsFromLoRAs(io.ComfyNode):
     @classmethod
     @in_words
     def execute(
-        cls, model: Any, plan: PhasePlan, cfg: Any, set_shift: bool, strengths: Any = "", **loras: Any
+        cls,
+        model: Any,
+        plan: PhasePlan,
+        cfg: Any,
+        set_shift: bool,
+        strengths: Any = "",
+        lora_weights: str = LORA_WEIGHTS[0],
+        **loras: Any,
     ) -> io.NodeOutput:
         """Put the LoRAs onto the base and compose them."""
         names = [phase.name for phase in plan.phases]
@@ -240,7 +248,8 @@ class ExpertsFromLoRAs(io.ComfyNode):
             if source is None:
                 experts.append(Expert(model, value))
             else:
-                experts.append(Expert(apply_lora(model, source, strength, warnings.append), value, strength))
+                made = apply_lora(model, source, strength, warnings.append, lora_weights == BESIDE)
+                experts.append(Expert(made, value, strength))
         warnings = [*dict.fromkeys(warnings)]  # a LoRA of several strengths warns once
         warn_of_loras(warnings, misplaced)
         composed = compose(parts.plan, experts, set_shift, [*misplaced, *warnings])

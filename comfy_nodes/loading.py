@@ -104,6 +104,7 @@ def expert_model(
     bases: Mapping[str, Any],
     strength: float = 1.0,
     warn: Callable[[str], None] = logger.warning,
+    beside: bool = False,
 ) -> Any:
     """Make the MODEL of one expert.
 
@@ -113,6 +114,7 @@ def expert_model(
         bases: The base's MODELs by component, ``transformer`` and ``transformer_2``.
         strength: The strength of a LoRA expert, by which the one that the manifest says is multiplied.
         warn: Is told, in one line, which keys of a LoRA expert have no place in its base.
+        beside: Whether products of a LoRA expert are computed beside the weights; they are merged otherwise.
 
     Returns:
         The MODEL.
@@ -135,7 +137,7 @@ def expert_model(
             warn = _refuse
         known = experts.manifest.base.family
         lora = Lora(experts.tensors(expert.name), experts.alphas(expert.name), what, expert.component, known)
-        return apply_lora(base, lora, strength * expert.strength, warn)
+        return apply_lora(base, lora, strength * expert.strength, warn, beside)
     except NodeError as error:
         origin = experts.manifest.base
         raise NodeError(f"{error}; these experts belong to {origin.model} ({origin.architecture})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,10 @@ from ..pdmd_core.experts.lora.file import LoraFile, read_lora
 from ..pdmd_core.experts.lora.joined import joined
 from ..pdmd_core.experts.lora.keys import by_module, summary
 from ..pdmd_core.families import FAMILIES, ModelFamily, ModuleNames, family, family_of_lora
+from .bypass import Product, put_beside, split
 from .errors import NodeError
+
+logger = logging.getLogger(__name__)
 
 _EXACT = (torch.float32, torch.float16, torch.bfloat16)
 _OURS = {"up bias", "modulation difference"}
@@ -42,7 +46,7 @@ class Lora:
     """The family of the file, where that is known; its keys or the MODEL tell it otherwise."""
 
 
-def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], None]) -> Any:
+def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], None], beside: bool = False) -> Any:
     """Put a LoRA onto a clone of a MODEL.
 
     Args:
@@ -50,6 +54,7 @@ def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], No
         lora: The LoRA file.
         strength: The strength.
         warn: Is told, in one line, which keys have no place in the MODEL's network.
+        beside: Whether products are computed beside the weights (``bypass``); they are merged otherwise.
 
     Returns:
         The clone.
@@ -79,13 +84,20 @@ def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], No
         _check_shapes(model, {key: tables[key]}, lora.what)
         after = before.detach().float() + strength * value.to(before.device)
         patched.add_object_patch(key, torch.nn.Parameter(after.to(before.dtype), requires_grad=False))
-    applied = len(tables)
+    applied, products = len(tables), list[Product]()
     for part in parts:
         _check_shapes(model, part, lora.what)
-        kept = set(patched.add_patches(part, strength))
+        if beside:
+            found_beside, part = split(part, model, strength)
+            products += found_beside
+            if part:
+                logger.info(f"{lora.what}: {len(part)} changes are no products and are merged, at each switch")
+        kept = set(patched.add_patches(part, strength)) if part else set[Any]()
         applied += len(kept)
         left_out += [f"{target} of the LoRA" for target in part if target not in kept]
-    if not applied:
+    if products:
+        put_beside(patched, products)
+    if not applied and not products:
         raise NodeError(f"{lora.what}: no key of this LoRA belongs to a {network}{_why(lora, model)}")
     if left_out:
         warn(

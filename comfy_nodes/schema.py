@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .bypass import LORA_WEIGHTS
+
 CATEGORY = "phased dmd"
 """The place of the nodes in ComfyUI's menu."""
 Plan = io.Custom("PHASE_PLAN")
@@ -63,4 +65,17 @@ def shift_input() -> Any:
         default=True,
         tooltip="Give the MODEL the plan's shift: then any sampler with scheduler 'simple' and the plan's number of "
         "steps takes exactly the trained sigmas. Switch off to set a shift yourself.",
+    )
+
+
+def lora_weights_input() -> Any:
+    """Declare the choice of where the weights of LoRA experts are."""
+    return io.Combo.Input(
+        "lora_weights",
+        options=LORA_WEIGHTS,
+        default=LORA_WEIGHTS[0],
+        optional=True,
+        tooltip="merged: part of the base's weights, which ComfyUI prepares anew at each switch; each step costs what "
+        "the base does. beside: computed beside them, so that a switch moves the LoRA alone and each step costs a "
+        "little more; for large bases on fast steps (pictures).",
     )

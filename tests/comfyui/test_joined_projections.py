@@ -193,6 +193,17 @@ def test_lora_experts_change_what_they_change_in_diffusers(pack, name: str) -> N
             changed |= set(modules)
             torch.testing.assert_close(after[key], value + torch.cat(deltas), rtol=1e-5, atol=1e-5, msg=key)
         assert changed == {key.rpartition(".")[0] for key in lora}, "each layer that was trained, and no other"
+    beside = with_lora(pack, model, file, beside=True)
+    assert not beside.patches
+    beside.patch_model(device_to=torch.device("cpu"))
+    for key, layer in model.model.diffusion_model.named_modules():
+        place = found.lora_names.place(key) if isinstance(layer, torch.nn.Linear) else None
+        deltas = [_delta(lora, module) for module in place.names] if place else [None]
+        if deltas[0] is not None:
+            x = randn(3, layer.in_features)
+            expected = torch.nn.functional.linear(x, before[f"{key}.weight"] + torch.cat(deltas), layer.bias)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    beside.unpatch_model()
 
 
 def inputs(name: str, network: Any) -> tuple[Tensor, dict[str, Tensor]]:

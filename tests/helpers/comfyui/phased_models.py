@@ -63,10 +63,12 @@ def state(model: Any) -> tuple[Any, ...]:
     return model.patches_uuid, sorted(model.attachments), repr(parts), model.hook_mode
 
 
-def with_lora(pack: Any, model: Any, tensors: Mapping[str, Tensor], strength: float = 1.0, what: str = "file") -> Any:
+def with_lora(
+    pack: Any, model: Any, tensors: Mapping[str, Tensor], strength: float = 1.0, what: str = "file", beside: bool = False
+) -> Any:
     """A MODEL with a LoRA, all of whose keys have a place in it."""
     loras, alpha = pack.module("comfy_nodes.loras"), pack.module("pdmd_core.experts.lora.alpha")
     warnings: list[str] = []
-    patched = loras.apply_lora(model, loras.Lora(tensors, alpha.Alphas(), what), strength, warnings.append)
+    patched = loras.apply_lora(model, loras.Lora(tensors, alpha.Alphas(), what), strength, warnings.append, beside)
     assert not warnings
     return patched
