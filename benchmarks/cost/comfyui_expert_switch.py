@@ -4,7 +4,7 @@
 
 Needs the environment of ``make test-comfyui``. A random Wan network and two experts of rank 64 on all linear layers of
 its blocks, in ComfyUI's own model management on a CPU, where moving is free and therefore counted: the parameters that
-it asks to be moved to the host and to the device, and those that are computed anew. "half" lets half of the network fit,
+it asks to be moved to the host and to the device, and those that are computed anew. "half": half of the network fits,
 as on a small card: the rest is streamed in every step, and its LoRA merged there each time. Prints JSON.
 """
 
@@ -54,9 +54,8 @@ class Counter:
 
         def to(own: Any, *args: Any, **kwargs: Any) -> Any:
             for layer in own.modules():
-                for name, parameter in layer._parameters.items():
-                    if parameter is not None:
-                        self._move((id(layer), name), parameter.nbytes)
+                for name, parameter in layer.named_parameters(recurse=False):
+                    self._move((id(layer), name), parameter.nbytes)
             return move(own, *args, **kwargs)
 
         def unpatch_model(own: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +116,7 @@ def measure(pack: Any, models: Any, model: Any, weights: str, fits: int, share: 
     import comfy.sampler_helpers
 
     plan = pack.call("PhasedDMDPlanFromSteps", steps="2, 2", shift=5.0, names="")[0]
-    inputs = {f"lora_{k}": f"expert_{k - 1}.safetensors" if k < 3 else "none" for k in range(1, 5)}
+    inputs: dict[str, Any] = {f"lora_{k}": f"expert_{k - 1}.safetensors" if k < 3 else "none" for k in range(1, 5)}
     inputs |= {f"strength_{k}": 1.0 for k in range(1, 5)}
     node = {"plan": plan, "cfg": "", "set_shift": True, "lora_weights": weights}
     composed = pack.call("PhasedDMDExpertsLoRA", model=model, **node, **inputs)[0]

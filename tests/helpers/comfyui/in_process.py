@@ -33,7 +33,7 @@ class Pack:
             result = kind.execute(**inputs)
         else:
             result = getattr(kind(), kind.FUNCTION)(**inputs)
-        if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
             result = asyncio.run(result)
         return result if isinstance(result, tuple) else result.args
 

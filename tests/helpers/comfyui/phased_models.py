@@ -64,7 +64,12 @@ def state(model: Any) -> tuple[Any, ...]:
 
 
 def with_lora(
-    pack: Any, model: Any, tensors: Mapping[str, Tensor], strength: float = 1.0, what: str = "file", beside: bool = False
+    pack: Any,
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    strength: float = 1.0,
+    what: str = "file",
+    beside: bool = False,
 ) -> Any:
     """A MODEL with a LoRA, all of whose keys have a place in it."""
     loras, alpha = pack.module("comfy_nodes.loras"), pack.module("pdmd_core.experts.lora.alpha")
