@@ -12,10 +12,12 @@ import torch
 from pdmd_core.distillation import expert_velocities
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.format.manifest import MANIFEST_NAME
+from pdmd_core.experts.verify import SampleRequest, verify
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import TEACHER, Roles
 from pdmd_core.rollout import route, sample
 from tests.helpers.configs import changed
+from tests.helpers.families.wan import wan_two_networks
 from tests.helpers.tiny_experts import save_experts
 from training.config.command_line import UserError
 from training.config.schema import DistillConfig
@@ -96,6 +98,32 @@ def test_a_run_goes_on_with_the_same_teacher_alone_and_names_it(taught: DistillC
     save_experts(moved, Path(taught.model.path), (16, 16, 1), ("transformer",) * 3, OF_TEACHER, seed=3)
     with pytest.raises(UserError, match=r"^model\.experts: .*moved is not what the run started from, so it cannot be "):
         build_run(changed(taught, **{"model.experts": str(moved)}), Resume())
+
+
+def test_experts_on_two_networks_teach_experts_on_both(taught: DistillConfig, tmp_path: Path) -> None:
+    """Four steps to two, on a base as Wan 2.2 A14B: the teacher's border is the base's, that of the run is another."""
+    base, of_teacher = tmp_path / "two", PhasePlan.from_sigmas([[1.0, 0.9375], [0.8333, 0.625]], ["high", "low"])
+    wan_two_networks().save_pretrained(base)
+    both = ("transformer", "transformer_2")
+    folder = save_experts(tmp_path / "experts", base, (16, 16, 1), both, of_teacher)
+    config = changed(taught, plan={"sigmas": [[1.0], [0.8333]]}, **{"model.path": str(folder), "model.experts": None})
+    trainer = Trainer(build_run(config))
+    roles, alone = trainer.roles, loaded(trainer.built, folder)
+    indices, noise = starting_points(trainer.built, trainer.built.data.validation)
+    conditioning = trainer.built.data.validation.conditioning(indices, torch.device("cpu"))
+    for sigma, owner in ((1.0, "high"), (0.85, "high"), (0.8, "low"), (0.1, "low")):
+        found = roles.velocity(TEACHER, noise, sigma, conditioning)
+        torch.testing.assert_close(found, alone.velocity(owner, noise, sigma, conditioning), atol=1e-5, rtol=1e-4)
+    before = {
+        name: {k: v.clone() for k, v in roles.state_dict(name).items()} for name in ("teacher_high", "high_noise")
+    }
+    experts = PhasedExperts.open(trainer.run())
+    assert [expert.component for expert in experts.manifest.experts] == list(both)
+    assert all(torch.equal(value, before["teacher_high"][k]) for k, value in roles.state_dict("teacher_high").items())
+    assert any(not torch.equal(value, before["high_noise"][k]) for k, value in roles.state_dict("high_noise").items())
+    assert experts.manifest.base.model == str(base) and trainer.progress.bad == 0
+    checks = list(verify(experts.folder, str(base), SampleRequest()))
+    assert checks[-1].name == "sample" and all(check.passed for check in checks), "as stock diffusers samples"
 
 
 def test_a_dry_run_says_who_teaches(taught: DistillConfig, folder: Path) -> None:
