@@ -22,6 +22,7 @@ from training.loop.batches import DataBatches
 from training.loop.build import build_roles
 from training.loop.phase import PhaseTraining, Update
 from training.loop.rng import RunRNG
+from training.memory.activations import example_shapes
 from training.memory.offload import keep_idle_experts_away
 
 
@@ -95,7 +96,7 @@ class RandomTeacher:
     routing: TeacherRouting
     shape: tuple[int, ...]
     """Of a latent."""
-    conditioning: dict[str, tuple[int, ...]]
+    conditioning: Mapping[str, tuple[int, ...]]
     """Shapes of the conditioning of one example."""
 
     @property
@@ -140,9 +141,7 @@ def released_teacher(config: DistillConfig, layers: int | None, device: str) -> 
         networks[component] = random_network(found.architecture, settings, dtype, device, seed)
         if config.memory.offload_idle_network:  # both at once may be too much for the device
             networks[component].cpu()
-    settings = dict(pipeline.transformer.config)
-    conditioning = found.conditioning_shapes(settings, model.max_sequence_length, shape)
-    return RandomTeacher(found, networks, routing, shape, conditioning)
+    return RandomTeacher(found, networks, routing, shape, example_shapes(config, found, pipeline, shape))
 
 
 def random_network(

@@ -56,6 +56,8 @@ def test_samples_are_those_of_the_recipe() -> None:
     assert released_teacher(recipe_of("qwen_image", []), 1, "meta").shape == (16, 1, 166, 166)
     images = released_teacher(recipe_of("wan2_2_i2v_a14b", ["memory.offload_idle_network=false"]), 1, "meta")
     assert images.conditioning == {"prompt_embeds": (512, 4096), "image_latents": (16, 21, 60, 104)}
+    edits = released_teacher(recipe_of("qwen_image_edit", []), 1, "meta").conditioning
+    assert (edits["image_latents"], edits["prompt_embeds"]) == ((16, 1, 128, 128), (1024 + 37 * 37, 3584))
 
 
 def test_a_page_says_what_it_is() -> None:
