@@ -228,7 +228,9 @@ def _samples_agree(experts: PhasedExperts, base: BaseFiles, request: SampleReque
     training = experts.manifest.training
     try:
         dtype: Any = {"default": request.dtype, "vae": torch.float32}  # by component, as diffusers takes it
-        pipeline = DiffusionPipeline.from_pretrained(base.folder, dtype=dtype)
+        named = DiffusionPipeline.load_config(base.folder).get("_class_name")
+        kind = base.family.pipeline_of_images(training.get("pipeline"), named) or DiffusionPipeline
+        pipeline = kind.from_pretrained(base.folder, dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if request.offload and device.type == "cpu":

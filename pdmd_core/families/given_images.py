@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .guidance import pipeline_named
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
@@ -64,6 +66,21 @@ class GivenImages:
             By default, whether it takes images.
         """
         return self.takes_image(pipeline)
+
+    def pipeline_of_images(self, noted: object, named: object) -> type[DiffusionPipeline] | None:
+        """Find the pipeline class that experts need where their base names one that takes no image.
+
+        Args:
+            noted: Name of the class that the experts were distilled with.
+            named: Name of the class in the base's ``model_index.json``.
+
+        Returns:
+            The first of them, where it needs images and the second takes none; None where the base's own will do.
+        """
+        first, second = pipeline_named(noted), pipeline_named(named)
+        if first is None or second is None or not self.needs_image(first) or self.takes_image(second):
+            return None
+        return first
 
     def prompts_see_images(self, pipeline: DiffusionPipeline) -> bool:
         """Tell whether the text encoder sees the image beside the prompt.

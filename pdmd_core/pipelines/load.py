@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..experts import MANIFEST_NAME, ExpertsError, PhasedExperts
 from ..experts.convert.released import UNKNOWN
 from ..experts.format.files import GUIDANCE, SCHEDULER_ENTRY
+from ..families import known_family
 from ..scheduler import PhasedDMDScheduler
 from .attach import attach_opened, kind_of
 from .attachment import Attachment
@@ -126,6 +127,9 @@ def _load(
     # DiffusionPipeline itself would load components that are optional in this class although they are given
     if "custom_pipeline" not in kwargs and (networks or given):
         kind = pipeline_class(source, index)
+    family = known_family(manifest.base.architecture)
+    if "custom_pipeline" not in kwargs and family is not None:
+        kind = family.pipeline_of_images(manifest.training.get("pipeline"), index.get("_class_name")) or kind
     if index.get("scheduler") == SCHEDULER_ENTRY:  # saved with its experts; the base's own is beside it
         kwargs["scheduler"] = _base_scheduler(source, hub)
     try:

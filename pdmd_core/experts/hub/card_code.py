@@ -20,12 +20,12 @@ _STOCK = """
 Only the scheduler is from `phased-dmd`; a stock scheduler walks other sigmas than the experts were trained on.
 
 ```python
-{imports}from diffusers import DiffusionPipeline
+{imports}from diffusers import {pipeline}
 {more_imports}from pdmd_core.scheduler import PhasedDMDScheduler
 
 experts = {location}
 scheduler = PhasedDMDScheduler.from_pretrained(experts, subfolder="scheduler")
-pipe = DiffusionPipeline.from_pretrained({base}, {revision}scheduler=scheduler)
+pipe = {pipeline}.from_pretrained({base}, {revision}scheduler=scheduler)
 {switching}
 result = pipe(
     prompt={prompt}{arguments},
@@ -165,8 +165,11 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
     if family.guider:
         imports += "from diffusers import ClassifierFreeGuidance\n"
         switching += f"\npipe.{family.guider} = ClassifierFreeGuidance(guidance_scale={manifest.guidance_scale:g})"
-    guidance = family.guidance_arguments(manifest.guidance_scale, pipeline_named(manifest.training.get("pipeline")))
+    noted = pipeline_named(manifest.training.get("pipeline"))
+    guidance = family.guidance_arguments(manifest.guidance_scale, noted)
+    needed = noted is not None and takes_image and family.needs_image(noted)  # the base may name one without pictures
     return _STOCK.format(
+        pipeline=noted.__name__ if noted is not None and needed else "DiffusionPipeline",
         imports=imports,
         more_imports=_IMPORT_IMAGE if takes_image else "",
         location=quoted(location),

@@ -18,11 +18,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest
 from pdmd_core.experts.hub.card import card_text, is_generated, write_card
-from pdmd_core.families import FAMILIES, family
+from pdmd_core.families import FAMILIES, family_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
-from tests.helpers.families.cases import BY_FAMILY
+from tests.helpers.families.cases import BY_FAMILY, OF_FAMILIES
 from tests.helpers.tiny import CALL, lora_roles, save_wan_pipeline, transformer, wan_pipeline, write_lora_experts
 
 PLAN = PhasePlan.from_steps([2, 2], shift=5.0)
@@ -280,13 +280,28 @@ def test_the_code_for_two_networks_leaves_the_switch_to_the_pipeline_at_a_bounda
     assert seen == [(first, ["high_noise"])] * 2 + [(second, ["low_noise"])] * 2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_code_of_every_family_evaluates_its_network_once_a_step(name: str, tmp_path: Path) -> None:
-    case = next(iter(BY_FAMILY[name].values()))
-    pipeline, (height, width, frames) = case.build(), case.size
+OF_PICTURES = {
+    "wan_5b_image_to_video": "wan_5b",
+    "ltx2_image_to_video": "ltx2",
+    "hunyuan_video_15_image_to_video": "hunyuan_video_15_image_to_video",
+}
+"""Cases to those of the base, whose own class may take no picture."""
+
+
+@pytest.mark.parametrize("name", [*(next(iter(BY_FAMILY[name])) for name in FAMILIES), *OF_PICTURES])
+def test_the_code_of_every_family_evaluates_its_network_once_a_step(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, base = OF_FAMILIES[name], OF_FAMILIES[OF_PICTURES.get(name, name)]
+    pipeline, (height, width, frames) = base.build(), case.size
     pipeline.save_pretrained(tmp_path / "base")
-    roles = Roles(pipeline.transformer, family(name), {phase.name: RoleSpec("lora", 4, 6.0) for phase in PLAN.phases})
-    training = {"size": [width, height, frames], "max_sequence_length": case.tokens}
+    found = family_of(type(pipeline.transformer).__name__)
+    roles = Roles(pipeline.transformer, found, {phase.name: RoleSpec("lora", 4, 6.0) for phase in PLAN.phases})
+    training: dict[str, object] = {"size": [width, height, frames], "max_sequence_length": case.tokens}
+    if name in OF_PICTURES:
+        training |= {"pipeline_tag": "image-to-video", "pipeline": type(case.build()).__name__}
+        case.picture.save(tmp_path / "image.png")
+        monkeypatch.chdir(tmp_path)
     manifest = write_lora_experts(tmp_path / "experts", PLAN, roles, str(tmp_path / "base"), training)
     PhasedDMDScheduler.from_plan(PLAN).save_pretrained(tmp_path / "experts" / "scheduler")
     blocks = python_blocks(write_card(tmp_path / "experts", manifest).read_text())
