@@ -59,19 +59,21 @@ class _Addition:
         return torch.cat([output[..., :first], rows + added, output[..., first + added.shape[-1] :]], dim=-1)
 
 
-class _Beside:
+class _Beside(PatcherInjection):  # type: ignore[misc]
     """The products of one expert on the layers of its network, while it is the loaded one."""
 
     def __init__(self, products: Sequence[Product]) -> None:
+        super().__init__(inject=self._add, eject=self._remove)
+        self.weights = {f"{product.module}.weight" for product in products}
         self._products, self._hooks = products, list[Any]()
 
-    def inject(self, patcher: Any) -> None:
+    def _add(self, patcher: Any) -> None:
         if not self._hooks:
             for product in self._products:
                 layer = patcher.model.get_submodule(product.module)
                 self._hooks.append(layer.register_forward_hook(_Addition(product)))
 
-    def eject(self, patcher: Any) -> None:
+    def _remove(self, patcher: Any) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -107,27 +109,58 @@ def split(patches: Mapping[Any, Any], model: Any, strength: float) -> tuple[list
 
 def put_beside(model: Any, products: Sequence[Product]) -> None:
     """Let a MODEL have products beside its layers while it is loaded."""
-    beside = _Beside(products)
-    model.set_injections(KEY, [PatcherInjection(inject=beside.inject, eject=beside.eject)])
+    model.set_injections(KEY, [_Beside(products)])
 
 
 def take_away(patcher: Any) -> None:
     """Take products off the layers when a run ends: whoever loads the base next finds it as it is."""
-    for injection in getattr(patcher, "injections", {}).get(KEY, ()):
+    for injection in _of(patcher):
         injection.eject(patcher)
 
 
-def refuse_compiled(patchers: Sequence[Any]) -> None:
-    """Refuse products beside compiled modules, which would go on with those of the first expert.
+def refuse_what_needs_merged(patchers: Sequence[Any], carrier: Any, before: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse what would do something else to weights with a LoRA in them than to those without.
+
+    Args:
+        patchers: The experts as they run.
+        carrier: The composed MODEL.
+        before: Its patches when it was composed.
 
     Raises:
-        NodeError: If one of the MODELs has both.
+        NodeError: If modules are compiled, which would go on with the products of the first expert, or if whole
+            weights are changed: by a merge of MODELs, a wrapper of weights, DoRA.
     """
-    for patcher in patchers:
-        if KEY in getattr(patcher, "injections", {}):
-            compiled = patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
-            if compiled:
-                raise NodeError(
-                    "set lora_weights to merged, or take TorchCompileModel out: compiled modules do not see that "
-                    "LoRA experts beside the weights change"
-                )
+    weights = {weight for patcher in patchers for injection in _of(patcher) for weight in injection.weights}
+    if not weights:
+        return
+    if any(patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile") for patcher in patchers):
+        raise NodeError(
+            "set lora_weights to merged, or take TorchCompileModel out: compiled modules do not see that LoRA experts "
+            "beside the weights change"
+        )
+    for weight in sorted(weights):
+        new = carrier.patches.get(weight, ())[len(before.get(weight, ())) :]
+        wrapped = any(weight in getattr(patcher, "weight_wrapper_patches", {}) for patcher in patchers)
+        if wrapped or not all(map(_is_added, new)):
+            raise NodeError(
+                f"set lora_weights to merged: what is on this MODEL changes {weight} as a whole (a merge of MODELs, "
+                "say), and LoRA experts beside the weights are no part of it"
+            )
+
+
+def _is_added(entry: Sequence[Any]) -> bool:
+    """Whether a patch only adds to a weight, whatever the weight is."""
+    _, patch, strength_of_weight, _, function = entry
+    if strength_of_weight != 1.0 or function is not None:
+        return False
+    if isinstance(patch, tuple):
+        return len(patch) == 1 or patch[0] == "diff"
+    adapters = comfy.weight_adapter
+    if isinstance(patch, adapters.LoRAAdapter):
+        return patch.weights[4] is None
+    return isinstance(patch, adapters.LoHaAdapter | adapters.LoKrAdapter) and patch.weights[-1] is None
+
+
+def _of(patcher: Any) -> Sequence[Any]:
+    found: Sequence[Any] = getattr(patcher, "injections", {}).get(KEY, ())
+    return found

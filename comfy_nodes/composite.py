@@ -26,7 +26,7 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from ..pdmd_core.phases import PhasePlan
 from ..pdmd_core.sampling import sampling_sigmas
 from .additions import BOUND_TO_RUN, PatchSnapshot, with_additions
-from .bypass import refuse_compiled, take_away
+from .bypass import refuse_what_needs_merged, take_away
 from .errors import NodeError, in_words
 from .language import said
 from .model_options import with_added_options
@@ -106,7 +106,7 @@ class Run:
         self.options_at_start = guider.model_options
         self.active = self.index(sigmas[0])
         self._patchers = [composite.patcher(self.carrier, k) for k in range(len(composite.plan))]
-        refuse_compiled(self._patchers)
+        refuse_what_needs_merged(self._patchers, self.carrier, composite.snapshot.parts["patches"])
         for patcher in self._patchers:
             patcher.hook_mode = self.carrier.hook_mode
         self._options: dict[int, dict[str, Any]] = {}

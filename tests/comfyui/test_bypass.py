@@ -130,10 +130,40 @@ def test_experts_of_a_folder_and_what_is_no_product(pack, models, base, tmp_path
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_modules_are_refused(pack, models, files) -> None:
+def test_what_changes_whole_weights_is_refused(pack, models, files) -> None:
+    """A compiled module goes on with the first expert; a merge or wrapper of weights is of weights with the LoRA."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    model = composed(pack, models.wan(), files, "beside").clone()
-    set_torch_compile_wrapper(model, backend="eager", keys=["diffusion_model"])
-    with pytest.raises(pack.module("comfy_nodes.errors").NodeError, match="set lora_weights to merged"):
-        sample(pack, models, model, "wan", sigmas_of(TWO))
+    error = pack.module("comfy_nodes.errors").NodeError
+    model = composed(pack, models.wan(), files, "beside")
+    compiled, wrapped = model.clone(), model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", keys=["diffusion_model"])
+    changed = {"take TorchCompileModel out": compiled}
+    (merge,) = pack.call("ModelMergeSimple", model1=model, model2=models.wan(5), ratio=0.7)
+    changed["as a whole (a merge of MODELs, say)"] = merge
+    if hasattr(model, "add_weight_wrapper"):
+        wrapped.add_weight_wrapper("diffusion_model.blocks.0.self_attn.q.weight", lambda weight: weight * 1.5)
+        changed["changes diffusion_model.blocks.0.self_attn.q.weight"] = wrapped
+    for words, each in changed.items():
+        with pytest.raises(error) as caught:
+            sample(pack, models, each, "wan", sigmas_of(TWO))
+        assert str(caught.value).startswith("set lora_weights to merged") and words in str(caught.value)
+    sample(pack, models, model, "wan", sigmas_of(TWO))
+
+
+def test_strengths_by_step_and_hooks_of_prompts_are_those_of_merged_weights(pack, models, files) -> None:
+    network, outputs = models.wan(), []
+    for weights in ("merged", "beside"):
+        inputs = {f"lora_{k}": file for k, file in enumerate([*files[:2], "none", "none"], start=1)}
+        inputs |= {f"strength_{k}": 0.8 for k in range(1, 5)} | {"strengths": "1, 0 | -0.5, 1"}
+        node = {"plan": plan_of(pack), "cfg": "", "set_shift": True, "lora_weights": weights}
+        (model,) = pack.call("PhasedDMDExpertsLoRA", model=network, **node, **inputs)
+        (hooks,) = pack.call("CreateHookLoraModelOnly", lora_name=files[2], strength_model=0.7)
+        prompt = {"cond_NEW": models.conditioning("wan"), "strength": 1.0, "set_cond_area": "default"}
+        (positive,) = pack.call("ConditioningSetProperties", hooks=hooks, **prompt)
+        negative = models.conditioning("wan", seed=8)
+        (guider,) = pack.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=1.0)
+        outputs.append([sample(pack, models, model, "wan", sigmas_of(TWO), guider=each) for each in (None, guider)])
+    for merged, beside in zip(*outputs, strict=True):
+        torch.testing.assert_close(merged, beside, atol=1e-5, rtol=1e-5)
+    assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.05
