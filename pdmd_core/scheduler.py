@@ -375,7 +375,7 @@ def _uniform(sigmas: np.ndarray, atol: float = 1e-6) -> bool:
 
 def _check_start(sigmas: Sequence[float] | np.ndarray | None) -> None:
     """Refuse the steps that a pipeline computes for samples that are not noise."""
-    if sigmas is not None and float(sigmas[0]) < 0.97:
+    if sigmas is not None and float(sigmas[0]) < 0.995:
         raise ValueError(
             f"this call starts midway, at sigma {float(sigmas[0]):.3g}, where the experts' plan starts from noise: set "
             "the argument that asks for it to noise alone, such as init_noise_level=1"
