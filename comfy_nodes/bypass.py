@@ -95,7 +95,7 @@ def split(patches: Mapping[Any, Any], model: Any, strength: float) -> tuple[list
         target, part, *others = (key, None) if isinstance(key, str) else key
         module = target.removesuffix(".weight")
         whole = isinstance(patch, comfy.weight_adapter.LoRAAdapter) and target.endswith(".weight") and not any(others)
-        if not whole or (part and part[0]) or not isinstance(model.model.get_submodule(module), nn.Linear):
+        if not whole or (part and part[0]) or not _is_linear(model.model.get_submodule(module)):
             rest[key] = patch
             continue
         up, down, alpha, middle, magnitude, reshape = patch.weights
@@ -105,6 +105,11 @@ def split(patches: Mapping[Any, Any], model: Any, strength: float) -> tuple[list
         scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
         products.append(Product(module, down, scale * up.float(), part[1] if part else None))
     return products, rest
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Also ComfyUI's layers of quantised weights, which are no ``nn.Linear``."""
+    return isinstance(layer, nn.Linear) or (hasattr(layer, "in_features") and hasattr(layer, "out_features"))
 
 
 def put_beside(model: Any, products: Sequence[Product]) -> None:

@@ -112,3 +112,15 @@ def test_loras_that_do_not_fit_a_quantised_base_are_refused(pack, models, networ
     errors = pack.module("comfy_nodes.errors")
     with pytest.raises(errors.NodeError, match="no key of this LoRA belongs to a WAN21"):
         with_lora(pack, network, lora("qwen", 1))
+
+
+def test_lora_experts_beside_a_quantised_base_are_close_to_those_in_it(pack, models, network) -> None:
+    composite = pack.module("comfy_nodes.composite")
+    plan = pack.module("pdmd_core.phases").PhasePlan.from_json(TWO.to_json())
+    files, outputs = [lora("wan", seed) for seed in (1, 2)], []
+    for beside in (True, False):
+        experts = [composite.Expert(with_lora(pack, network, file, 0.8, beside=beside)) for file in files]
+        packed_layers = any(isinstance(module, Packed) for module in network.model.modules())
+        assert bool(experts[0].model.patches) == (packed_layers or not beside)  # of unknown layers: merged
+        outputs.append(sample(pack, models, composite.compose(plan, experts), "wan", sigmas_of(TWO)))
+    assert (outputs[0] - outputs[1]).norm() < 0.02 * outputs[1].norm()  # into fp8 it is rounded
