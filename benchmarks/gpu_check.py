@@ -5,15 +5,20 @@ next one follows. Nothing is downloaded: teachers are the embedded one and rando
 Python packages that are missing are taken from the wheels that ``make gpu-wheels`` collects. Writes
 docs/benchmarks/gpu.json and .md with the name of the device, and prints the table last.
 
-``--rehearse`` does all of it on a CPU in about a minute, with tiny networks: it shows that the checks run.
+``--rehearse`` does all of it on a CPU in a minute, with tiny networks: it shows that the checks run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,16 +44,20 @@ SMALL = ["model.height=64", "model.width=64", "model.max_sequence_length=16", "f
 
 def demo(device: str, rehearse: bool) -> Iterator[Row]:
     """The embedded demo, shortened: trained and evaluated."""
-    updates, samples = (1, 2) if rehearse else (40, 4)
+    updates, samples = (1, 2) if rehearse else (40, 4)  # diversity takes two
     with tempfile.TemporaryDirectory() as folder:
         config = ROOT / "training/configs/embedded_demo.yaml"
         overrides = [f"updates={updates}", "validation.every=null", "monitoring.tracker=null"]
-        overrides += ["batch_size=4", "fake_updates=1"] if rehearse else []
+        if rehearse:
+            overrides += ["batch_size=2", "draws_per_rollout=1", "validation.seeds=1", "validation.teacher_steps=null"]
+            overrides += ["validation.prompts=[a pizza on a pink background]", "monitoring.page=false"]
         train = [sys.executable, "training/distill.py", "--config", str(config), "--output_dir", folder, *overrides]
         yield {"what": "embedded demo, trained", "seconds": _seconds(train)}
         evaluate = [sys.executable, "training/evaluate.py", "--experts", f"{folder}/experts", "--output_dir", folder]
         evaluate += ["--seeds", str(samples), "--no_noise_floor", "--few_steps"]
         evaluate += ["--metrics", "diversity"] if rehearse else ["--metrics", "frechet", "diversity"]
+        evaluate += ["--prompts", f"{folder}/one.txt"] if rehearse else []
+        (Path(folder) / "one.txt").write_text("a pizza on a pink background\n", encoding="utf-8")
         row: Row = {"what": "embedded demo, evaluated", "seconds": _seconds(evaluate)}
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         yield row | {key: value for key, value in report["rows"][-1].items() if key in ("frechet", "diversity")}
@@ -126,14 +135,30 @@ def _updates(
 ) -> Iterator[Row]:
     from benchmarks.cost.full_size import measure, recipe_of
 
-    config = recipe_of(model, ["compile=none", *overrides])  # compiling takes minutes: one way of ten blocks does it
-    for phase in phases:
-        row = measure(config, layers, phase, 1, device)
+    with tempfile.TemporaryDirectory() as folder:
+        small = [f"model.architecture={_narrow(model, Path(folder) / 'narrow')}"] if SMALL[0] in overrides else []
+        config = recipe_of(
+            model, ["compile=none", *small, *overrides]
+        )  # compiling takes minutes: it is a way of its own
+        rows = [measure(config, layers, phase, 1, device) for phase in phases]
+    for row in rows:
         told = {key: row[key] / 2**30 for key in ("held", "peak") if key in row}
         what = f"{model}, {row['phase']}" + (f", {layers} blocks" if layers else "")
-        seconds = {"seconds": row["seconds"][0]} if "seconds" in row else {"failed": row["failed"]}
+        seconds: Row = {"seconds": row["seconds"][0]} if "seconds" in row else {"failed": row["failed"]}
         seconds |= {"said": "; ".join(row["said"])} if "said" in row else {}
         yield {"what": f"{what} {' '.join(o for o in overrides if o not in SMALL)}".strip()} | seconds | told
+
+
+def _narrow(model: str, folder: Path) -> Path:
+    """The architecture of a recipe with two heads in each network: what a rehearsal builds."""
+    from benchmarks.cost.full_size import recipe_of
+
+    shutil.copytree(ROOT / str(recipe_of(model, []).model.architecture), folder)
+    for path in folder.glob("transformer*/config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"num_attention_heads": 2}
+        settings |= {"ffn_dim": 512} if "ffn_dim" in settings else {}
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    return folder
 
 
 def _guarded(what: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
@@ -150,7 +175,9 @@ def experts(device: str, rehearse: bool) -> Iterator[Row]:
     for name, key in (("expert_switch", "percent_of_forward"), ("few_step_speed", "times_faster")):
         for size, settings in sizes:
             with tempfile.TemporaryDirectory() as folder:
-                small = ["--layers", "1", "--side", "8", "--repetitions", "2"] if rehearse else ["--side", "64"]
+                small = ["--side", "64"]
+                if rehearse:
+                    small = ["--layers", "1", "--heads", "2", "--side", "8", "--repetitions", "2"]
                 command = [sys.executable, f"benchmarks/cost/{name}.py", "--device", device, *settings, *small]
                 yield {"what": f"{name}, {size}", "seconds": _seconds([*command, "--output", f"{folder}/found"])}
                 found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
@@ -202,28 +229,57 @@ LIMIT = 480
 
 
 def run(name: str, device: str, rehearse: bool, limit: float) -> list[Row]:
-    """The rows of a check in a process of its own."""
+    """The rows of a check in a process of its own; in a rehearsal a fork of this one, which imports libraries once."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.jsonl"
-        command = [sys.executable, str(Path(__file__)), "--check", name, "--device", device, "--rows", str(output)]
-        start, reason = time.perf_counter(), ""
-        try:
-            done = subprocess.run(
-                [*command, *(["--rehearse"] if rehearse else [])],
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                cwd=ROOT,
-            )
-            if done.returncode:
-                reason = " ".join(done.stderr.split())[-300:]
-        except subprocess.TimeoutExpired:
-            reason = f"stopped after {limit:.0f} s"
+        start, before = time.perf_counter(), _used()
+        reason = (_in_a_fork if rehearse else _in_a_process)(name, device, output, limit)
         lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
-        rows = [{"check": name, **json.loads(line)} for line in lines]
-        failed: list[Row] = [{"check": name, "what": "", "failed": reason}] if reason else []
-        print(f"{name}: {time.perf_counter() - start:.0f} s {reason[:100]}", flush=True)
-        return rows + failed
+    rows = [{"check": name, **json.loads(line)} for line in lines]
+    failed: list[Row] = [{"check": name, "what": "", "failed": reason}] if reason else []
+    took = f"{time.perf_counter() - start:.0f} s, {_used() - before:.1f} of processors"
+    print(f"{name}: {took} {reason[:100]}", flush=True)
+    return rows + failed
+
+
+def _used() -> float:
+    """Processor seconds of all processes that were started and have ended."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def _in_a_process(name: str, device: str, output: Path, limit: float) -> str:
+    """Returns why it failed; empty when it did not."""
+    command = [sys.executable, str(Path(__file__)), "--check", name, "--device", device, "--rows", str(output)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True) as process:
+        try:
+            _, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            return f"stopped after {limit:.0f} s"
+    return " ".join(errors.split())[-300:] if process.returncode else ""
+
+
+def _in_a_fork(name: str, device: str, output: Path, limit: float) -> str:
+    """As ``_in_a_process``."""
+    process = multiprocessing.get_context("fork").Process(target=_guarded_check, args=(name, device, output))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        assert process.pid is not None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return f"stopped after {limit:.0f} s"
+    failed = output.with_suffix(".failed")
+    return failed.read_text(encoding="utf-8") if failed.is_file() else "" if process.exitcode == 0 else "it ended"
+
+
+def _guarded_check(name: str, device: str, output: Path) -> None:
+    os.setsid()
+    try:
+        check(name, device, True, output)
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+        output.with_suffix(".failed").write_text(text, encoding="utf-8")
 
 
 def check(name: str, device: str, rehearse: bool, output: Path) -> None:
@@ -273,6 +329,8 @@ def main() -> None:
     if device == "cpu" and not arguments.rehearse:
         parser.error("these checks are for a GPU; --rehearse shows on a CPU that they run")
     add_packages()
+    if arguments.rehearse:
+        importlib.import_module("benchmarks.cost.full_size")  # and with it what all forks need
     rows: list[Row] = []
     start = time.perf_counter()
     for name in arguments.checks:

@@ -5,26 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
 from benchmarks.gpu_check import CHECKS, LIMIT, run, table, write
 
 
 def test_a_check_that_fails_or_takes_too_long_is_a_row() -> None:
-    (row,) = run("no such check", "cpu", True, 60)
+    (row,) = run("no such check", "cpu", False, 60)
     assert row["check"] == "no such check" and "invalid choice" in row["failed"]
-    (row,) = run("demo", "cpu", True, 0.01)
-    assert row["failed"] == "stopped after 0 s"
+    for rehearse in (False, True):
+        (row,) = run("demo", "cpu", rehearse, 0.01)
+        assert row["failed"] == "stopped after 0 s"
 
 
-def test_what_a_check_found_before_it_failed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_check_found_before_it_failed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: str, rehearse: bool) -> object:
         yield {"what": "a", "seconds": 2.0}
         raise RuntimeError(device)
 
     monkeypatch.setitem(CHECKS, "demo", (broken, 1))
-    with pytest.raises(RuntimeError, match="cpu"):
-        gpu_check.check("demo", "cpu", True, tmp_path / "rows")
-    assert json.loads((tmp_path / "rows").read_text()) == {"what": "a", "seconds": 2.0}
+    found, failed = run("demo", "cpu", True, 60)
+    assert found == {"check": "demo", "what": "a", "seconds": 2.0}
+    assert failed == {"check": "demo", "what": "", "failed": "RuntimeError: cpu"}
 
 
 def test_the_page_has_every_row_and_says_what_it_is(tmp_path: Path) -> None:
