@@ -93,19 +93,24 @@ def wan(device: str, rehearse: bool) -> Iterator[Row]:
 
 
 def float8(device: str, rehearse: bool) -> Iterator[Row]:
-    """A product of the size of Wan 14B's feed-forward layers: in bfloat16, and by torchao's ways to 8 bits."""
+    """A frozen product of the size of Wan 14B's feed-forward layers: in bfloat16, and by torchao's ways to 8 bits."""
     import torch
     from torch import nn
     from torchao import quantization
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     tokens, width = (64, 64) if rehearse else (32_760, 5_120)
-    kinds = {"bfloat16": None, "weights in float8": "Float8WeightOnlyConfig"}
-    kinds |= {"computed in float8": "Float8DynamicActivationFloat8WeightConfig"}
 
-    def product(name: str, kind: str | None) -> Iterator[Row]:
+    def product(way: str, compiled: bool) -> Iterator[Row]:
         layer: Any = nn.Sequential(nn.Linear(width, 4 * width, device=device, dtype=torch.bfloat16))
-        if kind is not None:
-            quantization.quantize_(layer, getattr(quantization, kind)())
+        layer.requires_grad_(False)
+        if way in (stored, computed):
+            name = "Float8WeightOnlyConfig" if way == stored else "Float8DynamicActivationFloat8WeightConfig"
+            quantization.quantize_(layer, getattr(quantization, name)())
+        elif way == both:  # gradients of the input are products in float8, too
+            convert_to_float8_training(layer, config=Float8LinearConfig(emulate=device == "cpu"))
+        if compiled:
+            layer.compile()
         x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
         for backwards in (False, True):
             seconds = []
@@ -114,14 +119,17 @@ def float8(device: str, rehearse: bool) -> Iterator[Row]:
                 with torch.set_grad_enabled(backwards):
                     found = layer(x)
                 if backwards:
-                    found.sum().backward()
+                    found.backward(torch.ones_like(found))
                 if device == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
-            yield {"what": f"{name}, {'forwards and backwards' if backwards else 'forwards'}", "seconds": min(seconds)}
+            done = "forwards and backwards" if backwards else "forwards"
+            yield {"what": f"{way}{', compiled' if compiled else ''}, {done}", "seconds": min(seconds)}
 
-    for name, kind in kinds.items():
-        yield from _guarded(name, partial(product, name, kind))
+    stored, computed, both = "weights in float8", "computed in float8", "computed in float8, gradients too"
+    for way in ("bfloat16", stored, computed, both):
+        for compiled in (False,) if rehearse else (False, True):
+            yield from _guarded(f"{way}{', compiled' if compiled else ''}", partial(product, way, compiled))
 
 
 def offloading(device: str, rehearse: bool) -> Iterator[Row]:
@@ -215,7 +223,7 @@ def synchronisations(device: str, rehearse: bool) -> Iterator[Row]:
 
 CHECKS: dict[str, tuple[Callable[[str, bool], Iterator[Row]], int]] = {
     "synchronisations": (synchronisations, 40),
-    "float8": (float8, 30),
+    "float8": (float8, 60),
     "experts": (experts, 60),
     "wan_ten_blocks": (wan_ten_blocks, 120),
     "qwen_image": (qwen_image, 120),

@@ -58,7 +58,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "full-hsdp": {"parallel.sharding": "hsdp", "parallel.shard_size": 1},
     "full-2-to-1": {},
     "full-cp-fsdp": {"parallel.context_parallel": 2, "parallel.sharding": "fsdp"},
-    "image": {"teacher": "image", "generator": LORA, "fake": LORA},
+    "image": {"teacher": "image", "generator": LORA, "fake": LORA, "rollouts.bank": 5},
     "image-1-to-2": {"parallel.sharding": "fsdp"},
     "qwen": {"teacher": "qwen", "generator": LORA, "fake": LORA},
     "qwen-1-to-2": {"parallel.sharding": "fsdp"},
@@ -73,7 +73,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """What a run changes of the one before its dash; the teacher is Wan's unless it says otherwise.
 
-Runs without a dash are of one process, those after them must have the same numbers. "half" and "sent" have a base in
+Runs without a dash are of one process, those after them must have the same numbers. Rollouts of "image" begin with a bank, which its resumption on two
+processes makes again. "half" and "sent" have a base in
 bfloat16 (of which diffusers keeps some weights in float32), train float32 and compute in bfloat16; "sent" has full
 copies, whose blocks are sent in bfloat16.
 """
