@@ -51,6 +51,8 @@ _WAN = SmallModel(
     | {"out_channels": 16},
     {
         "tiny": {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "text_dim": 32},
+        "10M": {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 10}
+        | {"text_dim": 128},
         "100M": {"num_attention_heads": 12, "attention_head_dim": 64, "ffn_dim": 3072, "num_layers": 10}
         | {"text_dim": 512},
     },
@@ -110,7 +112,7 @@ def small_teacher(name: str, size: str, side: int, device: str = "cpu") -> Rando
 
     Args:
         name: A key of ``SMALL_MODELS``.
-        size: Of each network: tiny or 100M.
+        size: Of each network: tiny, 100M, or for Wan 10M.
         side: Of a latent.
         device: Where the networks are.
     """

@@ -73,10 +73,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """What a run changes of the one before its dash; the teacher is Wan's unless it says otherwise.
 
-Runs without a dash are of one process, those after them must have the same numbers. Rollouts of "image" begin with a bank, which its resumption on two
-processes makes again. "half" and "sent" have a base in
-bfloat16 (of which diffusers keeps some weights in float32), train float32 and compute in bfloat16; "sent" has full
-copies, whose blocks are sent in bfloat16.
+Runs without a dash are of one process, those after them must have the same numbers. Rollouts of "image" begin with a
+bank, which its resumption on two processes makes again. "half" and "sent" have a base in bfloat16 (of which diffusers
+keeps some weights in float32), train float32 and compute in bfloat16; "sent" has full copies, whose blocks are sent in
+bfloat16.
 """
 ALONE = [name for name in RUNS if "-" not in name]
 NUMBERS = ("generator_loss", "fake_loss", "generator_grad_norm", "fake_grad_norm")
