@@ -131,7 +131,9 @@ def activation_rows(way: str, size: str = "100M") -> list[Row]:
     """Activations of a way, in a step of the fake and in one of the expert."""
     config = config_of(IN_A_STEP[way])
     teacher = small_teacher("wan", size, SIDE)
-    predicted = activation_bytes(config, teacher.family, teacher.networks["transformer"], teacher.shape, 1)
+    network: Any = teacher.networks["transformer"]
+    shapes = teacher.family.conditioning_shapes(network.config, TEXT_TOKENS, teacher.shape)
+    predicted = activation_bytes(config, teacher.family, network, teacher.shape, shapes, 1)
     training = RandomTraining(config, teacher, make_accelerator("no", "cpu"))
     phase, batch = training.training, training.batches.draw(negative=True)
     renoising, fake = training.batches.renoising(phase.distiller, batch.noise), phase.distiller.fakes[0]
