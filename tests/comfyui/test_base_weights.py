@@ -123,7 +123,7 @@ def test_loras_of_ones_own_on_the_base_are_no_other_base(pack, models, warned, w
     assert warned(wan_experts, style, other) == []
 
 
-def test_networks_whose_names_and_weights_comfyui_joins(pack, base: Path, warned) -> None:
+def test_networks_whose_names_and_weights_comfyui_joins(pack, models, base: Path, warned) -> None:
     import comfy.sd
 
     state, names = z_image_state(0), family("z_image")

@@ -80,6 +80,8 @@ class Case:
     """Whether the pipeline has classifier-free guidance."""
     no_guidance: Mapping[str, float] = field(default_factory=dict)
     """Arguments of the call for no guidance, of a pipeline that is of no family."""
+    decoded_within: float = 1e-5
+    """What decoding here and in the pipeline may differ by; larger samples are rounded in other blocks."""
     name: str = ""
     """In the CASES of its module."""
 

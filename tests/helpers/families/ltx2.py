@@ -131,5 +131,6 @@ def _joined(pipeline: Any, latents: tuple[Tensor, Tensor], size: tuple[int, int,
 
 
 _COMMON = Case(ltx2, (64, 160, 9), (1, 20, CHANNELS), velocity=None, tokens=24, unpacked=_joined, outputs=2)
-CASES = {"ltx2": _COMMON, "ltx2_image_to_video": replace(_COMMON, build=lambda: ltx2(LTX2ImageToVideoPipeline))}
+_FROM_PICTURE = replace(_COMMON, build=lambda: ltx2(LTX2ImageToVideoPipeline), decoded_within=5e-5)
+CASES = {"ltx2": _COMMON, "ltx2_image_to_video": _FROM_PICTURE}
 """Of the 8 channels for the sound, which has 9 * 16 numbers, the last 16 numbers mean nothing."""
