@@ -59,7 +59,7 @@ class _Addition:
         return torch.cat([output[..., :first], rows + added, output[..., first + added.shape[-1] :]], dim=-1)
 
 
-class _Beside(PatcherInjection):  # type: ignore[misc]
+class _Beside(PatcherInjection):
     """The products of one expert on the layers of its network, while it is the loaded one."""
 
     def __init__(self, products: Sequence[Product]) -> None:

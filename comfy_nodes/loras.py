@@ -74,9 +74,9 @@ def apply_lora(model: Any, lora: Lora, strength: float, warn: Callable[[str], No
         rest, absent = _with_place(rest, found.lora_names, targets, model)
         left_out += absent
         file = read_lora(rest, lora.alphas, found.lora_names, lora.what, lora.component)
-        products, differences, without_place = _patches(file, found.lora_names, targets, model)
+        low_rank, differences, without_place = _patches(file, found.lora_names, targets, model)
         tables = {key: differences.pop(key) for key in list(differences) if _is_table(model, key)}
-        parts += [products, differences]
+        parts += [low_rank, differences]
         left_out += [*file.left_out, *without_place]
     patched = model.clone()
     for key, (_, (value,)) in tables.items():
@@ -218,8 +218,8 @@ def _patches(
     lora: dict[str, Any] = {}
     differences: Patches = {}
     left_out: list[str] = []
-    native_names = names.native_weight
-    if names.layout is not None:
+    native_names: Callable[[str], str | None] = names.native_weight
+    if names.layout is not None:  # joined files have the native names
         before, file, native_names = len(file.left_out), joined(file, names.layout), str
         left_out += file.left_out[before:]
     for name, changes in file.weights.items():
