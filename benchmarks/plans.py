@@ -167,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for shift in options.shifts:
                 train(board, [at_shift(board, PLANS[key], shift) for key in options.plans], REPORTED[: options.seeds])
     if "report" in options.stages:
-        options.output.write_text(report(boards, study), encoding="utf-8")
+        everything = [make_board(teacher, options.work_dir) for teacher in TEACHERS]
+        options.output.write_text(report(everything, study), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def test_the_report_has_each_plan_at_each_shift_in_more_steps(tmp_path: Path, mo
     tiny = Settings(batch_size=16, width=8, fake_updates=1, initial_updates=20, ema_decay=0.5)
     board = MixtureBoard(tmp_path, "ring_5", tiny, samples=200)
     monkeypatch.setattr(plans, "make_board", lambda teacher, work_dir: board)
+    monkeypatch.setattr(plans, "TEACHERS", ["ring_5"])
     page = tmp_path / "plans.md"
     command = ["--teachers", "ring_5", "--plans", "2x1", "2_6", "--seeds", "2", "--output", str(page)]
     plans.main([*command, "--work_dir", str(tmp_path), "--stages", "train", "report"])

@@ -36,6 +36,7 @@ def test_numbers_of_plans_are_those_of_the_evidence() -> None:
         "`[1, 1, 1, 1]`": "Phased DMD, 4",
     }
     table = [cells(line) for line in PAGE[: PAGE.index("## Boundary")].splitlines() if line.startswith("| `[")]
+    table = [row for row in table if len(row) == 7]
     assert len(table) == len(titles)
     for plan, pictures, diversity, clips, of_clips, flow, _ in table:
         (own,) = [cells(line) for line in summary if line.startswith(f"| {titles[plan]}")]
@@ -47,6 +48,17 @@ def test_numbers_of_plans_are_those_of_the_evidence() -> None:
             f"{flow} %",
         ]
         assert own[2:] == said
+
+
+def test_numbers_of_the_mixture_are_those_of_the_plans() -> None:
+    plans = (DOCS / "evidence" / "plans.md").read_text(encoding="utf-8").split("\n## ")
+    (table,) = [part.splitlines() for part in PAGE.split("\n\n") if part.startswith("| plan | shift 1 | shift 5 |")]
+    for place, shift in ((1, 1), (2, 5)):
+        (own,) = [part for part in plans if part.startswith(f"ring of falling weights, shift {shift}\n")]
+        found = {(row[1], "fake for each" in row[0]): row[3] for row in map(cells, own.splitlines()) if len(row) > 3}
+        for plan, *scores in map(cells, table[2:]):
+            key = (plan.split("`")[1], "fake for each" in plan)
+            assert scores[place - 1] == found.get(key, "not run")
 
 
 def test_the_shipped_experts_in_more_steps_are_those_of_the_evidence() -> None:
