@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -163,10 +164,10 @@ def _in_files(folder: Path) -> saved_tensors_hooks:
 
     def away(tensor: Tensor) -> Path:
         path = folder / str(next(numbers))
-        torch.save(tensor.detach().clone(), path)
+        save_file({"kept": tensor.detach().clone(memory_format=torch.contiguous_format)}, path)
         return path
 
-    return saved_tensors_hooks(away, lambda path: torch.load(path))
+    return saved_tensors_hooks(away, lambda path: load_file(path)["kept"])
 
 
 def allocated(events: Iterable[Any]) -> int:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -271,11 +270,10 @@ def test_a_quantized_base_is_a_row_of_its_own(
     assert len(set(found.values())) == len(found), "each has samples of its own"
     near = [abs(found[f"{name}, {kind} base"] / found[name] - 1) for kind in ("int8", "float8")]
     assert 0 < near[0] < near[1] < 0.5, "float8 has fewer digits"
-    if find_spec("bitsandbytes"):
-        assert evaluate.main(arguments("--quantization", "nf4", "--metrics", "frechet", "--no_noise_floor")) == 0
-        found = {row["method"]: row["frechet"] for row in report(tmp_path / "report")["rows"]}
-        price = abs(found[f"{name}, nf4 base"] / found[name] - 1)
-        assert near[0] < price < 1, "4 bits cost more than 8"
+    assert evaluate.main(arguments("--quantization", "nf4", "--metrics", "frechet", "--no_noise_floor")) == 0
+    found = {row["method"]: row["frechet"] for row in report(tmp_path / "report")["rows"]}
+    price = abs(found[f"{name}, nf4 base"] / found[name] - 1)
+    assert near[0] < price < 1, "4 bits cost more than 8"
     Conversion(PhasedExperts.open(experts), tmp_path / "full").to_full()
     assert "are full networks" in failure(capsys, arguments("--quantization", "int8", experts=[str(tmp_path / "full")]))
 

@@ -39,8 +39,8 @@ def library_config(kind: Quantization) -> Any:
             return import_module("bitsandbytes").nn
         except ImportError as error:
             raise UserError(
-                f"quantization nf4 takes the package bitsandbytes ({error}): pip install --no-deps bitsandbytes, or "
-                "use int8"
+                f"quantization nf4 takes the package bitsandbytes ({error}): pip install 'phased-dmd[low-memory]', "
+                "or use int8"
             ) from None
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig

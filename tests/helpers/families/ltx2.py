@@ -83,7 +83,7 @@ def _text_encoder() -> Gemma3ForConditionalGeneration:
 
 
 def _compressed(image: np.ndarray, crf: int) -> np.ndarray:
-    """In the place of H.264, for which diffusers takes a package that the tests do without."""
+    """In the place of H.264, for which diffusers takes the package av."""
     file = BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=100 - crf)
     return np.array(Image.open(file))

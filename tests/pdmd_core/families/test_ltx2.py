@@ -116,7 +116,6 @@ def test_released_sizes_and_others() -> None:
 @torch.no_grad()
 def test_pictures_are_compressed_as_clips_are() -> None:
     """By diffusers' own encoder of clips, for which the other tests have another."""
-    pytest.importorskip("av")
     pipe = ltx2(LTX2ImageToVideoPipeline)
     seen = picture(size=(160, 64))
     call = {"prompt": "a", "image": seen, "height": 64, "width": 160, "num_frames": 9, "max_sequence_length": 24}

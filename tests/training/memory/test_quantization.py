@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,10 +25,7 @@ from training.memory.quantization import BYTES, quantize, quantized_numbers
 WAN = family("wan")
 X, SIGMA = randn(2, *LATENT_SHAPE), torch.tensor([0.9, 0.4])
 CONDITIONING = {"prompt_embeds": randn(2, 5, TEXT_FEATURES, seed=1)}
-NF4 = pytest.param(
-    "nf4", marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
-)
-KINDS = pytest.mark.parametrize("kind", ["int8", "float8", NF4])
+KINDS = pytest.mark.parametrize("kind", ["int8", "float8", "nf4"])
 
 
 def network(kind: str) -> nn.Module:
@@ -65,7 +61,7 @@ def test_blocks_of_every_family_are_found(name: str) -> None:
     assert quantized_numbers(network, found) == expected > 0
 
 
-@pytest.mark.parametrize("kind", [NF4])
+@pytest.mark.parametrize("kind", ["nf4"])
 def test_the_numbers_counted_are_the_ones_in_4_bits(kind: str) -> None:
     plain, small = network("none"), network(kind)
     counted = quantized_numbers(plain, WAN)
@@ -99,7 +95,7 @@ def test_adapters_on_it_get_gradient_and_pass_it_on(kind: str) -> None:
     assert all(p.dtype == torch.float32 for p in roles.parameters("high"))
 
 
-@pytest.mark.parametrize("kind", ["int8", NF4])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_run_on_it_ends_in_experts_for_the_base(kind: str, settings_of_run: dict[str, Any]) -> None:
     settings_of_run["model"] |= {"quantization": kind}
     trainer = Trainer(build_run(changed(settings_of_run, updates=2)))
