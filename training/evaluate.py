@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pdmd_core import arguments
+from training.evaluation.machine import add_machine_options
 
 DEFAULT_PROMPTS = Path(__file__).resolve().parent / "prompts" / "embedded_eval.txt"
 _EXAMPLES = """examples:
@@ -152,29 +153,7 @@ def make_parser() -> arguments.CommandParser:
     )
 
     machine = parser.add_argument_group("machine, cache and pictures")
-    machine.add_argument("--device", type=arguments.text, help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
-    machine.add_argument(
-        "--batch_size", type=count, metavar="N", help="samples at once (default: 1 for large samples, up to 64)"
-    )
-    machine.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the networks (default: float32; large teachers take bfloat16)",
-    )
-    machine.add_argument(
-        "--offload",
-        choices=("none", "network", "blocks"),
-        default="none",
-        help="what waits in host memory: of two networks the one that does not run, or all blocks but two (default: "
-        "none)",
-    )
-    machine.add_argument(
-        "--decode",
-        choices=("auto", "whole", "tiled", "cpu"),
-        default="auto",
-        help="how samples are decoded: whole, in tiles or on the CPU (default: the first for which there is memory)",
-    )
+    add_machine_options(machine)
     machine.add_argument(
         "--cache_dir",
         type=arguments.output_folder,

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pdmd_core import arguments
+from training.evaluation.machine import add_machine_options
 
 if TYPE_CHECKING:
     from pdmd_core.experts import PhasedExperts
@@ -118,38 +119,13 @@ def make_parser() -> arguments.CommandParser:
     )
 
     machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", type=arguments.text, help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
-    machine.add_argument(
-        "--batch_size",
-        type=arguments.whole_number(1),
-        metavar="N",
-        help="samples at once (default: 1 for large samples, up to 64)",
-    )
-    machine.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the networks (default: float32; large teachers take bfloat16)",
-    )
+    add_machine_options(machine)
     machine.add_argument(
         "--quantization",
         choices=("none", "int8", "float8", "nf4"),
         default="none",
         help="matrices of the teacher, which is the base of LoRA experts, in 8 bits (takes the package torchao) or 4 "
         "(bitsandbytes) (default: none)",
-    )
-    machine.add_argument(
-        "--offload",
-        choices=("none", "network", "blocks"),
-        default="none",
-        help="what waits in host memory: of two networks the one that does not run, or all blocks but two (default: "
-        "none)",
-    )
-    machine.add_argument(
-        "--decode",
-        choices=("auto", "whole", "tiled", "cpu"),
-        default="auto",
-        help="how samples are decoded: whole, in tiles or on the CPU (default: the first for which there is memory)",
     )
     machine.add_argument(
         "--output",
