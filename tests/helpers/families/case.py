@@ -82,6 +82,8 @@ class Case:
     """Arguments of the call for no guidance, of a pipeline that is of no family."""
     decoded_within: float = 1e-5
     """What decoding here and in the pipeline may differ by; larger samples are rounded in other blocks."""
+    moved: float = 0.02
+    """How far, at least, the small training of the tests moves a sample."""
     name: str = ""
     """In the CASES of its module."""
 

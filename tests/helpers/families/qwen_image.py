@@ -158,6 +158,7 @@ _EDITS = Case(
     tokens=TOKENS,
     unpacked=unpacked,
     picture_size=(64, 32),
+    moved=0.01,
 )
 CASES = {
     "qwen_image": Case(qwen_image, (32, 48, 1), (1, 24, 16), thousandth, tokens=TOKENS, unpacked=unpacked),
