@@ -365,10 +365,10 @@ def write(path: Path, rows: Sequence[Row], device: str, rehearsed: bool) -> None
             "networks: it shows that the checks run, and its numbers say nothing of the real models. On a GPU, `python "
             "benchmarks/gpu_check.py` replaces this page."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from benchmarks.cost.results import write_result
+
     result = {"device": name, "torch": torch.__version__, "rehearsal": rehearsed, "rows": list(rows)}
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(f"# On a GPU\n\n{about}\n\n{table(rows)}\n", encoding="utf-8")
+    write_result(path, result, f"# On a GPU\n\n{about}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

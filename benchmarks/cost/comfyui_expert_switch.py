@@ -19,20 +19,19 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from pdmd_core.experts import lora_to_file  # noqa: E402
-from pdmd_core.families import family  # noqa: E402
-from tests.comfyui import install  # noqa: E402
-from tests.helpers.comfyui.in_process import load_pack  # noqa: E402
-from tests.helpers.comfyui.phased_models import TWO, sample, sigmas_of  # noqa: E402
-from tests.helpers.comfyui.server import make_base  # noqa: E402
-from tests.helpers.comfyui.tiny_models import TinyModels, save_lora  # noqa: E402
-from tests.helpers.tiny import transformer  # noqa: E402
-from tests.helpers.tiny_pipelines import random_lora  # noqa: E402
+from pdmd_core.experts import lora_to_file
+from pdmd_core.families import family
+from tests.comfyui import install
+from tests.helpers.comfyui.in_process import load_pack
+from tests.helpers.comfyui.phased_models import TWO, sample, sigmas_of
+from tests.helpers.comfyui.server import make_base
+from tests.helpers.comfyui.tiny_models import TinyModels, save_lora
+from tests.helpers.tiny import transformer
+from tests.helpers.tiny_pipelines import random_lora
 
 SIZES = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 12}
 RANK, REPETITIONS = 64, 3

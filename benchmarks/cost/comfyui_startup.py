@@ -16,10 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.comfyui import install  # noqa: E402
+from tests.comfyui import install
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MEASURE = """
 import asyncio, json, sys, time

@@ -15,17 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import psutil
+
+from pdmd_core.experts import BaseModel, Expert, Manifest, write_experts
+from pdmd_core.phases import PhasePlan
+from tests.comfyui import install
+from tests.helpers.comfyui.server import make_base, running
+from tests.helpers.comfyui.tiny_models import wan_file
+from tests.helpers.tiny import transformer
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import psutil  # noqa: E402
-
-from pdmd_core.experts import BaseModel, Expert, Manifest, write_experts  # noqa: E402
-from pdmd_core.phases import PhasePlan  # noqa: E402
-from tests.comfyui import install  # noqa: E402
-from tests.helpers.comfyui.server import make_base, running  # noqa: E402
-from tests.helpers.comfyui.tiny_models import wan_file  # noqa: E402
-from tests.helpers.tiny import transformer  # noqa: E402
 
 SIZES = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 12}
 CHANGES = 3

@@ -10,7 +10,6 @@ processor), and of their ratio in the same repetition.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks.cost.random_wan import PLAN, finished, inputs, machine, pipeline, spread, write_random_experts
+from benchmarks.cost.results import write_result
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.pipelines.merging import Merge
 
@@ -123,12 +123,8 @@ def main() -> None:
             )
         ]
         lines.append(f"| {row['experts']} | {row['device']} | {row['resident']} | {' | '.join(cells)} |")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"parameters": parameters, "machine": machine(arguments.device), "side": arguments.side, "rows": rows}
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    arguments.output.with_suffix(".md").write_text(
-        "# Switching experts\n\n" + "\n".join(lines) + "\n", encoding="utf-8"
-    )
+    write_result(arguments.output, result, "# Switching experts\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

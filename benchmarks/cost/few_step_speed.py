@@ -12,7 +12,6 @@ those of the processor, which other programs do not change), and of the speed-up
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks.cost.random_wan import PLAN, finished, inputs, machine, pipeline, spread, write_random_experts
+from benchmarks.cost.results import write_result
 from pdmd_core.experts.lora.changes import LowRank
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.pipelines.merging import Merge, MergedExperts
@@ -129,11 +129,8 @@ def main() -> None:
         ]
         kept = f"{row['device']} | {row['on_device']:.2f} | {row['in_host_memory']:.2f}"
         lines.append(f"| {row['what']} | {kept} | {row['forwards']} | {' | '.join(cells)} |")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"parameters": parameters, "machine": machine(device), "side": side, "rows": rows}
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    text = "\n".join(["# Few steps", "", *lines]) + "\n"
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_result(arguments.output, result, "\n".join(["# Few steps", "", *lines]) + "\n")
     print("\n".join(lines))
 
 

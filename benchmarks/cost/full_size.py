@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -29,6 +28,7 @@ import torch
 
 from benchmarks.cost.random_training import RandomTraining, released_teacher
 from benchmarks.cost.random_wan import finished, machine
+from benchmarks.cost.results import write_result
 from benchmarks.cost.training_memory import Peak, held_bytes
 from training.config.schema import DistillConfig, load_config
 from training.loop.dry_run import describe
@@ -176,11 +176,8 @@ def main() -> None:
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(device), "rehearsal": rehearse, "overrides": overrides, "needs": needs, "rows": rows}
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    text = page(rows, needs, rehearse, device, arguments.updates)
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_result(arguments.output, result, page(rows, needs, rehearse, device, arguments.updates))
 
 
 if __name__ == "__main__":

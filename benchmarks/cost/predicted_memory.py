@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -37,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.cost import random_wan
 from benchmarks.cost.random_training import TEXT_TOKENS, RandomTraining, small_config, small_teacher
 from benchmarks.cost.random_wan import machine
+from benchmarks.cost.results import write_result
 from benchmarks.cost.training_memory import away_bytes, held_bytes
 from pdmd_core.families import family
 from pdmd_core.roles import Roles
@@ -240,11 +240,8 @@ def main() -> None:
         f"Random weights of the Wan architecture on a CPU; {machine('cpu')}. Target: within {TARGET:.0%}; the worst is "
         f"{worst:.1%} off. Written by `python benchmarks/cost/predicted_memory.py`, whose head says what is compared."
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine("cpu"), "target": TARGET, "worst": worst, "rows": rows}
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    text = f"# Predicted memory\n\n{about}\n\n{table(rows)}\n"
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_result(arguments.output, result, f"# Predicted memory\n\n{about}\n\n{table(rows)}\n")
     print(table(rows))
 
 

@@ -30,6 +30,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.cost import random_wan
+from benchmarks.cost.results import write_result
 from benchmarks.cost.weak_scaling import RESULT, results_of
 from pdmd_core.families import TeacherRouting, family
 from pdmd_core.roles import Roles
@@ -171,11 +172,8 @@ def main() -> None:
         "private memory, of the process that took most. Written by `python benchmarks/cost/sharded_loading.py`, whose "
         "head says what is measured."
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     data = {"base": size, "machine": random_wan.machine("cpu"), "rows": rows}
-    arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = f"# Sharded loading\n\n{about}\n\n{table(rows)}\n"
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_result(arguments.output, data, f"# Sharded loading\n\n{about}\n\n{table(rows)}\n")
     print(table(rows))
 
 

@@ -12,7 +12,6 @@ and seconds on a GPU. Writes docs/benchmarks/trainer_overhead.json and .md: medi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -33,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from benchmarks.cost.random_training import TEXT_TOKENS, RandomTraining, small_config, small_teacher
 from benchmarks.cost.random_wan import finished, machine, spread
+from benchmarks.cost.results import write_result
 from pdmd_core.roles import TEACHER, Roles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,10 +219,8 @@ def write(path: Path, results: Sequence[Mapping[str, Any]], side: int, device: s
         f"100 M parameters: at most {TARGET:.2f}. Written by `python benchmarks/cost/trainer_overhead.py`, whose head "
         "says what is compared."
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(device), "unit": unit, "side": side, "target": TARGET, "rows": list(results)}
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(f"# Trainer overhead\n\n{about}\n\n{table(results)}\n", encoding="utf-8")
+    write_result(path, result, f"# Trainer overhead\n\n{about}\n\n{table(results)}\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import re
 import sys
@@ -31,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarks.cost.random_training import RandomTeacher, RandomTraining, released_teacher
 from benchmarks.cost.random_wan import machine
+from benchmarks.cost.results import write_result
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig, load_config
 from training.data.teacher import TeacherSource, family_of_pipeline, networks_of, pipeline_on_meta
@@ -176,11 +176,8 @@ def main() -> None:
         f"held against the base: at most {TARGET:.2f}. Written by `python benchmarks/cost/training_memory.py`, whose "
         "head says what the columns are."
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(device), "target": TARGET, "overrides": [*SMALL, *overrides], "rows": rows}
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    text = f"# Training memory\n\n{about}\n\n{table(rows)}\n"
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_result(arguments.output, result, f"# Training memory\n\n{about}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

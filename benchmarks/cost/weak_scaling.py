@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
 from benchmarks.cost.random_wan import finished, machine, spread
+from benchmarks.cost.results import write_result
 from training.distributed.sharding import mesh_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,11 +167,8 @@ def main() -> None:
         f"{os.cpu_count()} processors, {arguments.rounds} rounds, {load:.0f} processes wanted to run on average. "
         "Written by `python benchmarks/cost/weak_scaling.py`, whose head says what is compared."
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     data = {"machine": machine(settings["device"]), "settings": settings, "cases": results}
-    arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = f"# Weak scaling\n\n{about}\n\n{table(results)}\n"
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_result(arguments.output, data, f"# Weak scaling\n\n{about}\n\n{table(results)}\n")
 
 
 if __name__ == "__main__":

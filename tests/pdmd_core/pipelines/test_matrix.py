@@ -5,6 +5,9 @@ The table of docs/pipelines.md says which; ``python -m tests.helpers.diffusers_p
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import diffusers
 import pytest
 
@@ -43,6 +46,13 @@ KNOWN = sorted(set(SIZES) & set(dir(diffusers)))
 )
 def test_a_pipeline_samples_what_a_loop_by_hand_samples_or_says_why_not(name: str, kind: str) -> None:
     assert outcome(name, kind) == rows()[name][kind]
+
+
+def test_the_page_is_of_the_pinned_version() -> None:
+    """So that in an environment of the pins nothing here or in test_refusals.py is skipped."""
+    pins = (Path(__file__).parents[3] / "constraints.txt").read_text(encoding="utf-8")
+    (pinned,) = re.findall(r"^diffusers==(\d+\.\d+)\.", pins, re.MULTILINE)
+    assert f"diffusers {pinned} with" in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not of_this_version(), reason="the table is of another version of diffusers")

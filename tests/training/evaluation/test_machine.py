@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
 
+from pdmd_core.arguments import CommandParser
 from training import evaluate, sample
 from training.evaluation.sampler import Offload
 from training.memory.decoding import Decoding
@@ -13,9 +15,9 @@ from training.memory.decoding import Decoding
 NAMES = ("device", "batch_size", "dtype", "offload", "decode")
 
 
-@pytest.mark.parametrize("command", [sample, evaluate])
-def test_choices_are_those_of_the_sampler(command: object) -> None:
-    actions = {action.dest: action for action in command.make_parser()._actions}  # type: ignore[attr-defined]
+@pytest.mark.parametrize("parser", [sample.make_parser, evaluate.make_parser])
+def test_choices_are_those_of_the_sampler(parser: Callable[[], CommandParser]) -> None:
+    actions = {action.dest: action for action in parser()._actions}
     assert [name for name in actions if name in NAMES] == list(NAMES)
     assert tuple(actions["offload"].choices) == get_args(Offload)
     assert tuple(actions["decode"].choices) == get_args(Decoding)
