@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from benchmarks import questions
@@ -49,6 +50,13 @@ def test_rows_differ_in_what_is_asked_alone(tiny: Path) -> None:
     assert full[1] != nearest[1] != direct[1]
     assert [line[0] for line in strength[2:]] == ["| 0.5"]
     assert page.read_text("utf-8") == questions.report(tiny, 1)
+
+    study = next(questions.entries("strength_pictures", tiny)).study
+    pairs = study.pairs(0)[:1]
+    bare = study.decode(study.sampler.with_teacher(pairs, 4, study.settings.shift, 1.0))
+    torch.testing.assert_close(study.shipped_samples(pairs, 4, 0.0), bare, rtol=0, atol=1e-4)
+    assert torch.equal(study.shipped_samples(pairs, 4, 1.0), study.shipped_samples(pairs, 4))
+    assert (study.shipped_samples(pairs, 4, 0.5) - bare).abs().max() > 0.01
 
     (entry, *_), (of_full,) = (
         list(questions.entries("batch", tiny)),

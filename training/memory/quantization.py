@@ -57,7 +57,7 @@ def _in_4_bits(block: nn.Module, layers: Any) -> None:
     for name, module in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
         weight, bias = module.weight, module.bias
         new = layers.Linear4bit(
-            module.in_features, module.out_features, False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+            module.in_features, module.out_features, False, compute_dtype=weight.dtype, device="meta"
         )
         new.weight = layers.Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=new)
         new.bias = bias

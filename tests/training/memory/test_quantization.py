@@ -67,6 +67,7 @@ def test_the_numbers_counted_are_the_ones_in_4_bits(kind: str) -> None:
     counted = quantized_numbers(plain, WAN)
     assert bytes_of(plain) - bytes_of(small) == 3.5 * counted, "beside the scales"
     scales = [m.weight.quant_state for b in small.blocks for m in b.modules() if type(m).__name__ == "Linear4bit"]
+    assert {state.quant_type for state in scales} == {kind}
     assert sum(state.absmax.nbytes for state in scales) == counted // 64, "a scale of a byte for 64 numbers"
     assert BYTES[kind] * counted == counted / 2 + counted / 64
 
