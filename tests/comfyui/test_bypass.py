@@ -167,3 +167,24 @@ def test_strengths_by_step_and_hooks_of_prompts_are_those_of_merged_weights(pack
     for merged, beside in zip(*outputs, strict=True):
         torch.testing.assert_close(merged, beside, atol=1e-5, rtol=1e-5)
     assert (outputs[0][0] - outputs[0][1]).abs().max() > 0.05
+
+
+def test_the_network_of_the_base_is_as_it_was_after_a_run(pack, models, files, monkeypatch) -> None:
+    """Also where something holds the MODELs that were loaded, as the traceback of an error does."""
+    import comfy.sampler_helpers
+
+    prepare, held = comfy.sampler_helpers.prepare_sampling, []
+
+    def holding(model: Any, *args: Any, **kwargs: Any) -> Any:
+        held.append(model)
+        return prepare(model, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.sampler_helpers, "prepare_sampling", holding)
+    base = models.wan()
+    first, second = (composed(pack, base, order, "beside") for order in (files, files[::-1]))
+    expected = []
+    for model in (first, second, first, second):
+        expected.append(sample(pack, models, model, "wan", sigmas_of(TWO)))
+        assert not any(layer._forward_hooks for layer in base.model.modules())
+    assert len(held) == 8 and (expected[0] - expected[1]).abs().max() > 0.05
+    assert torch.equal(expected[2], expected[0]) and torch.equal(expected[3], expected[1])
