@@ -1,9 +1,11 @@
 """Variants of the method at equal network evaluations: ``python benchmarks/leaderboard.py``.
 
 Every variant is trained on every teacher (seven mixtures, pictures, clips) at a grid of learning rates with seeds that
-only decide on the rate, and then at the best one with five others, which are reported. What was trained is kept in
---work_dir; a run that was cut off goes on where it was. The report is written of what is there. Definitions are in
-docs/evidence/README.md.
+only decide on the rate, and then at the best one with five others, which are reported. The stage "shorter" trains the
+same for parts of the evaluations, which says how long it takes to come as near to the teacher as --stages report asks.
+What was trained is kept in --work_dir; a run that was cut off goes on where it was. The report is written of what is
+there: the page, and the rows, the recommended method and the verdict on it in paper_claims.json beside it. Definitions
+are in docs/evidence/README.md.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.claims.common.board import REPORTED, Board
-from benchmarks.claims.common.evidence import Row, Spread, markdown_table, spread
-from benchmarks.claims.common.variants import BASELINE, VARIANTS
+from benchmarks.claims.common.board import REPORTED, SHARES, Board
+from benchmarks.claims.common.evidence import Row, Spread, markdown_table, spread, update_board
+from benchmarks.claims.common.summary import write_summary
+from benchmarks.claims.common.variants import BASELINE, RECOMMENDED, VARIANTS
+from benchmarks.claims.common.verdict import write_verdict
 from benchmarks.claims.embedded.board import EmbeddedBoard
 from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.claims.mixture.kinds import KINDS
@@ -43,6 +48,8 @@ ON_SAMPLES: tuple[Column, ...] = (
     ("optical flow", "motion", 1, 3),
 )
 """Title, column, scale, digits."""
+GOALS = {"pictures": 0.06, "clips": 14.0}
+"""Frechet distances; the time until a variant's mean is there is the number by which variants are ranked."""
 
 
 def line_of(board: Board, columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
@@ -91,7 +98,36 @@ def report(boards: Sequence[Board]) -> str:
         titles = (title for title, *_ in columns)
         header = ("variant", "steps", *titles, "learning rate", "updates", "evaluations of an update", "seeds")
         parts += [f"## {board.title}", "", markdown_table(header, lines), ""]
+        if (goal := GOALS.get(board.title)) is not None:
+            parts += time_to(goal, board)
     return "\n".join(parts)
+
+
+def time_to(goal: float, board: Board) -> list[str]:
+    """Trainings of parts of the evaluations, and the shortest of each variant whose mean distance meets the goal."""
+    lines = []
+    for method in VARIANTS.values():
+        cells: list[str] = []
+        reached = ["not reached", ""]
+        for share in reversed(SHARES):
+            rows = board.reported(method, share)
+            score, seconds = (spread(rows, column) for column in ("score", "processor_seconds"))
+            cells.insert(0, score.text(1, 4) if score else "")
+            if score is not None and score.mean <= goal:
+                reached = [seconds.text(1, 0) if seconds else "", str(board.updates(method, share))]
+        if sum(map(bool, cells)) > 1:
+            command = f"`--stages shorter --teachers {board.title} --variants {method.key}`"
+            lines.append([method.title, *cells, *reached, command])
+    if not lines:
+        return []
+    header = (
+        "variant",
+        *(f"{share:.0%} of the evaluations" for share in SHARES),
+        f"processor seconds until {goal:g}",
+        "updates",
+        "python benchmarks/leaderboard.py",
+    )
+    return [f"### {board.title}, shorter trainings", "", markdown_table(header, lines), ""]
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:
@@ -110,7 +146,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=TEACHERS)
     own = [key for key, method in VARIANTS.items() if not method.of_experts]
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=own)
-    parser.add_argument("--stages", nargs="+", choices=("train", "report"), default=["train", "report"])
+    stages = ("train", "shorter", "report")
+    parser.add_argument("--stages", nargs="+", choices=stages, default=["train", "report"])
     parser.add_argument("--seeds", type=int, choices=range(1, len(REPORTED) + 1), default=len(REPORTED))
     parser.add_argument("--guidance_scale", type=float, help="of the teacher of pictures and clips, if another")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard")
@@ -124,12 +161,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     boards = [make_board(teacher, options.work_dir, options.guidance_scale) for teacher in options.teachers]
     methods = [VARIANTS[key] for key in options.variants]
-    if "train" in options.stages:
-        for board in boards:
-            for row in board.work(methods, REPORTED[: options.seeds]):
-                print(f"{row.teacher} {row.method} lr {row.lr:g} seed {row.seed}: {row.score:.5f}", flush=True)
+    shares = [*([1.0] if "train" in options.stages else []), *(SHARES if "shorter" in options.stages else [])]
+    for board in boards if shares else []:
+        for row in board.work(methods, REPORTED[: options.seeds], shares):
+            print(f"{row.teacher} {row.method} lr {row.lr:g} seed {row.seed}: {row.score:.5f}", flush=True)
     if "report" in options.stages:
         options.output.write_text(report(boards), encoding="utf-8")
+        if options.guidance_scale is None:
+            write_evidence_of(dict(zip(options.teachers, boards, strict=True)), options.output.parent)
+
+
+def write_evidence_of(boards: Mapping[str, Board], folder: Path) -> None:
+    """The rows of the boards and the recommended methods in paper_claims.json, and the pages that are made of it."""
+    for teacher, board in boards.items():
+        rows = []
+        for method in VARIANTS.values():
+            for share in SHARES:
+                rows += [replace(row, extra={**row.extra, "share": share}) for row in board.reported(method, share)]
+        method = VARIANTS[RECOMMENDED]
+        lr = board.chosen(method)
+        named = None if lr is None else {"method": method.key, "objective": dict(method.objective), "lr": lr}
+        update_board(folder / "paper_claims.json", teacher, named, rows)
+    write_summary(folder)
+    write_verdict(folder)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import leaderboard
-from benchmarks.claims.common.board import REPORTED
+from benchmarks.claims.common.board import REPORTED, SHARES
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.methods import Run
-from benchmarks.claims.common.variants import VARIANTS
+from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS
 from benchmarks.claims.embedded.board import EmbeddedBoard
 from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.claims.mixture.training import Settings
@@ -79,3 +81,36 @@ def test_the_report_has_a_line_for_each_variant_that_is_there_best_first(small: 
     titles = [line.split(" | ")[0].removeprefix("| ") for line in lines]
     assert titles[2:] == ["exact", *sorted(scores, key=lambda title: scores[title])]
     assert len({len(line.split(" | ")) for line in lines}) == 1
+
+
+def test_shorter_trainings_say_how_soon_a_goal_is_met(small: MixtureBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        MixtureBoard,
+        "_measured",
+        lambda board, run, done: replace(
+            measured(run, 1 / run.updates), extra={"processor_seconds": 2.0 * run.updates}
+        ),
+    )
+    method = VARIANTS["phased_2x2"]
+    rows = list(small.work([method], REPORTED[:2], SHARES))
+    assert [row.updates for row in rows[-8:]] == [2, 2, 2, 2, 6, 6, 8, 8] or rows[-1].updates == 8
+    assert {row.lr for row in small.reported(method, SHARES[0])} == {small.chosen(method)}
+    (header, _, line) = leaderboard.time_to(1 / 6, small)[2].splitlines()
+    cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+    assert cells[5:7] == ["12 ± 0", "6"], header
+    assert "not reached" in leaderboard.time_to(1 / 100, small)[2]
+    assert leaderboard.time_to(1.0, MixtureBoard(small.folder.parent, "grid", TINY)) == []
+
+
+def test_the_report_leaves_rows_recommendation_and_verdict(small: MixtureBoard, tmp_path: Path) -> None:
+    own = VARIANTS[RECOMMENDED]
+    list(small.work([own, VARIANTS["phased_2x2"]], REPORTED[:2]))
+    leaderboard.write_evidence_of({"ring": small}, tmp_path)
+    data = json.loads((tmp_path / "paper_claims.json").read_text(encoding="utf-8"))
+    assert [(row["method"], row["seed"], row["share"]) for row in data["leaderboard"]] == [
+        (key, seed, 1.0) for key in ("phased_2x2", RECOMMENDED) for seed in (0, 1)
+    ]
+    assert data["recommended"] == [
+        {"teacher": "ring", "method": RECOMMENDED, "objective": dict(own.objective), "lr": small.chosen(own)}
+    ]
+    assert f"{own.title} beats" in (tmp_path / "verdict.md").read_text(encoding="utf-8")

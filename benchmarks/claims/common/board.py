@@ -13,6 +13,8 @@ REPORTED = (0, 1, 2, 3, 4)
 """Seeds of the rows that are reported."""
 REFINED = (4, 6, 8, 16)
 """Steps to which plans of fewer are refined."""
+SHARES = (1 / 6, 1 / 3, 2 / 3, 1.0)
+"""Of the baseline's network evaluations, in trainings that are as long as that."""
 
 
 class Board(ABC):
@@ -52,15 +54,15 @@ class Board(ABC):
     def refine(self, run: Run) -> None:
         """Measure those of a run that was trained."""
 
-    def updates(self, method: Method) -> int:
-        """Updates of a method, over all phases, that cost what those of the baseline do."""
+    def updates(self, method: Method, share: float = 1.0) -> int:
+        """Updates of a method, over all phases, that cost this share of what those of the baseline do."""
         (forward, backward), (all_forward, all_backward) = self.cost(method), self.cost(VARIANTS[BASELINE])
         own, whole = forward + 2 * backward, all_forward + 2 * all_backward
-        return equal_updates(method, own, whole, self.baseline_updates)
+        return equal_updates(method, own, share * whole, self.baseline_updates)
 
-    def runs(self, method: Method, lrs: Sequence[float], seeds: Sequence[int]) -> list[Run]:
-        """Of a method, at these learning rates with these seeds."""
-        updates = self.updates(method)
+    def runs(self, method: Method, lrs: Sequence[float], seeds: Sequence[int], share: float = 1.0) -> list[Run]:
+        """Of a method, at these learning rates with these seeds, at a share of the baseline's evaluations."""
+        updates = self.updates(method, share)
         return [Run(method, lr, seed, updates) for seed in seeds for lr in lrs]
 
     def chosen(self, method: Method) -> float | None:
@@ -68,20 +70,26 @@ class Board(ABC):
         lr, undecided = self._best(method)
         return None if undecided else lr
 
-    def reported(self, method: Method) -> list[Row]:
+    def reported(self, method: Method, share: float = 1.0) -> list[Row]:
         """The rows of a method that are there, of the seeds that did not decide."""
         lr = self.chosen(method)
-        rows = [] if lr is None else [self.row(run) for run in self.runs(method, [lr], REPORTED)]
+        rows = [] if lr is None else [self.row(run) for run in self.runs(method, [lr], REPORTED, share)]
         return [row for row in rows if row is not None]
 
-    def work(self, methods: Sequence[Method], seeds: Sequence[int] = REPORTED) -> Iterator[Row]:
-        """Train and measure what is not there yet, method by method; what is reported, of these seeds."""
+    def work(
+        self, methods: Sequence[Method], seeds: Sequence[int] = REPORTED, shares: Sequence[float] = (1.0,)
+    ) -> Iterator[Row]:
+        """Train and measure what is not there yet, method by method; what is reported, of these seeds.
+
+        With ``shares``, trainings of these shares of the baseline's evaluations, at the learning rate of whole ones.
+        """
         for method in methods:
             while undecided := self._best(method)[1]:
                 yield from self._missing(self.runs(method, undecided, self.selecting))
             lr = self.chosen(method)
             assert lr is not None
-            yield from self._missing(self.runs(method, [lr], seeds))
+            for share in shares:
+                yield from self._missing(self.runs(method, [lr], seeds, share))
 
     def _missing(self, runs: Sequence[Run]) -> Iterator[Row]:
         if missing := [run for run in runs if self.row(run) is None]:

@@ -108,7 +108,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
-_SECTIONS = ("verdict", "rows", "grid")
+_SECTIONS = ("recommended", "verdict", "rows", "grid", "leaderboard")
 
 
 def read_evidence(path: Path) -> dict[str, Any]:
@@ -125,6 +125,17 @@ def write_evidence(path: Path, data: Mapping[str, Any]) -> None:
         for section in _SECTIONS
     )
     path.write_text(f'{{\n"settings": {json.dumps(data["settings"], indent=1)},\n{lists}\n}}\n', encoding="utf-8")
+
+
+def update_board(path: Path, teacher: str, recommended: Mapping[str, Any] | None, rows: Sequence[Row]) -> None:
+    """Write a teacher's part of the leaderboard, and which of its methods is recommended; that of others stays."""
+    data = read_evidence(path)
+    own_rows = [rounded(row.to_dict()) for row in rows]
+    own = {"leaderboard": own_rows, "recommended": [{"teacher": teacher, **recommended}] if recommended else []}
+    for section, entries in own.items():
+        others = [entry for entry in data[section] if entry["teacher"] != teacher]
+        data[section] = sorted(others + entries, key=itemgetter("teacher"))
+    write_evidence(path, data)
 
 
 def update_json(path: Path, teacher: str, rows: Sequence[Row], all_rows: Sequence[Row], settings: object) -> None:

@@ -18,12 +18,20 @@ from benchmarks.claims.common.evidence import (
     write_evidence,
 )
 from benchmarks.claims.common.methods import METHODS
+from benchmarks.claims.common.variants import BASELINE as PHASED_BASELINE
+from benchmarks.claims.common.variants import VARIANTS
 
 DIVERSITY_SHARE = 0.95
 FLOW_SHARE = 0.9
 PHASED = ("phased_2x2", "phased_4x1")
 BASELINE = "dmd_sgts"
-BUDGETS = {"equal": "equal updates", "longest": "best of all numbers of updates"}
+BUDGETS = {
+    "equal": "equal updates",
+    "longest": "best of all numbers of updates",
+    "evaluations": "equal network evaluations of training, seeds that chose nothing",
+    "third": "a third of the network evaluations of the others, seeds that chose nothing",
+    "against_longest": "against the others at the best of all their numbers of updates",
+}
 MEASURES = {
     "frechet": "Frechet distance",
     "diversity": "diversity",
@@ -34,24 +42,27 @@ MEASURES = {
 
 
 class Verdict:
-    """The claims on one teacher, at one budget.
+    """The claims on one teacher, at one budget, of the rows of each method at its best learning rate."""
 
-    ``rows`` are those at the best learning rates. Budget "equal": all of ``updates`` generator updates; "longest": each
-    method at the number of updates with its lowest mean score, of those that were run with the most seeds.
-    """
+    def __init__(
+        self, teacher: str, budget: str, methods: Mapping[str, Sequence[Row]], references: Sequence[Row]
+    ) -> None:
+        self.teacher, self.budget, self.methods, self.references = teacher, budget, dict(methods), references
 
-    def __init__(self, teacher: str, rows: Sequence[Row], updates: int, budget: str) -> None:
-        self.teacher, self.budget = teacher, budget
-        mine = [row for row in rows if row.teacher == teacher]
-        self.references = [row for row in mine if row.lr is None]
+    @classmethod
+    def of_updates(cls, teacher: str, rows: Sequence[Row], updates: int, budget: str) -> Verdict:
+        """Budget "equal": all of ``updates`` generator updates; "longest": each method at the number of updates with
+        its lowest mean score, of those that were run with the most seeds.
+        """
         trained: dict[str, dict[int, list[Row]]] = {}
-        for row in mine:
-            if row.lr is not None:
+        for row in rows:
+            if row.teacher == teacher and row.lr is not None:
                 trained.setdefault(row.method, {}).setdefault(row.updates, []).append(row)
-        self.methods = {}
+        methods = {}
         for method, by_updates in trained.items():
             at = _best_updates(by_updates) if budget == "longest" else updates
-            self.methods[method] = by_updates.get(at, [])
+            methods[method] = by_updates.get(at, [])
+        return cls(teacher, budget, methods, _references(rows, teacher))
 
     def entries(self) -> list[dict[str, Any]]:
         """One for each claim; ``holds`` is null where runs are missing."""
@@ -74,6 +85,19 @@ class Verdict:
             found += [self.better(key, BASELINE, "motion", lower=False), self.keeps(key, "motion", FLOW_SHARE)]
         return found
 
+    def recommended(self, key: str) -> list[dict[str, Any]]:
+        """Of the recommended method: it beats the paper's plan as it is and SGTS, and keeps what the teacher can do."""
+        if not _many_step_teacher(self.references):
+            return [self.better(key, other, "score", lower=True) for other in (PHASED_BASELINE, BASELINE)]
+        spreads = ("diversity", "motion") if self.teacher == "clips" else ("diversity",)
+        found = []
+        for other in (PHASED_BASELINE, BASELINE):
+            found.append(self.better(key, other, "frechet", lower=True))
+            for column in spreads:
+                found += [self.better(key, other, column, lower=False), self.nearer(key, other, column)]
+        shares = {"diversity": DIVERSITY_SHARE, "motion": FLOW_SHARE}
+        return [*found, *(self.keeps(key, column, shares[column]) for column in spreads)]
+
     def against_biased(self, biased: str, unbiased: str) -> list[dict[str, Any]]:
         """What the target inside a subinterval is worth."""
         if self.teacher == "mixture":
@@ -91,15 +115,28 @@ class Verdict:
         claim = f"{_title(method)} is worse than {_title(other)}: {MEASURES[column]}"
         return self._compared(claim, method, other, column, lambda a, b: a.mean - b.mean > _both(a, b))
 
+    def nearer(self, method: str, other: str, column: str) -> dict[str, Any]:
+        """Nearer to the many-step teacher's mean than the other, by more than both deviations together."""
+        teacher = spread(self._teacher(), column)
+        claim = f"{_title(method)} is nearer to the teacher's {MEASURES[column]} than {_title(other)}"
+
+        def holds(a: Spread, b: Spread) -> bool:
+            return teacher is not None and abs(b.mean - teacher.mean) - abs(a.mean - teacher.mean) > _both(a, b)
+
+        return self._compared(claim, method, other, column, holds)
+
     def keeps(self, method: str, column: str, share: float) -> dict[str, Any]:
         """At least this share of the many-step teacher's mean."""
-        teacher = [row for row in self.references if row.method == _many_step_teacher(self.references)]
+        teacher = self._teacher()
         claim = f"{_title(method)} keeps at least {share:.0%} of the teacher's {MEASURES[column]}"
         entry = self._entry(claim, method, column, self.methods.get(method, []), teacher, "teacher")
         own, other = spread(self.methods.get(method, []), column), spread(teacher, column)
         if own is not None and other is not None:
             entry |= {"share": own.mean / other.mean, "holds": own.mean >= share * other.mean}
         return entry
+
+    def _teacher(self) -> list[Row]:
+        return [row for row in self.references if row.method == _many_step_teacher(self.references)]
 
     def _compared(
         self, claim: str, method: str, other: str, column: str, holds: Callable[[Spread, Spread], bool]
@@ -129,15 +166,54 @@ def verdict(rows: Sequence[Row], updates: Mapping[str, int]) -> list[dict[str, A
     for teacher in updates:
         longer = any(row.teacher == teacher and row.updates > updates[teacher] for row in rows)
         for budget in BUDGETS if longer else ["equal"]:
-            entries += Verdict(teacher, rows, updates[teacher], budget).entries()
+            entries += Verdict.of_updates(teacher, rows, updates[teacher], budget).entries()
     return [rounded(entry) for entry in entries]
+
+
+def verdict_of_recommended(
+    recommended: Mapping[str, str], board: Sequence[Row], rows: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """The claims about the recommended method.
+
+    Args:
+        recommended: Teacher to the key of the method that is recommended there.
+        board: Rows of the leaderboard; the column ``share`` is that of the baseline's network evaluations.
+        rows: Those of ``paper_claims.py``, which has longer trainings.
+    """
+    entries = []
+    for teacher, key in recommended.items():
+        references = _references(rows, teacher)
+        whole = _by_method(board, teacher, 1.0)
+        third = {**whole, key: _by_method(board, teacher, 1 / 3).get(key, [])}
+        budgets: dict[str, Mapping[str, Sequence[Row]]] = {"evaluations": whole, "third": third}
+        if any(row.teacher == teacher for row in rows):
+            longest = Verdict.of_updates(teacher, rows, 0, "longest").methods
+            budgets["against_longest"] = longest | {key: whole.get(key, [])}
+        for budget, methods in budgets.items():
+            if methods.get(key):
+                entries += Verdict(teacher, budget, methods, references).recommended(key)
+    return [rounded(entry) for entry in entries]
+
+
+def _by_method(board: Sequence[Row], teacher: str, share: float) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in board:
+        if row.teacher == teacher and row.lr is not None and math.isclose(row.extra["share"] or 0, share, rel_tol=0.01):
+            found.setdefault(row.method, []).append(row)
+    return found
+
+
+def _references(rows: Sequence[Row], teacher: str) -> list[Row]:
+    return [row for row in rows if row.teacher == teacher and row.lr is None]
 
 
 def write_verdict(folder: Path) -> None:
     """Judge the rows of paper_claims.json: its ``verdict``, and verdict.md."""
     data = read_evidence(folder / "paper_claims.json")
     updates = {teacher: settings["updates"] for teacher, settings in sorted(data["settings"].items())}
-    data["verdict"] = verdict([Row.from_dict(row) for row in data["rows"]], updates)
+    rows, board = ([Row.from_dict(row) for row in data[section]] for section in ("rows", "leaderboard"))
+    recommended = {entry["teacher"]: entry["method"] for entry in data["recommended"]}
+    data["verdict"] = verdict(rows, updates) + verdict_of_recommended(recommended, board, rows)
     write_evidence(folder / "paper_claims.json", data)
     (folder / "verdict.md").write_text(markdown(data["verdict"]), encoding="utf-8")
 
@@ -176,7 +252,7 @@ def _number(entry: Mapping[str, Any], name: str) -> str:
 
 
 def _title(method: str) -> str:
-    return METHODS[method].title
+    return (VARIANTS | METHODS)[method].title
 
 
 def _both(a: Spread, b: Spread) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -265,10 +266,12 @@ class EmbeddedStudy:
         path = self.folder / "experts" / f"{run.name}.safetensors"
         if not path.exists():
             with tqdm(total=run.updates, desc=run.name, unit="update", leave=False) as bar:
-                problem = EmbeddedProblem(run, self.sampler, self.settings)
+                start, problem = time.process_time(), EmbeddedProblem(run, self.sampler, self.settings)
                 done = distil(problem, run, self.settings.recipe_of(run.method), bar.update)
+                seconds = time.process_time() - start
             weights = {f"{name}/{key}": value for name, own in done.experts.items() for key, value in own.items()}
             metadata = {"evaluations": json.dumps(done.evaluations), "skipped": json.dumps(done.skipped)}
+            metadata["processor_seconds"] = json.dumps(round(seconds, 1))
             write_tensors(path, weights, metadata)
         return path
 
@@ -317,6 +320,7 @@ class EmbeddedStudy:
             extra: dict[str, Any] = {
                 "training_evaluations": sum(evaluations.values()),
                 "skipped_updates": json.loads(metadata["skipped"]),
+                "processor_seconds": json.loads(metadata.get("processor_seconds", "null")),
             }
             steps = refined or sum(run.method.steps)
             write_row(path, self._row(run.method.key, run.seed, steps, measured, run.lr, run.updates, extra))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.claims.common.evidence import Row, update_json
 from benchmarks.claims.common.summary import summary, write_summary
+from benchmarks.claims.common.variants import VARIANTS
 
 UPDATES = {"pictures": 100, "clips": 50, "mixture": 10}
 
@@ -29,7 +31,9 @@ ROWS = [
 
 
 def test_cells_are_mean_and_deviation_and_shares_of_the_many_step_teacher() -> None:
-    lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in summary(ROWS, UPDATES).splitlines()]
+    lines = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in summary(ROWS, UPDATES, {}, []).splitlines()
+    ]
     assert [line[0] for line in lines[2:]] == [
         "teacher, 40 steps with guidance",
         "DMD, four steps with SGTS",
@@ -41,10 +45,23 @@ def test_cells_are_mean_and_deviation_and_shares_of_the_many_step_teacher() -> N
     assert phased[4:] == ["5.0", "50 %", "50 %"]
 
 
+def test_the_recommended_method_has_a_line_of_the_leaderboards_whole_trainings() -> None:
+    board = [
+        replace(row("pictures", "2x2_own", seed, frechet, updates=90), extra={"share": share})
+        for share, frechet in ((1.0, 1.0), (1 / 3, 50.0))
+        for seed in range(2)
+    ]
+    board.append(replace(row("ring", "2x2_own", 0, 1.0, updates=90), extra={"share": 1.0}))
+    lines = summary(ROWS, UPDATES, {"pictures": "2x2_own", "ring": "phased_4x1"}, board).splitlines()
+    title = f"recommended: {VARIANTS['2x2_own'].title}"
+    assert lines[-1] == f"| {title} | 4 | 1.000 ± 0.000 | 50 ± 0 % |  |  |  |"
+    assert lines[:-1] == summary(ROWS, UPDATES, {}, []).splitlines()
+
+
 def test_it_is_written_from_the_rows_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "paper_claims.json"
     for teacher, updates in UPDATES.items():
         update_json(file, teacher, [r for r in ROWS if r.teacher == teacher], [], {"updates": updates})
     assert json.loads(file.read_text())["settings"]["clips"] == {"updates": 50}
     write_summary(tmp_path)
-    assert (tmp_path / "summary.md").read_text() == summary(ROWS, UPDATES)
+    assert (tmp_path / "summary.md").read_text() == summary(ROWS, UPDATES, {}, [])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.claims.common.evidence import Row, update_json
-from benchmarks.claims.common.verdict import verdict, write_verdict
+from benchmarks.claims.common.evidence import Row, update_board, update_json
+from benchmarks.claims.common.variants import VARIANTS
+from benchmarks.claims.common.verdict import verdict, verdict_of_recommended, write_verdict
 
 
 def rows_of(teacher: str, method: str, values: dict[str, list[float]], updates: int = 100, lr: float | None = 1e-3):
@@ -142,3 +144,57 @@ def test_the_verdict_is_written_beside_its_rows(tmp_path: Path) -> None:
     assert "| not measured |" in text
     update_json(path, "clips", [], [], {"updates": 100})  # another teacher's report keeps it
     assert json.loads(path.read_text(encoding="utf-8"))["verdict"] == data["verdict"]
+
+
+def board_of(third: dict[str, list[float]] = PHASED) -> list[Row]:
+    whole = {"phased_2x2": {"frechet": [1.6, 1.6, 1.7], "diversity": [1.3, 1.3, 1.3]}, "dmd_sgts": SGTS, "own": PHASED}
+    return [
+        *(row for key, values in whole.items() for row in rows_of("clips", key, values | {"share": [1.0] * 3})),
+        *rows_of("clips", "own", third | {"share": [1 / 3] * 3}, updates=33),
+    ]
+
+
+@pytest.fixture
+def _own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "own", replace(VARIANTS["2x2_own"], key="own"))
+
+
+@pytest.mark.usefixtures("_own")
+def test_the_recommended_method_is_judged_at_equal_evaluations_at_a_third_and_against_longer_trainings() -> None:
+    paper = [
+        *rows_of("clips", "teacher_40", TEACHER, lr=None),
+        *rows_of("clips", "phased_2x2", {"frechet": [1.5, 1.5, 1.5], "score": [1.5, 1.5, 1.5]}),
+        *rows_of("clips", "dmd_sgts", SGTS | {"score": SGTS["frechet"]}),
+        *rows_of("clips", "dmd_sgts", {"frechet": [0.5, 0.5, 0.5], "score": [0.5, 0.5, 0.5]}, updates=400),
+    ]
+    worse = {"frechet": [1.6, 1.7, 1.8], "diversity": [0.9, 0.9, 0.9], "motion": [1.7, 1.7, 1.7]}
+    entries = verdict_of_recommended({"clips": "own"}, board_of(worse), paper)
+    holds = {
+        (entry["budget"], entry["measure"], entry["compared_with"], "nearer" in entry["claim"]): entry["holds"]
+        for entry in entries
+    }
+    assert holds["evaluations", "frechet", "phased_2x2", False] is True
+    assert holds["evaluations", "diversity", "phased_2x2", False] is False, "1.3 is more than its .96"
+    assert holds["evaluations", "diversity", "phased_2x2", True] is True, "but farther from the teacher's 1"
+    assert holds["evaluations", "motion", "teacher", False] is True
+    assert holds["third", "frechet", "phased_2x2", False] is False
+    assert holds["third", "frechet", "dmd_sgts", False] is True
+    assert holds["third", "motion", "teacher", False] is False
+    assert holds["against_longest", "frechet", "dmd_sgts", False] is False
+    assert holds["against_longest", "frechet", "phased_2x2", False] is True
+    assert verdict_of_recommended({"pictures": "own"}, board_of(), paper) == []
+
+
+@pytest.mark.usefixtures("_own")
+def test_the_boards_rows_are_judged_beside_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "paper_claims.json"
+    references = rows_of("clips", "teacher_40", TEACHER, lr=None)
+    update_json(path, "clips", references, references, {"updates": 100})
+    update_board(path, "clips", {"method": "own", "objective": {}, "lr": 1e-3}, board_of())
+    update_board(path, "clips", {"method": "own", "objective": {}, "lr": 1e-3}, board_of())  # in place of the first
+    write_verdict(tmp_path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert len(data["leaderboard"]) == len(board_of())
+    assert data["recommended"] == [{"teacher": "clips", "method": "own", "objective": {}, "lr": 1e-3}]
+    assert {entry["budget"] for entry in data["verdict"]} == {"equal", "evaluations", "third", "against_longest"}
+    assert "a third of the network evaluations" in (tmp_path / "verdict.md").read_text(encoding="utf-8")
