@@ -48,12 +48,13 @@ MODELS = (
     "ltx_2",
     "ltx_2_image",
 )
-KINDS = ("phased_single_gpu", "phased_24gb", "phased_48gb", "phased", "dmd_sgts")
+KINDS = ("phased_single_gpu", "phased_24gb", "phased_48gb", "phased", "phased_paper", "dmd_sgts")
+SHARDED = ("phased", "phased_paper", "dmd_sgts")
 
 
 def gpus_of(model: str, kind: str) -> int:
     """On how many GPUs a recipe is described."""
-    return GPUS.get(model, 8) if kind in ("phased", "dmd_sgts") else 1
+    return GPUS.get(model, 8) if kind in SHARDED else 1
 
 
 def row(recipe: str, config: DistillConfig, gpus: int, text: str) -> str:
@@ -83,9 +84,10 @@ def table() -> str:
 
 def main() -> None:
     """Write the table into the page."""
+    made = table()  # takes minutes, in which the page may be edited
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+    PAGE.write_text(before + BEGIN + made + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

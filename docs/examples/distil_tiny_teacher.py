@@ -29,6 +29,7 @@ PROMPTS = [
 ]
 SIZE, TOKENS, BATCH = 64, 16, 16
 RATE, FAKE_STEPS = 1e-3, 5
+OBJECTIVE = Objective(guidance_scale=3.0, fake_rollouts="whole", expert_rollouts="own_increment")  # what is sampled
 
 
 def distil(updates: int, output: Path) -> None:
@@ -56,7 +57,7 @@ def distil(updates: int, output: Path) -> None:
 
     for phase in range(len(plan)):
         roles.reset(FAKE)  # each phase starts with a fake that is the teacher
-        distiller = PhasedDistiller(plan, phase, roles, Objective(guidance_scale=3.0))
+        distiller = PhasedDistiller(plan, phase, roles, OBJECTIVE)
         roles.set_trainable([distiller.expert, FAKE])
         expert, fake = (
             torch.optim.AdamW(roles.parameters(role), lr=RATE, betas=(0.0, 0.999)) for role in (distiller.expert, FAKE)

@@ -63,11 +63,11 @@ MODELS = {
 }
 """Parameters of the teacher, latents of a sample, shift of the plan."""
 OF_THE_PAPER = ("wan2_1_t2v_14b", "wan2_1_t2v_1_3b", "wan2_2_t2v_a14b", "wan2_2_i2v_a14b", "qwen_image")
-"""Models of the paper, which have its baseline as a recipe too."""
+"""Models of the paper, which have its setting and its baseline as recipes too."""
 SMALL = {"phased_24gb": 24, "phased_48gb": 48}
 """Recipes that swap blocks, and the memory of their GPU in GiB."""
 SWAPPED = ("wan2_2_t2v_a14b", "qwen_image")
-_ONLY = dict.fromkeys(SMALL, SWAPPED) | {"dmd_sgts": OF_THE_PAPER}
+_ONLY = dict.fromkeys(SMALL, SWAPPED) | dict.fromkeys(("phased_paper", "dmd_sgts"), OF_THE_PAPER)
 RECIPES = [(name, kind) for name in MODELS for kind in KINDS if name in _ONLY.get(kind, MODELS)]
 COSTS = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()
 
@@ -185,9 +185,12 @@ def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_recipes_have_the_paper_s_settings(model: str) -> None:
-    for recipe in ("phased", "dmd_sgts") if model in OF_THE_PAPER else ("phased",):
+def test_recipes_have_the_paper_s_settings_but_for_whole_rollouts(model: str) -> None:
+    own, paper = ("whole", "own_increment"), ("blend", "truncated")
+    rollouts = {"phased": own, "phased_paper": paper, "dmd_sgts": paper}
+    for recipe in rollouts if model in OF_THE_PAPER else ("phased",):
         config = load_config(CONFIGS / f"{model}_{recipe}.yaml")
+        assert (config.objective.fake_rollouts, config.objective.expert_rollouts) == rollouts[recipe]
         generator, fake = config.generator, config.fake
         assert (generator.kind, generator.rank, generator.alpha, generator.lr) == ("lora", 64, 8, 5e-5)
         assert (fake.kind, fake.lr, config.fake_updates) == ("full", 4e-7, 5)
