@@ -59,6 +59,8 @@ def test_blocks_of_every_family_are_found(name: str) -> None:
     linear = {n: m.weight.numel() for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     expected = sum(size for n, size in linear.items() if n.startswith(tuple(f"{block}." for block in found.blocks)))
     assert quantized_numbers(network, found) == expected > 0
+    Roles(network, found, {"expert": RoleSpec("lora", rank=2)})
+    assert quantized_numbers(network, found) == expected, "adapters stay as they are"
 
 
 @pytest.mark.parametrize("kind", ["nf4"])
