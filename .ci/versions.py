@@ -56,6 +56,9 @@ PART += [f"pipelines/test_{name}.py" for name in ("refusals", "saving", "threads
 
 def main(names: list[str]) -> int:
     """Run; returns the exit status."""
+    if unknown := sorted({*names} - {*ROWS}):
+        print(f"expected rows {', '.join(map(repr, ROWS))}, found {', '.join(map(repr, unknown))}", file=sys.stderr)
+        return 2
     results, failed = [], False
     for name in names or list(ROWS):
         row = ROWS[name]

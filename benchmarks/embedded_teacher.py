@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from pdmd_core.arguments import COUNT
 from training.data.buckets import SampleSize
 from training.embedded.emoji import BACKGROUNDS, EMOJI, EmojiScenes, caption
 from training.embedded.features import load_features, see
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "embedded")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--shift", type=float, default=5.0)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=COUNT, default=40)
     arguments = parser.parse_args()
     result: dict[str, float] = {}
     network, emoji, backgrounds = load_features()

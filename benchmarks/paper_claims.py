@@ -32,6 +32,7 @@ from benchmarks.claims.embedded.report import EmbeddedReport
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
 from benchmarks.claims.mixture.report import MixtureReport
 from benchmarks.claims.mixture.study import MixtureStudy
+from pdmd_core.arguments import COUNT
 
 Study = MixtureStudy | EmbeddedStudy
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,15 +182,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=COUNT, default=3)
     parser.add_argument("--lrs", nargs="+", type=float, help="the grid of learning rates (the teacher's own)")
-    parser.add_argument("--updates", type=int, help="generator updates over all phases (the teacher's own)")
+    parser.add_argument("--updates", type=COUNT, help="generator updates over all phases (the teacher's own)")
     parser.add_argument("--guidance_scale", type=float, help="of the embedded teacher, pictures and clips (its own)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paper_claims")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "evidence")
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or (options.updates is not None and (options.updates < 4 or options.updates % 4)):
-        parser.error("--seeds is at least 1 and --updates a multiple of 4: phases share them equally")
+    if options.updates is not None and options.updates % 4:
+        parser.error(f"--updates is a multiple of 4, as phases share them equally, found {options.updates}")
     if options.lrs is not None and not all(0 < lr < math.inf for lr in options.lrs):
         parser.error(f"--lrs are learning rates above 0, found {' '.join(f'{lr:g}' for lr in options.lrs)}")
     if options.guidance_scale is not None:

@@ -22,6 +22,7 @@ import torch
 from benchmarks.claims.common.evidence import Row, markdown_table, spread
 from benchmarks.claims.common.methods import METHODS, Method, Run
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
+from pdmd_core.arguments import COUNT
 from pdmd_core.roles import RoleSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,7 +206,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
     parser.add_argument("--stages", nargs="+", choices=("train", "report"), default=["train", "report"])
-    parser.add_argument("--seeds", type=int, default=1, help="of each row (default: 1)")
+    parser.add_argument("--seeds", type=COUNT, default=1, help="of each row (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "questions")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evidence" / "questions.md")
     return parser.parse_args(arguments)

@@ -96,6 +96,8 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+COUNT = whole_number(1)
+"""The type of an option that is a number of things of which there is at least one."""
 LENGTH = whole_number(1, 2**14)
 """The type of an option that counts pixels, frames or tokens of a sample; a manifest takes no larger ones either."""
 SEED = whole_number(0, 2**63 - 1)

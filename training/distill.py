@@ -82,7 +82,7 @@ def make_parser() -> arguments.CommandParser:
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     run.add_argument(
         "--from-checkpoint",
-        type=arguments.whole_number(1),
+        type=arguments.COUNT,
         metavar="UPDATE",
         help="with --resume: go back to the checkpoint of this update; newer ones are set aside",
     )
@@ -102,7 +102,7 @@ def make_parser() -> arguments.CommandParser:
     instead.add_argument("--dry-run", action="store_true", help="print what would happen and write nothing")
     instead.add_argument(
         "--export",
-        type=arguments.whole_number(1),
+        type=arguments.COUNT,
         nargs="?",
         const=NEWEST,
         metavar="UPDATE",
@@ -117,7 +117,7 @@ def make_parser() -> arguments.CommandParser:
     )
     parts.add_argument(
         "--gpus",
-        type=arguments.whole_number(1),
+        type=arguments.COUNT,
         metavar="N",
         help="with --dry-run: how many GPUs share the run (default: 1)",
     )

@@ -44,7 +44,6 @@ def make_parser() -> arguments.CommandParser:
         description=__doc__,
         epilog=f"{_EXAMPLES}\nmetrics (docs/evaluation.md says what they mean):\n{metrics}",
     )
-    count = arguments.whole_number(1)
     what = parser.add_argument_group("what is compared")
     what.add_argument(
         "--experts",
@@ -86,7 +85,7 @@ def make_parser() -> arguments.CommandParser:
     )
     what.add_argument(
         "--few_steps",
-        type=count,
+        type=arguments.COUNT,
         metavar="N",
         nargs="*",
         help="rows of the teacher in these steps (default: the experts')",
@@ -133,7 +132,7 @@ def make_parser() -> arguments.CommandParser:
 
     sampling = parser.add_argument_group("how the teacher samples (default: as it was distilled)")
     sampling.add_argument(
-        "--teacher_steps", type=count, metavar="N", help=f"steps of the reference (default: {TEACHER_STEPS})"
+        "--teacher_steps", type=arguments.COUNT, metavar="N", help=f"steps of the reference (default: {TEACHER_STEPS})"
     )
     sampling.add_argument("--shift", type=arguments.number(0, above=True), help="shift of the teacher's steps")
     sampling.add_argument(
@@ -166,7 +165,7 @@ def make_parser() -> arguments.CommandParser:
         help="write the report from the samples in the cache, and end when one is missing",
     )
     machine.add_argument(
-        "--shown_prompts", type=count, metavar="N", default=8, help="prompts in the pictures (default: 8)"
+        "--shown_prompts", type=arguments.COUNT, metavar="N", default=8, help="prompts in the pictures (default: 8)"
     )
     machine.add_argument(
         "--vbench",

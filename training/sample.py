@@ -98,7 +98,7 @@ def make_parser() -> arguments.CommandParser:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--steps",
-        type=arguments.whole_number(1),
+        type=arguments.COUNT,
         metavar="N",
         help="of a teacher alone (default: 40); of experts at least those of their plan, which all stay: further ones "
         "are put between them (default: the plan)",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pdmd_core.arguments import COUNT
 from tests.comfyui import install
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def measure(tree: Path, base: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=COUNT, default=5)
     parser.add_argument("--version", default=install.NEWEST, choices=install.VERSIONS)
     arguments = parser.parse_args()
     if not install.python().exists():

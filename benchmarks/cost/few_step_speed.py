@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.cost.random_wan import PLAN, finished, inputs, machine, pipeline, spread, write_random_experts
 from benchmarks.cost.results import write_result
+from pdmd_core.arguments import COUNT
 from pdmd_core.experts.lora.changes import LowRank
 from pdmd_core.pipelines import attach_experts
 from pdmd_core.pipelines.merging import Merge, MergedExperts
@@ -59,10 +60,10 @@ def resident(pipe: Any) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--heads", type=int, default=12, help="of 64 channels each; 80 are the width of 14B")
-    parser.add_argument("--side", type=int, default=16, help="of the latent; 16 is a picture of 128 pixels")
+    parser.add_argument("--repetitions", type=COUNT, default=5)
+    parser.add_argument("--layers", type=COUNT, default=10)
+    parser.add_argument("--heads", type=COUNT, default=12, help="of 64 channels each; 80 are the width of 14B")
+    parser.add_argument("--side", type=COUNT, default=16, help="of the latent; 16 is a picture of 128 pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/few_step_speed")
     arguments = parser.parse_args()

@@ -30,6 +30,7 @@ from benchmarks.cost.random_training import RandomTraining, released_teacher
 from benchmarks.cost.random_wan import finished, machine
 from benchmarks.cost.results import write_result
 from benchmarks.cost.training_memory import Peak, held_bytes
+from pdmd_core.arguments import COUNT
 from training.config.schema import DistillConfig, load_config
 from training.loop.dry_run import describe
 from training.loop.precision import make_accelerator
@@ -149,7 +150,7 @@ def page(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS[:2]))
-    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--updates", type=COUNT, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rehearse", action="store_true", help="one block of each network, small samples")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/full_size")

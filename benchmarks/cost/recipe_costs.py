@@ -7,6 +7,7 @@ The numbers are counted on the meta device from the architectures, nothing is me
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -84,6 +85,7 @@ def table() -> str:
 
 def main() -> None:
     """Write the table into the page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     made = table()  # takes minutes, in which the page may be edited
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]

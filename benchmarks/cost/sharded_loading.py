@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.cost import random_wan
 from benchmarks.cost.results import write_result
 from benchmarks.cost.weak_scaling import RESULT, results_of
+from pdmd_core.arguments import COUNT
 from pdmd_core.families import TeacherRouting, family
 from pdmd_core.roles import Roles
 from training.config.schema import parse_config
@@ -149,7 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=20, help="of the base, 10 are 100 million parameters")
+    parser.add_argument("--layers", type=COUNT, default=20, help="of the base, 10 are 100 million parameters")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/sharded_loading")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from benchmarks.cost.random_training import TEXT_TOKENS, RandomTraining, small_config, small_teacher
 from benchmarks.cost.random_wan import finished, machine, spread
 from benchmarks.cost.results import write_result
+from pdmd_core.arguments import COUNT
 from pdmd_core.roles import TEACHER, Roles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,11 +182,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=COUNT, default=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "100M"), default=["100M", "tiny"])
     parser.add_argument(
-        "--side", type=int, default=32, help="of the latent; 32 are 256 tokens, more make the ratio smaller"
+        "--side", type=COUNT, default=32, help="of the latent; 32 are 256 tokens, more make the ratio smaller"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/trainer_overhead")

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from benchmarks.cost.random_training import RandomTeacher, RandomTraining, released_teacher
 from benchmarks.cost.random_wan import machine
 from benchmarks.cost.results import write_result
+from pdmd_core.arguments import COUNT
 from pdmd_core.roles import Roles
 from training.config.schema import DistillConfig, load_config
 from training.data.teacher import TeacherSource, family_of_pipeline, networks_of, pipeline_on_meta
@@ -151,7 +152,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--layers", type=int, default=1, help="blocks that are built of each network (default: 1)")
+    parser.add_argument("--layers", type=COUNT, default=1, help="blocks that are built of each network (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/training_memory")
     arguments, overrides = parser.parse_known_args()

@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks.cost.random_training import RandomTraining, small_config, small_teacher
 from benchmarks.cost.random_wan import finished, machine, spread
 from benchmarks.cost.results import write_result
+from pdmd_core.arguments import COUNT
 from training.distributed.sharding import mesh_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,13 +139,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=COUNT, default=10)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--sharding", help=argparse.SUPPRESS)
     parser.add_argument("--size", default="100M")
-    parser.add_argument("--side", type=int, default=16, help="of the latent; 16 are 64 tokens")
-    parser.add_argument("--batch", type=int, default=1, help="samples of each process (default: 1)")
-    parser.add_argument("--fake_updates", type=int, default=5)
+    parser.add_argument("--side", type=COUNT, default=16, help="of the latent; 16 are 64 tokens")
+    parser.add_argument("--batch", type=COUNT, default=1, help="samples of each process (default: 1)")
+    parser.add_argument("--fake_updates", type=COUNT, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/weak_scaling")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

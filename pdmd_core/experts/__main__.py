@@ -132,7 +132,7 @@ def make_parser() -> arguments.CommandParser:
         type=arguments.text,
         help="the one network that all LoRA experts are for, such as transformer of a base with two; for --to lora",
     )
-    convert.add_argument("--rank", type=arguments.whole_number(1), help="rank of the LoRA experts; for --to lora")
+    convert.add_argument("--rank", type=arguments.COUNT, help="rank of the LoRA experts; for --to lora")
     convert.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="how weights are stored (default: as in the files)"
     )

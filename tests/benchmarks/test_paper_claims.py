@@ -153,8 +153,8 @@ def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
-        (["--updates", "30"], "--updates a multiple of 4"),
-        (["--seeds", "0"], "--seeds is at least 1"),
+        (["--updates", "30"], "--updates is a multiple of 4"),
+        (["--seeds", "0"], "argument --seeds: expected a whole number of at least 1"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
         (["--lrs", "1e-3", "-1"], "--lrs are learning rates above 0, found 0.001 -1"),
         (["--lrs", "nan"], "found nan"),

@@ -23,7 +23,7 @@ def refused(capsys: pytest.CaptureFixture[str], parser: argparse.ArgumentParser,
 @pytest.mark.parametrize(
     ("kind", "taken", "not_taken"),
     [
-        (arguments.whole_number(1), {"1": 1, "64": 64}, {"0": "of at least 1", "-3": "", "1.5": "", "x": "", "": ""}),
+        (arguments.COUNT, {"1": 1, "64": 64}, {"0": "of at least 1", "-3": "", "1.5": "", "x": "", "": ""}),
         (arguments.SEED, {"0": 0, str(2**63 - 1): 2**63 - 1}, {"-1": "from 0 to 9223372036854775807", str(2**63): ""}),
         (arguments.number(0), {"0": 0.0, "1e-3": 1e-3}, {"-1": "of at least 0", "nan": "", "inf": "", "x": ""}),
         (arguments.number(0, above=True), {"3": 3.0}, {"0": "a number above 0", "-0.5": "", "nan": "", "inf": ""}),

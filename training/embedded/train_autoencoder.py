@@ -26,6 +26,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import nn
 from tqdm.auto import tqdm
 
+from pdmd_core.arguments import SEED, whole_number
 from training.embedded.emoji import EmojiScenes
 
 CONFIG: dict[str, Any] = {
@@ -127,10 +128,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--picture_steps", type=int, default=3500, help="updates of 16 pictures")
-    parser.add_argument("--clip_steps", type=int, default=1000, help="updates of 4 clips and 6 pictures")
+    parser.add_argument("--picture_steps", type=whole_number(0), default=3500, help="updates of 16 pictures")
+    parser.add_argument("--clip_steps", type=whole_number(0), default=1000, help="updates of 4 clips and 6 pictures")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument(
         "--resume_from", type=Path, help="folder of an autoencoder after pictures (output_dir/pictures)"
     )

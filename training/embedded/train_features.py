@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from pdmd_core.arguments import SEED, whole_number
 from training.embedded.emoji import BACKGROUNDS, EMOJI, EmojiScenes
 from training.embedded.features import FOLDER, EmojiFeatures, save_features
 from training.embedded.train_autoencoder import learning_rate
@@ -20,8 +21,8 @@ from training.embedded.train_autoencoder import learning_rate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=1200, help="updates of 64 pictures")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole_number(0), default=1200, help="updates of 64 pictures")
+    parser.add_argument("--seed", type=SEED, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     scenes = EmojiScenes(arguments.seed + 2)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from pdmd_core.arguments import SEED, whole_number
 from training.embedded.emoji import EmojiScenes, Scenes, all_captions
 from training.embedded.train_autoencoder import learning_rate, one_frame_convolution
 
@@ -149,16 +150,20 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument(
-        "--picture_cycles", type=int, nargs="*", default=[6500, 6500], help="first, updates of 64 pictures"
+        "--picture_cycles", type=whole_number(0), nargs="*", default=[6500, 6500], help="first, updates of 64 pictures"
     )
     parser.add_argument(
-        "--mixed_cycles", type=int, nargs="*", default=[8000], help="then updates of 64 pictures or of 20 clips"
+        "--mixed_cycles",
+        type=whole_number(0),
+        nargs="*",
+        default=[8000],
+        help="then updates of 64 pictures or of 20 clips",
     )
-    parser.add_argument("--pictures", type=int, default=16000, help="pictures encoded for training")
-    parser.add_argument("--clips", type=int, default=2400, help="clips encoded for training")
+    parser.add_argument("--pictures", type=whole_number(0), default=16000, help="pictures encoded for training")
+    parser.add_argument("--clips", type=whole_number(0), default=2400, help="clips encoded for training")
     parser.add_argument("--clip_share", type=float, default=0.4, help="share of mixed updates that train on clips")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--cache", type=Path, required=True, help="folder for encoded scenes and finished cycles")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

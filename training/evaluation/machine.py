@@ -12,7 +12,7 @@ def add_machine_options(group: Any) -> None:
     group.add_argument("--device", type=arguments.text, help="cuda, cuda:1, cpu ... (default: a GPU if there is one)")
     group.add_argument(
         "--batch_size",
-        type=arguments.whole_number(1),
+        type=arguments.COUNT,
         metavar="N",
         help="samples at once (default: 1 for large samples, up to 64)",
     )

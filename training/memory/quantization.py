@@ -67,7 +67,7 @@ def _in_4_bits(block: nn.Module, layers: Any) -> None:
 
 
 def quantized_numbers(network: nn.Module, family: ModelFamily) -> int:
-    """How many of a network's numbers are in fewer bits once it is quantized: matrices of its blocks, but of adapters."""
+    """How many of a network's numbers are in fewer bits once it is quantized: its blocks' matrices, no adapters."""
     named = {m: name for block in family.blocks_of(network) for name, m in block.named_modules()}
     linear = [m for m, name in named.items() if isinstance(m, nn.Linear) and ".lora_" not in name]
     return sum(module.weight.numel() for module in linear)
