@@ -1,7 +1,7 @@
 """Questions that users ask, answered on the embedded teacher: ``python benchmarks/questions.py``.
 
 Each question is a table of trainings, or of samples, that differ in what is asked and in nothing else. What was
-trained is kept in --work_dir; a run that was cut off goes on. The report is written of what is there. About five hours
+trained is kept in --work_dir; a run that was cut off goes on. The report is written of what is there. About four hours
 on an idle core; --questions runs some.
 """
 
@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.claims.common.evidence import Row, markdown_table, spread
-from benchmarks.claims.common.methods import METHODS, Method, Run
+from benchmarks.claims.common.methods import Method, Run
+from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
 from pdmd_core.arguments import COUNT
 from pdmd_core.roles import RoleSpec
@@ -30,8 +31,10 @@ LR = 3e-3
 """Of batches of 32 with LoRAs; of others by the square root of the batch."""
 FULL_LR = 0.1
 """Times the learning rate of LoRAs: that of full copies."""
-USUAL = METHODS["phased_2x2"]
+USUAL = VARIANTS[RECOMMENDED]
 BATCHES, RANKS, GUIDANCES = (1, 4, 16, 64), (4, 16, 64), (1.0, 2.0, 3.0, 4.0, 6.0)
+FAKES = (4, 64, None)
+"""Ranks of the fakes that are compared at each size of a batch; None is a full one."""
 LONGER = (1, 2, 4, 10)
 """Times the updates."""
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
@@ -52,24 +55,24 @@ _STRENGTH = "The shipped experts, which a teacher with guidance 3 taught, in the
 QUESTIONS = {
     "batch": Question(
         "Does a small batch over-saturate, and does a full fake help?",
-        "2 x 2, experts of rank 16. Every row has seen as many samples; its learning rate is 3e-3 x sqrt(batch / 32), "
+        "The recommended method, experts of rank 16. Every row has seen as many samples; its learning rate is 3e-3 x sqrt(batch / 32), "
         "a tenth of that for full fakes.",
         ("batch", "fake"),
     ),
     "extracted": Question(
         "Direct LoRA experts, or LoRAs extracted from full ones?",
-        "2 x 2, batch 32, fakes as the experts, learning rate 3e-3, a tenth of it for full experts and fakes. An "
+        "The recommended method, batch 32, fakes as the experts, learning rate 3e-3, a tenth of it for full experts and fakes. An "
         "extracted LoRA is the nearest of its rank, by SVD.",
         ("experts",),
     ),
     "longer": Question(
         "Does quality fall in long trainings, and which sign tells?",
-        "2 x 2, batch 32, learning rate 3e-3, which falls over the last 30 %.",
+        "The recommended method, batch 32, learning rate 3e-3, which falls over the last 30 %.",
         ("updates",),
     ),
     "guidance": Question(
         "How much guidance of the teacher?",
-        "2 x 2, batch 32, learning rate 3e-3; each row against the teacher with the same guidance.",
+        "The recommended method, batch 32, learning rate 3e-3; each row against the teacher with the same guidance.",
         ("guidance",),
     ),
     "strength_pictures": Question("At which strength are LoRA experts used? Pictures", _STRENGTH, ("strength",)),
@@ -114,7 +117,7 @@ class Entry:
 
 
 def at_batch(batch: int, fake: int | None) -> tuple[Method, float]:
-    """2 x 2 at a batch size, with a fake of a rank or a full one, and its learning rate."""
+    """The recommended method at a batch size, with a fake of a rank or a full one, and its learning rate."""
     lr = LR * (batch / SETTINGS["pictures"].recipe.batch_size) ** 0.5
     recipe = {"batch_size": batch, "fake_lr_factor": FULL_LR if fake is None else 1.0}
     spec = RoleSpec("full") if fake is None else RoleSpec("lora", fake, float(fake))
@@ -128,7 +131,7 @@ def entries(question: str, work_dir: Path) -> Iterator[Entry]:
     updates, batch_size = study.updates, study.settings.recipe.batch_size
     if question == "batch":
         for batch in BATCHES:
-            for fake in (*RANKS, None):
+            for fake in FAKES:
                 method, lr = at_batch(batch, fake)
                 run = Run(method, lr, 0, updates * batch_size // batch)
                 yield Entry((str(batch), "full" if fake is None else f"rank {fake}"), study, run)

@@ -30,7 +30,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return study
 
     monkeypatch.setattr(questions, "make_study", make)
-    for name, value in {"BATCHES": (1,), "RANKS": (4,), "STRENGTHS": (0.5,)}.items():
+    for name, value in {"BATCHES": (1,), "RANKS": (4,), "FAKES": (4, None), "STRENGTHS": (0.5,)}.items():
         monkeypatch.setattr(questions, name, value)
     return tmp_path
 
