@@ -185,7 +185,7 @@ def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_recipes_have_the_paper_s_settings_but_for_whole_rollouts(model: str) -> None:
+def test_recipes_have_the_paper_s_settings_but_for_rollouts(model: str) -> None:
     own, paper = ("whole", "own_increment"), ("blend", "truncated")
     rollouts = {"phased": own, "phased_paper": paper, "dmd_sgts": paper}
     for recipe in rollouts if model in OF_THE_PAPER else ("phased",):
@@ -193,7 +193,8 @@ def test_recipes_have_the_paper_s_settings_but_for_whole_rollouts(model: str) ->
         assert (config.objective.fake_rollouts, config.objective.expert_rollouts) == rollouts[recipe]
         generator, fake = config.generator, config.fake
         assert (generator.kind, generator.rank, generator.alpha, generator.lr) == ("lora", 64, 8, 5e-5)
-        assert (fake.kind, fake.lr, config.fake_updates) == ("full", 4e-7, 5)
+        assert (fake.kind, fake.lr, config.fake_updates * config.draws_per_rollout) == ("full", 4e-7, 5)
+        assert config.draws_per_rollout == (5 if recipe == "phased" else 1)
         assert generator.betas == fake.betas == (0, 0.999) and generator.weight_decay == fake.weight_decay == 0.01
         assert generator.max_grad_norm == fake.max_grad_norm == 1
         shift = MODELS[model][2]
