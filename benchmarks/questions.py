@@ -55,14 +55,14 @@ _STRENGTH = "The shipped experts, which a teacher with guidance 3 taught, in the
 QUESTIONS = {
     "batch": Question(
         "Does a small batch over-saturate, and does a full fake help?",
-        "The recommended method, experts of rank 16. Every row has seen as many samples; its learning rate is 3e-3 x sqrt(batch / 32), "
-        "a tenth of that for full fakes.",
+        "The recommended method, experts of rank 16. Every row has seen as many samples; its learning rate is 3e-3 x "
+        "sqrt(batch / 32), a tenth of that for full fakes.",
         ("batch", "fake"),
     ),
     "extracted": Question(
         "Direct LoRA experts, or LoRAs extracted from full ones?",
-        "The recommended method, batch 32, fakes as the experts, learning rate 3e-3, a tenth of it for full experts and fakes. An "
-        "extracted LoRA is the nearest of its rank, by SVD.",
+        "The recommended method, batch 32, fakes as the experts, learning rate 3e-3, a tenth of it for full experts "
+        "and fakes. An extracted LoRA is the nearest of its rank, by SVD.",
         ("experts",),
     ),
     "longer": Question(
