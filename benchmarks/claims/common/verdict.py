@@ -165,7 +165,7 @@ def verdict(rows: Sequence[Row], updates: Mapping[str, int]) -> list[dict[str, A
     entries = []
     for teacher in updates:
         longer = any(row.teacher == teacher and row.updates > updates[teacher] for row in rows)
-        for budget in BUDGETS if longer else ["equal"]:
+        for budget in ("equal", "longest") if longer else ("equal",):
             entries += Verdict.of_updates(teacher, rows, updates[teacher], budget).entries()
     return [rounded(entry) for entry in entries]
 
