@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = arguments.device or ("cpu" if arguments.rehearse else "cuda")
+    arguments.output = arguments.output.absolute()
     os.chdir(ROOT)
     if arguments.check:
         check(arguments.check, device, arguments.rehearse, arguments.rows)

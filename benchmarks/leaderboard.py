@@ -24,12 +24,14 @@ import torch
 
 from benchmarks.claims.common.board import REPORTED, SHARES, Board
 from benchmarks.claims.common.evidence import Row, Spread, markdown_table, spread, update_board
+from benchmarks.claims.common.files import write_text
 from benchmarks.claims.common.summary import write_summary
 from benchmarks.claims.common.variants import BASELINE, RECOMMENDED, VARIANTS
 from benchmarks.claims.common.verdict import write_verdict
 from benchmarks.claims.embedded.board import EmbeddedBoard
 from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.claims.mixture.kinds import KINDS
+from pdmd_core.arguments import number, output_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHERS = [*KINDS, "pictures", "clips"]
@@ -149,10 +151,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     stages = ("train", "shorter", "report")
     parser.add_argument("--stages", nargs="+", choices=stages, default=["train", "report"])
     parser.add_argument("--seeds", type=int, choices=range(1, len(REPORTED) + 1), default=len(REPORTED))
-    parser.add_argument("--guidance_scale", type=float, help="of the teacher of pictures and clips, if another")
+    parser.add_argument("--guidance_scale", type=number(1), help="of the teacher of pictures and clips, if another")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evidence" / "leaderboard.md")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--output",
+        type=output_file(".md"),
+        help="the page (default: docs/evidence/leaderboard.md; printed for another guidance)",
+    )
+    options = parser.parse_args(arguments)
+    if options.guidance_scale is not None and (without := sorted({*options.teachers} & {*KINDS})):
+        parser.error(f"--guidance_scale is of pictures and clips, found {', '.join(without)}: name them in --teachers")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -165,10 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for board in boards if shares else []:
         for row in board.work(methods, REPORTED[: options.seeds], shares):
             print(f"{row.teacher} {row.method} lr {row.lr:g} seed {row.seed}: {row.score:.5f}", flush=True)
-    if "report" in options.stages:
-        options.output.write_text(report(boards), encoding="utf-8")
-        if options.guidance_scale is None:
-            write_evidence_of(dict(zip(options.teachers, boards, strict=True)), options.output.parent)
+    if "report" not in options.stages:
+        return
+    if options.guidance_scale is None:
+        everything = {teacher: make_board(teacher, options.work_dir) for teacher in TEACHERS}
+        page = options.output or ROOT / "docs" / "evidence" / "leaderboard.md"
+        write_text(page, report(list(everything.values())))
+        write_evidence_of(everything, page.parent)
+    elif options.output is None:
+        print(report(boards))
+    else:
+        write_text(options.output, report(boards))
 
 
 def write_evidence_of(boards: Mapping[str, Board], folder: Path) -> None:

@@ -21,12 +21,14 @@ import torch
 
 from benchmarks.claims.common.board import REFINED, REPORTED, Board
 from benchmarks.claims.common.evidence import Row, Spread, markdown_table, spread
+from benchmarks.claims.common.files import write_text
 from benchmarks.claims.common.methods import Method
 from benchmarks.claims.common.variants import VARIANTS
 from benchmarks.claims.embedded.board import EmbeddedBoard
 from benchmarks.claims.embedded.study import EmbeddedStudy
 from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.leaderboard import TEACHERS, make_board
+from pdmd_core.arguments import output_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIFTS = (0.5, 1.0, 3.0, 5.0)
@@ -136,7 +138,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--stages", nargs="+", choices=stages, default=stages, help="shipped: the experts in the repository"
     )
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evidence" / "plans.md")
+    parser.add_argument("--output", type=output_file(".md"), default=ROOT / "docs" / "evidence" / "plans.md")
     return parser.parse_args(arguments)
 
 
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 train(board, [at_shift(board, PLANS[key], shift) for key in options.plans], REPORTED[: options.seeds])
     if "report" in options.stages:
         everything = [make_board(teacher, options.work_dir) for teacher in TEACHERS]
-        options.output.write_text(report(everything, study), encoding="utf-8")
+        write_text(options.output, report(everything, study))
 
 
 if __name__ == "__main__":

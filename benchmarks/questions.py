@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.claims.common.evidence import Row, markdown_table, spread
+from benchmarks.claims.common.files import write_text
 from benchmarks.claims.common.methods import Method, Run
 from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
-from pdmd_core.arguments import COUNT
+from pdmd_core.arguments import COUNT, output_file
 from pdmd_core.roles import RoleSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +212,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=("train", "report"), default=["train", "report"])
     parser.add_argument("--seeds", type=COUNT, default=1, help="of each row (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "questions")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evidence" / "questions.md")
+    parser.add_argument("--output", type=output_file(".md"), default=ROOT / "docs" / "evidence" / "questions.md")
     return parser.parse_args(arguments)
 
 
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     entry.teacher(seed)
                     print(f"{question} {' '.join(entry.cells)} seed {seed}: {row.score:.5f}", flush=True)
     if "report" in options.stages:
-        options.output.write_text(report(options.work_dir, options.seeds), encoding="utf-8")
+        write_text(options.output, report(options.work_dir, options.seeds))
 
 
 if __name__ == "__main__":

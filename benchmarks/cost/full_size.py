@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="one block of each network, small samples")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/full_size")
     arguments, overrides = parser.parse_known_args()
+    arguments.output = arguments.output.absolute()
     os.chdir(ROOT)
     try:
         check_overrides(overrides)

@@ -27,7 +27,7 @@ from benchmarks.cost.random_wan import machine
 from benchmarks.cost.results import write_result
 from pdmd_core.arguments import COUNT
 from training import evaluate
-from training.config.schema import load_config
+from training.config.schema import ConfigError, load_config
 from training.loop.build import build_run
 from training.loop.trainer import Trainer
 
@@ -88,6 +88,12 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs/rollout_reuse", help="what is there goes on")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/rollout_reuse")
     arguments = parser.parse_args()
+    for name in ("config", "work_dir", "output"):
+        setattr(arguments, name, getattr(arguments, name).absolute())
+    try:
+        load_config(arguments.config)
+    except ConfigError as error:
+        parser.error(str(error))
     os.chdir(ROOT)
     rows = []
     for name in VARIANTS:

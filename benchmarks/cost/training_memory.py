@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/training_memory")
     arguments, overrides = parser.parse_known_args()
+    arguments.output = arguments.output.absolute()
     os.chdir(ROOT)
     device, rows = arguments.device, []
     for model in arguments.models:

@@ -114,3 +114,32 @@ def test_the_report_leaves_rows_recommendation_and_verdict(small: MixtureBoard, 
         {"teacher": "ring", "method": RECOMMENDED, "objective": dict(own.objective), "lr": small.chosen(own)}
     ]
     assert f"{own.title} beats" in (tmp_path / "verdict.md").read_text(encoding="utf-8")
+
+
+def test_a_report_has_all_teachers_whatever_was_trained(
+    small: MixtureBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = MixtureBoard(tmp_path, "grid", TINY, samples=200)
+    list(other.work([VARIANTS["phased_2x2"]], REPORTED[:1]))
+    monkeypatch.setattr(leaderboard, "TEACHERS", ["ring", "grid"])
+    monkeypatch.setattr(leaderboard, "make_board", lambda name, *_: {"ring": small, "grid": other}[name])
+    page = tmp_path / "pages" / "board.md"
+    leaderboard.main(["--teachers", "ring", "--variants", "phased_2x2", "--seeds", "1", "--output", str(page)])
+    assert [f"## {board.title}" in page.read_text(encoding="utf-8") for board in (small, other)] == [True, True]
+    rows = json.loads((page.parent / "paper_claims.json").read_text(encoding="utf-8"))["leaderboard"]
+    assert [row["teacher"] for row in rows] == ["grid", "ring"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        (["--guidance_scale", "3"], "--guidance_scale is of pictures and clips, found "),
+        (["--teachers", "clips", "--guidance_scale", "nan"], "expected a number of at least 1, found 'nan'"),
+        (["--output", "board.txt"], "expected a file name that ends in .md, found 'board.txt'"),
+        (["--seeds", "6"], "invalid choice"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(bad: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        leaderboard.parse(bad)
+    assert named in capsys.readouterr().err

@@ -158,7 +158,10 @@ def test_a_report_without_runs_says_what_to_do(command, tmp_path: Path) -> None:
         (["--methods", "magic"], "invalid choice: 'magic'"),
         (["--lrs", "1e-3", "-1"], "--lrs are learning rates above 0, found 0.001 -1"),
         (["--lrs", "nan"], "found nan"),
-        (["--teacher", "clips", "--guidance_scale", "-2"], "at least 0, found -2"),
+        (
+            ["--teacher", "clips", "--guidance_scale", "-2"],
+            "expected a number of at least 1, found '-2'",
+        ),
         (["--teacher", "mixture", "clips", "--guidance_scale", "3"], "the mixture has none"),
     ],
 )
