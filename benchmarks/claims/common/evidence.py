@@ -117,6 +117,16 @@ def read_evidence(path: Path) -> dict[str, Any]:
     return empty | json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
 
 
+def rows_of(data: Mapping[str, Any], section: str) -> list[Row]:
+    """The rows of a section of paper_claims.json: ``rows`` or ``leaderboard``."""
+    return [Row.from_dict(row) for row in data[section]]
+
+
+def recommended_of(data: Mapping[str, Any]) -> dict[str, str]:
+    """Teacher to the method that is recommended there."""
+    return {entry["teacher"]: entry["method"] for entry in data["recommended"]}
+
+
 def write_evidence(path: Path, data: Mapping[str, Any]) -> None:
     """Inverse of ``read_evidence``; an object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.claims.common.evidence import Row, markdown_table, read_evidence, spread
+from benchmarks.claims.common.evidence import Row, markdown_table, read_evidence, recommended_of, rows_of, spread
 from benchmarks.claims.common.methods import METHODS
 from benchmarks.claims.common.variants import VARIANTS
 
 TEACHER = "teacher_40"
-RECOMMENDED = "recommended"
+_RECOMMENDED = "recommended"
 TITLES = {TEACHER: "teacher, 40 steps with guidance", "teacher_4": "teacher, 4 steps with guidance"} | {
     key: method.title for key, method in METHODS.items() if not method.ablation_of
 }
@@ -38,9 +38,9 @@ def summary(
     compared = [row for row in rows if row.teacher in teachers and row.updates in (0, updates[row.teacher])]
     for row in board:
         if row.method == recommended.get(row.teacher) and row.extra["share"] == 1 and row.teacher in teachers:
-            compared.append(replace(row, method=RECOMMENDED))
+            compared.append(replace(row, method=_RECOMMENDED))
     keys = dict.fromkeys(key for teacher, key in recommended.items() if teacher in teachers)
-    titles = TITLES | {RECOMMENDED: f"{RECOMMENDED}: {' / '.join(VARIANTS[key].title for key in keys)}"}
+    titles = TITLES | {_RECOMMENDED: f"{_RECOMMENDED}: {' / '.join(VARIANTS[key].title for key in keys)}"}
     lines = []
     for key, title in titles.items():
         cells = [_cell(compared, key, teacher, measure, digits) for teacher, measure, _, digits in COLUMNS]
@@ -64,7 +64,5 @@ def write_summary(folder: Path) -> None:
     """summary.md, from the rows of paper_claims.json."""
     data = read_evidence(folder / "paper_claims.json")
     updates = {teacher: settings["updates"] for teacher, settings in data["settings"].items()}
-    rows, board = ([Row.from_dict(row) for row in data[section]] for section in ("rows", "leaderboard"))
-    recommended = {entry["teacher"]: entry["method"] for entry in data["recommended"]}
-    text = summary(rows, updates, recommended, board)
+    text = summary(rows_of(data, "rows"), updates, recommended_of(data), rows_of(data, "leaderboard"))
     (folder / "summary.md").write_text(text, encoding="utf-8")

@@ -13,7 +13,9 @@ from benchmarks.claims.common.evidence import (
     Spread,
     markdown_table,
     read_evidence,
+    recommended_of,
     rounded,
+    rows_of,
     spread,
     write_evidence,
 )
@@ -211,9 +213,8 @@ def write_verdict(folder: Path) -> None:
     """Judge the rows of paper_claims.json: its ``verdict``, and verdict.md."""
     data = read_evidence(folder / "paper_claims.json")
     updates = {teacher: settings["updates"] for teacher, settings in sorted(data["settings"].items())}
-    rows, board = ([Row.from_dict(row) for row in data[section]] for section in ("rows", "leaderboard"))
-    recommended = {entry["teacher"]: entry["method"] for entry in data["recommended"]}
-    data["verdict"] = verdict(rows, updates) + verdict_of_recommended(recommended, board, rows)
+    rows, board = rows_of(data, "rows"), rows_of(data, "leaderboard")
+    data["verdict"] = verdict(rows, updates) + verdict_of_recommended(recommended_of(data), board, rows)
     write_evidence(folder / "paper_claims.json", data)
     (folder / "verdict.md").write_text(markdown(data["verdict"]), encoding="utf-8")
 

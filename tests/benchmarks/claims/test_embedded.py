@@ -88,6 +88,7 @@ def test_all_stages_on_pictures(pictures: EmbeddedStudy, command: Callable[..., 
         assert row["frechet"] == row["score"] >= 0
         assert 0 < row["diversity"] < 1
         assert row["network_evaluations"] == {"teacher_4": 8, "data": 0}.get(row["method"], 4)
+        assert (row.get("processor_seconds", 0) > 0) == (row["lr"] is not None)
     grid = {(cell["method"], cell["updates"], cell["lr"]): cell["seeds"] for cell in data["grid"]}
     assert sorted(count for (key, n, _), count in grid.items() if (key, n) == ("biased", 4)) == [1, 2]
     assert data["settings"]["pictures"]["updates"] == 4
@@ -283,9 +284,14 @@ def test_broken_samples_are_measured_not_refused(pictures: EmbeddedStudy) -> Non
     assert pictures.measures.look(pixels).diversity == 0
 
 
-def test_decoding_single_frames_is_what_the_autoencoder_does(pictures: EmbeddedStudy) -> None:
-    latents = torch.randn(2, *pictures.sampler.shape, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(pictures.decode(latents), pictures.sampler.decode(latents), atol=1e-4)
+@pytest.mark.parametrize(("name", "count"), [("pictures", 2), ("clips", 9)])
+def test_decoding_is_what_the_autoencoder_does(name: str, count: int, request: pytest.FixtureRequest) -> None:
+    """Single frames by flat convolutions, clips in parts."""
+    study = request.getfixturevalue(name)
+    latents = torch.randn(count, *study.sampler.shape, generator=torch.Generator().manual_seed(0))
+    found, wanted = study.decode(latents), study.sampler.decode(latents)
+    assert found.shape == wanted.shape
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_the_teacher_is_its_contents(tmp_path: Path) -> None:
