@@ -79,12 +79,35 @@ async function ask(node) {
     const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: asked };
     const answer = await (await api.fetchApi(ROUTE, request)).json();
     if (asked !== node.phasedAsked) return;
+    node.phasedTold = answer;
     show(node, answer);
     if (answer.text && node.phasedText) write(node, answer.text);
   } catch (error) {
     node.phasedAsked = null; // asked again at the next change
     console.debug("phased dmd: no time line", error);
   }
+}
+
+// Whether two time lines are of the same run; sigmas of a run are rounded to float32.
+function isSameRun(one, other) {
+  const told = (plan) => [
+    plan.phases.map((phase) => [phase.name, phase.strength ?? null]),
+    plan.steps.map((step) => [step.sigma.toFixed(4), step.phase, step.cfg ?? null, step.skipped]),
+  ];
+  return JSON.stringify(told(one)) === JSON.stringify(told(other));
+}
+
+// What ran says more than the widgets do, unless they were changed after this run was queued: theirs is the next run.
+function showRun(node, output) {
+  const plan = output?.phase_plan?.[0];
+  const told = node.phasedTold;
+  if (plan && told && !told.error && !isSameRun(told, plan)) {
+    node.phasedAsked = null; // files can have changed too
+    askSoon();
+    return;
+  }
+  if (plan) show(node, plan);
+  if (output?.text?.length && node.phasedText) write(node, output.text[0]);
 }
 
 // Nodes further down depend on this one, so all are asked for; one whose question is the same asks nothing.
@@ -134,8 +157,7 @@ function watch(node) {
   const executed = node.onExecuted;
   node.onExecuted = function (output) {
     executed?.apply(this, arguments);
-    if (output?.phase_plan?.length) show(this, output.phase_plan[0]);
-    if (output?.text?.length && this.phasedText) write(this, output.text[0]);
+    showRun(this, output);
   };
 }
 

@@ -312,8 +312,17 @@ def test_a_user_opens_the_tiny_template_moves_a_widget_and_sees_the_picture(ui: 
     for steps, text in ((7, "7 steps, trained for 4: set steps to 0"), (0, "4 steps, shift 5, trained sigmas")):
         ui.set_widget(sampler, "steps", steps)
         ui.cells(sampler, steps or 4)
-        ui.do("() => window.app.queuePrompt(0, 1)")  # what ran is what was shown before
+        ui.do("() => window.app.queuePrompt(0, 1)")
+        server.finish()  # what ran is what was shown before
+        ui.page.wait_for_timeout(500)
         assert ui.timeline(sampler)["summary"] == text
+    runs = [run["outputs"][str(sampler)] for run in server.get("/history").values() if str(sampler) in run["outputs"]]
+    ended = next(run for run in runs if len(run["phase_plan"][0]["steps"]) == 7)
+    ui.do(  # the widget was set back while those 7 steps ran
+        "([id, output]) => window.app.graph.getNodeById(id).onExecuted(output)", [sampler, ended]
+    )
+    ui.page.wait_for_timeout(500)
+    assert ui.timeline(sampler)["summary"] == "4 steps, shift 5, trained sigmas"
     ui.fit()
     ui.screenshot("tiny_on_cpu")
     history = server.get("/history")

@@ -90,6 +90,14 @@ class Server:
             time.sleep(0.1)
         raise TimeoutError(self.log.read_text()[-4000:])
 
+    def finish(self) -> None:
+        """Wait until every queued prompt has ended."""
+        deadline = time.monotonic() + PATIENCE
+        while any(self.get("/queue").values()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.log.read_text()[-4000:])
+            time.sleep(0.1)
+
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Queue, wait, and return the outputs by node; fails with the server's own messages."""
         history = self.finished(self.queue(prompt))
