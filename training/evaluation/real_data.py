@@ -29,7 +29,8 @@ def data_files(folder: Path, size: SampleSize) -> list[Path]:
     """
     kinds = CLIPS if size.frames > 1 else PICTURES
     if not folder.is_dir():
-        raise UserError(f"--data: expected a folder of {'clips' if size.frames > 1 else 'pictures'}, found no {folder}")
+        found = f"the file {folder}" if folder.exists() else f"no {folder}"
+        raise UserError(f"--data: expected a folder of {'clips' if size.frames > 1 else 'pictures'}, found {found}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
     if len(files) < 2:
         raise UserError(f"--data: expected at least 2 files of {', '.join(kinds)} in {folder}, found {len(files)}")

@@ -277,7 +277,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise ExpertsError(f"{folder}: no such folder; an experts folder holds {MANIFEST_NAME}")
+        found = "a file" if folder.exists() else "no such folder"
+        raise ExpertsError(f"{folder}: {found}; an experts folder holds {MANIFEST_NAME}")
     if not path.is_file():
         raise ExpertsError(f"{folder}: no {MANIFEST_NAME} here; give the experts/ folder that a distillation wrote")
     check_inside(path, folder)
