@@ -113,10 +113,11 @@ def time_to(goal: float, board: Board) -> list[str]:
         reached = ["not reached", ""]
         for share in reversed(SHARES):
             rows = board.reported(method, share)
-            score, seconds = (spread(rows, column) for column in ("score", "processor_seconds"))
+            timed = all("processor_seconds" in row.extra for row in rows)
+            score, seconds = spread(rows, "score"), spread(rows, "processor_seconds") if timed else None
             cells.insert(0, score.text(1, 4) if score else "")
             if score is not None and score.mean <= goal:
-                reached = [seconds.text(1, 0) if seconds else "", str(board.updates(method, share))]
+                reached = [seconds.text(1, 0) if seconds else "not timed", str(board.updates(method, share))]
         if sum(map(bool, cells)) > 1:
             command = f"`--stages shorter --teachers {board.title} --variants {method.key}`"
             lines.append([method.title, *cells, *reached, command])

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import leaderboard
 from benchmarks.claims.common.board import REPORTED, SHARES
 from benchmarks.claims.common.evidence import Row
+from benchmarks.claims.common.files import write_row
 from benchmarks.claims.common.methods import Run
 from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS
 from benchmarks.claims.embedded.board import EmbeddedBoard
@@ -99,6 +100,9 @@ def test_shorter_trainings_say_how_soon_a_goal_is_met(small: MixtureBoard, monke
     cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
     assert cells[5:7] == ["12 ± 0", "6"], header
     assert "not reached" in leaderboard.time_to(1 / 100, small)[2]
+    for run in small.runs(method, [rows[-1].lr or 0.0], REPORTED[:2], SHARES[2]):  # rows of before times were kept
+        write_row(small._path(run), measured(run, 1 / run.updates))
+    assert "| not timed | 6 |" in leaderboard.time_to(1 / 6, small)[2]
     assert leaderboard.time_to(1.0, MixtureBoard(small.folder.parent, "grid", TINY)) == []
 
 

@@ -17,7 +17,7 @@ class EmbeddedBoard(Board):
     """The board of one kind of samples, on the files of its study."""
 
     baseline_updates = EmbeddedStudy.updates
-    lrs = (3e-4, 1e-3, 3e-3, 1e-2)
+    lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     selecting = (100,)
 
     def __init__(self, work_dir: Path, teacher: str, guidance_scale: float | None = None) -> None:
