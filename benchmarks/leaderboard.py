@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from benchmarks.claims.common.summary import write_summary
 from benchmarks.claims.common.variants import BASELINE, RECOMMENDED, VARIANTS
 from benchmarks.claims.common.verdict import write_verdict
 from benchmarks.claims.embedded.board import EmbeddedBoard
+from benchmarks.claims.embedded.gallery import Gallery
 from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.claims.mixture.kinds import KINDS
 from pdmd_core.arguments import number, output_file
@@ -52,6 +53,8 @@ ON_SAMPLES: tuple[Column, ...] = (
 """Title, column, scale, digits."""
 GOALS = {"pictures": 0.06, "clips": 14.0}
 """Frechet distances; the time until a variant's mean is there is the number by which variants are ranked."""
+SAMPLES = "variants"
+"""Part of the names of pictures."""
 
 
 def line_of(board: Board, columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
@@ -77,8 +80,8 @@ def line_of(board: Board, columns: Sequence[Column], rows: Sequence[Row]) -> lis
     ]
 
 
-def report(boards: Sequence[Board]) -> str:
-    """The page of all teachers of which there are rows; best first."""
+def report(boards: Sequence[Board], samples: bool = False) -> str:
+    """The page of all teachers of which there are rows, best first; with the pictures of ``write_samples``."""
     parts = [
         "# Leaderboard",
         "",
@@ -102,6 +105,8 @@ def report(boards: Sequence[Board]) -> str:
         parts += [f"## {board.title}", "", markdown_table(header, lines), ""]
         if (goal := GOALS.get(board.title)) is not None:
             parts += time_to(goal, board)
+        if samples and isinstance(board, EmbeddedBoard) and (shown := board.shown()):
+            parts += Gallery(board.study).markdown(SAMPLES, [title for title, _ in shown])
     return "\n".join(parts)
 
 
@@ -180,12 +185,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.guidance_scale is None:
         everything = {teacher: make_board(teacher, options.work_dir) for teacher in TEACHERS}
         page = options.output or ROOT / "docs" / "evidence" / "leaderboard.md"
-        write_text(page, report(list(everything.values())))
+        write_text(page, report(list(everything.values()), samples=True))
+        write_samples(everything.values(), page.parent)
         write_evidence_of(everything, page.parent)
     elif options.output is None:
         print(report(boards))
     else:
         write_text(options.output, report(boards))
+
+
+def write_samples(boards: Iterable[Board], folder: Path) -> None:
+    """Pictures and clips of variants side by side."""
+    for board in boards:
+        if isinstance(board, EmbeddedBoard) and (shown := board.shown()):
+            Gallery(board.study).write(folder, SAMPLES, shown)
 
 
 def write_evidence_of(boards: Mapping[str, Board], folder: Path) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 from benchmarks.claims.common.board import REFINED, Board
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.methods import Method, Run
-from benchmarks.claims.common.variants import VARIANTS, cost_of_updates
+from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS, cost_of_updates
+from benchmarks.claims.embedded.gallery import Shown
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
+
+_SHOWN = ("dmd_sgts", "phased_2x2", "phased_4x1", "4_step", RECOMMENDED)
+"""Variants whose samples are shown beside each other."""
 
 
 class EmbeddedBoard(Board):
@@ -59,3 +63,14 @@ class EmbeddedBoard(Board):
         names = [name for name in self.study.references if name != "data"]
         taught = any(self.reported(method) for method in VARIANTS.values() if method.of_experts)
         return [self.study.reference_row(name, 0) for name in [*names, *(["experts_4"] if taught else [])]]
+
+    def shown(self) -> Shown:
+        """The teacher in many steps and in four, and variants of the first reported seed; nothing without variants."""
+        runs: list[tuple[str, Run | int]] = []
+        for method in map(VARIANTS.__getitem__, _SHOWN):
+            runs += [
+                (method.title, Run(method, row.lr or 0.0, row.seed, row.updates)) for row in self.reported(method)[:1]
+            ]
+        steps = self.study.measuring.teacher_steps
+        teachers = [(f"teacher, {count} steps with guidance", count) for count in (steps, 4)]
+        return [*teachers, *runs] if runs else []

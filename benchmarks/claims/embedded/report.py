@@ -5,22 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
 
 from benchmarks.claims.common.evidence import Row, Spread, best_lr, best_rows, markdown_table, spread, update_json
 from benchmarks.claims.common.figures import plot_by_lr
 from benchmarks.claims.common.methods import METHODS, Run
+from benchmarks.claims.embedded.gallery import Gallery
 from benchmarks.claims.embedded.study import EmbeddedStudy
-from training.evaluation.pictures import labelled_columns
-
-_SHOWN_SCENES = 6
-_FILM_SCENES = 3
-_COLOURS = 64
-"""Of an animation: small files, and no colour of the emoji is lost."""
 
 
 class EmbeddedReport:
@@ -28,7 +20,8 @@ class EmbeddedReport:
 
     def __init__(self, study: EmbeddedStudy, rows: Sequence[Row], updates: int) -> None:
         self.study, self.rows, self.updates = study, rows, updates
-        self.clips = study.settings.frames > 1
+        self.gallery = Gallery(study)
+        self.clips = self.gallery.clips
         self.distance = "FD-Emoji+flow" if self.clips else "FD-Emoji"
         self.methods = [key for key in METHODS if best_lr(rows, key, updates, study.grid_seeds) is not None]
         self.longer = sorted({row.updates for row in rows if row.updates > updates})
@@ -55,12 +48,7 @@ class EmbeddedReport:
         (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
         self.picture_of_runs().savefig(folder / f"{name}_runs.png", dpi=110)
         for part, methods in self._parts().items():
-            samples = self._samples(methods)
-            if self.clips:
-                self.filmstrips(samples).save(folder / f"{name}_{part}.png")
-                self.animate(samples, folder / f"{name}_{part}.gif")
-            else:
-                self.side_by_side(samples).save(folder / f"{name}_{part}.png")
+            self.gallery.write(folder, part, [(title, self._shown(key, rows[0])) for title, key, rows in methods])
 
     # --- tables ------------------------------------------------------------
 
@@ -116,9 +104,7 @@ class EmbeddedReport:
             "",
         ]
         for part, methods in self._parts().items():
-            titles = ", ".join(title for title, _, _ in methods)
-            parts += [f"![the same prompts and seeds: {titles}]({name}_{part}.{'gif' if self.clips else 'png'})", ""]
-            parts += [f"![as filmstrips]({name}_{part}.png)", ""] if self.clips else []
+            parts += self.gallery.markdown(part, [title for title, _, _ in methods])
         parts += [
             "## Every learning rate",
             "",
@@ -217,40 +203,7 @@ class EmbeddedReport:
             parts["ablations"] = teachers[:1] + base + ablations
         return parts
 
-    def _samples(self, methods: Sequence[tuple[str, str, list[Row]]]) -> list[tuple[str, Tensor]]:
-        """(title, pixels (scenes, seeds, frames, 3, 64, 64)) from the same noise."""
-        scenes = min(_FILM_SCENES if self.clips else _SHOWN_SCENES, len(self.study.measuring.scenes))
-        seeds = min(2 if self.clips else 3, self.study.measuring.seeds)
-        pairs = self.study.shown_pairs(scenes, seeds)
-        found = []
-        for title, key, rows in methods:
-            if rows[0].lr is None:
-                pixels = self.study.teacher_samples(int(key.removeprefix("teacher_")), pairs)
-            else:
-                pixels = self.study.expert_samples(Run(METHODS[key], rows[0].lr, rows[0].seed, self.updates), pairs)
-            found.append((title, pixels.unflatten(0, (scenes, seeds))))
-        return found
-
-    def _captions(self) -> list[str]:
-        count = _FILM_SCENES if self.clips else _SHOWN_SCENES
-        return [scene.caption for scene in self.study.shown_scenes(min(count, len(self.study.measuring.scenes)))]
-
-    def side_by_side(self, samples: Sequence[tuple[str, Tensor]]) -> Image.Image:
-        """Methods as columns, prompts as rows, the same seeds."""
-        return labelled_columns([(title, pixels[:, :, 0]) for title, pixels in samples], self._captions(), zoom=1)
-
-    def filmstrips(self, samples: Sequence[tuple[str, Tensor]]) -> Image.Image:
-        """Methods as rows, prompts as columns, the frames of the first seed side by side."""
-        strips = torch.stack([pixels[:, 0] for _, pixels in samples])
-        columns = [(caption, strips[:, i]) for i, caption in enumerate(self._captions()[:2])]
-        return labelled_columns(columns, [title for title, _ in samples], zoom=1)
-
-    def animate(self, samples: Sequence[tuple[str, Tensor]], path: Path) -> None:
-        """Methods as columns, prompts as rows, moving."""
-        frames = [
-            labelled_columns([(title, pixels[:, :, i]) for title, pixels in samples], self._captions(), zoom=1)
-            for i in range(self.study.settings.frames)
-        ]
-        palette = frames[0].quantize(_COLOURS)
-        small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-        small[0].save(path, save_all=True, append_images=small[1:], duration=120, loop=0)
+    def _shown(self, key: str, row: Row) -> Run | int:
+        if row.lr is None:
+            return int(key.removeprefix("teacher_"))
+        return Run(METHODS[key], row.lr, row.seed, self.updates)

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import paper_claims
+from benchmarks import leaderboard, paper_claims
 from benchmarks.claims.common.distilling import Distilled, distil
 from benchmarks.claims.common.methods import METHODS, Run
 from benchmarks.claims.common.variants import VARIANTS
 from benchmarks.claims.embedded import study as embedded_study
+from benchmarks.claims.embedded.board import EmbeddedBoard
+from benchmarks.claims.embedded.gallery import Gallery
 from benchmarks.claims.embedded.measures import Measures, Scene, all_scenes, measured_scenes
 from benchmarks.claims.embedded.study import SETTINGS, AskedScenes, EmbeddedStudy, Measuring
 from benchmarks.claims.embedded.training import MODELS, EmbeddedProblem, digest_of, own_fake
@@ -177,6 +179,31 @@ def test_clips_have_motion_and_moving_pictures(clips: EmbeddedStudy, command: Ca
 
 def trained(study: EmbeddedStudy, run: Run) -> Distilled:
     return distil(EmbeddedProblem(run, study.sampler, study.settings), run, study.settings.recipe)
+
+
+@pytest.mark.parametrize("name", ["pictures", "clips"])
+def test_variants_are_shown_beside_the_teacher(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = EmbeddedBoard(tmp_path, name)
+    monkeypatch.setattr(board, "study", request.getfixturevalue(name))
+    assert board.shown() == []  # nothing was trained
+    run = Run(METHODS["phased_2x2"], 1e-3, 0, 4)
+    row = board.study.row(run)
+    monkeypatch.setattr(board, "reported", lambda method, share=1.0: [row] if method is run.method else [])
+    monkeypatch.setattr(board, "references", list)
+    shown = board.shown()
+    assert [made for _, made in shown] == [2, 4, run]
+    leaderboard.write_samples([board], tmp_path)
+    for line in leaderboard.report([board], samples=True).splitlines():
+        if line.startswith("!["):
+            assert "filmstrips" in line or run.method.title in line
+            assert (tmp_path / line.rsplit("(", 1)[1].rstrip(")")).is_file()
+    assert "![" not in leaderboard.report([board])
+    gallery = Gallery(board.study)
+    (_, first), (_, last) = gallery.samples([shown[0], shown[2]])
+    picture = gallery.frame([("a", first), ("b", last)], 0)
+    assert (first - last).abs().max() > 0.01 and picture.width > gallery.frame([("a", first)], 0).width
 
 
 @pytest.mark.parametrize("key", ["dmd_sgts", "phased_4x1", "phased_2x2", "joint", "2x2_step"])
