@@ -70,7 +70,7 @@ def line_of(board: Board, columns: Sequence[Column], rows: Sequence[Row]) -> lis
     method = VARIANTS.get(first.method)
     forward, backward = board.cost(method) if method else (None, None)
     return [
-        method.title if method else first.method,
+        method.title if method else board.reference_titles[first.method],
         str(first.network_evaluations or ""),
         *(cell(column, scale, digits) for _, column, scale, digits in columns),
         f"{first.lr:g}" if first.lr else "",

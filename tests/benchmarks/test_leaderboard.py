@@ -80,7 +80,7 @@ def test_the_report_has_a_line_for_each_variant_that_is_there_best_first(small: 
     lines = [line for line in leaderboard.report([small]).splitlines() if line.startswith("| ")]
     scores = {m.title: sum(row.score for row in small.reported(m)) / len(REPORTED) for m in methods}
     titles = [line.split(" | ")[0].removeprefix("| ") for line in lines]
-    assert titles[2:] == ["exact", *sorted(scores, key=lambda title: scores[title])]
+    assert titles[2:] == ["exact samples", *sorted(scores, key=lambda title: scores[title])]
     assert len({len(line.split(" | ")) for line in lines}) == 1
 
 

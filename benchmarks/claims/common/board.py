@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.claims.common.evidence import Row, best_lr
 from benchmarks.claims.common.methods import Method, Run
@@ -21,6 +21,8 @@ class Board(ABC):
     """Which runs are made, and which of them are reported."""
 
     title: str
+    reference_titles: Mapping[str, str]
+    """Of what needs no training."""
     shift: float
     """Of the plans, but for methods that have one of their own."""
     baseline_updates: int

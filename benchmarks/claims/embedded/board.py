@@ -30,6 +30,7 @@ class EmbeddedBoard(Board):
         self.study = EmbeddedStudy(
             work_dir, teacher, replace(settings, guidance_scale=guidance_scale or settings.guidance_scale)
         )
+        self.reference_titles = {**self.study.references, "experts_4": "shipped experts, 4 steps"}
         self.shift = self.study.settings.shift
 
     def cost(self, method: Method) -> tuple[float, float]:
@@ -72,5 +73,5 @@ class EmbeddedBoard(Board):
                 (method.title, Run(method, row.lr or 0.0, row.seed, row.updates)) for row in self.reported(method)[:1]
             ]
         steps = self.study.measuring.teacher_steps
-        teachers = [(f"teacher, {count} steps with guidance", count) for count in (steps, 4)]
+        teachers = [(self.study.references[f"teacher_{count}"], count) for count in (steps, 4)]
         return [*teachers, *runs] if runs else []

@@ -47,6 +47,7 @@ class MixtureBoard(Board):
 
     def __init__(self, work_dir: Path, kind: str, settings: Settings | None = None, samples: int = 5000) -> None:
         self.kind, self.samples, self.title = kind, samples, KINDS[kind].title
+        self.reference_titles = {"exact": "exact samples"}
         self.mixture = KINDS[kind].mixture
         self.settings = replace(settings or Settings(width=64), shift=KINDS[kind].shift)
         self.shift = self.settings.shift
