@@ -88,13 +88,16 @@ async function ask(node) {
   }
 }
 
-// Whether two time lines are of the same run; sigmas of a run are rounded to float32.
+const FLOAT32 = 1e-5; // how far the sigmas of a run may be from those that the widgets say
+
+// Whether two time lines are of the same run.
 function isSameRun(one, other) {
   const told = (plan) => [
     plan.phases.map((phase) => [phase.name, phase.strength ?? null]),
-    plan.steps.map((step) => [step.sigma.toFixed(4), step.phase, step.cfg ?? null, step.skipped]),
+    plan.steps.map((step) => [step.phase, step.cfg ?? null, step.skipped]),
   ];
-  return JSON.stringify(told(one)) === JSON.stringify(told(other));
+  if (JSON.stringify(told(one)) !== JSON.stringify(told(other))) return false;
+  return one.steps.every((step, n) => Math.abs(step.sigma - other.steps[n].sigma) < FLOAT32);
 }
 
 // What ran says more than the widgets do, unless they were changed after this run was queued: theirs is the next run.
