@@ -354,6 +354,7 @@ def test_user_mistakes_are_one_line(
     assert "dinov3 needs --dino_weights" in refused("--features", "dinov3")
     assert "samples of 64x64 pixels, found 16x16" in refused("--features", "emoji", "--height", "16", "--width", "16")
     assert "expected a folder of pictures, found no" in refused("--data", str(tmp_path / "none"))
+    assert "expected a folder of pictures, found the file" in refused("--data", __file__)
     assert "at least 2 files of .png" in refused("--data", str(teacher))
     assert "--seeds: expected a whole number from 1" in refused("--seeds", "0")
     assert "--batch_size: expected a whole number of at least 1, found '0'" in refused("--batch_size", "0")
