@@ -276,9 +276,10 @@ def read_manifest(folder: Path) -> Manifest:
         ExpertsError: If it is missing or not valid; the line starts with the path.
     """
     path = folder / MANIFEST_NAME
+    if not folder.exists():
+        raise ExpertsError(f"{folder}: no such folder; an experts folder holds {MANIFEST_NAME}")
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "no such folder"
-        raise ExpertsError(f"{folder}: {found}; an experts folder holds {MANIFEST_NAME}")
+        raise ExpertsError(f"{folder}: a file; give the experts folder, which holds {MANIFEST_NAME}")
     if not path.is_file():
         raise ExpertsError(f"{folder}: no {MANIFEST_NAME} here; give the experts/ folder that a distillation wrote")
     check_inside(path, folder)

@@ -346,7 +346,7 @@ def file_refusal(folder: Path) -> str:
 def test_a_folder_without_a_manifest_says_where_to_look(tmp_path: Path) -> None:
     assert "no such folder" in file_refusal(tmp_path / "nowhere")
     (tmp_path / "README.md").write_text("not a folder")
-    assert "README.md: a file; an experts folder holds" in file_refusal(tmp_path / "README.md")
+    assert "README.md: a file; give the experts folder, which holds" in file_refusal(tmp_path / "README.md")
     assert f"no {MANIFEST_NAME} here" in file_refusal(tmp_path)
     (tmp_path / MANIFEST_NAME).mkdir()
     assert f"no {MANIFEST_NAME} here" in file_refusal(tmp_path)
