@@ -125,7 +125,9 @@ def _peak(
 ) -> int:
     """Of ``count`` samples on a network like this one with some settings changed."""
     plan = config.plan.build()
-    expert = plan.phases[0].name
+    index = max(range(len(plan)), key=lambda k: len(plan.phases[k].sigmas))  # where the most steps may be recorded
+    phase = plan.phases[index]
+    expert = phase.name
     with init_empty_weights(include_buffers=False):
         network = type(like).from_config({**like.config, **changes})
     sections = {expert: config.generator, **dict.fromkeys(fake_roles(plan, config.objective), config.fake)}
@@ -147,10 +149,11 @@ def _peak(
         conditioning = {name: torch.empty(count, *shape, dtype=wide) for name, shape in shapes.items()}
     if PROMPT_MASK in shapes:
         conditioning[PROMPT_MASK] = torch.ones(count, *shapes[PROMPT_MASK])
-    distiller = PhasedDistiller(plan, 0, roles, config.objective, config.memory.guidance_batched)
-    batch = Batch(noise, conditioning, conditioning)
+    distiller = PhasedDistiller(plan, index, roles, config.objective, config.memory.guidance_batched)
+    batch = Batch(noise, conditioning, conditioning, begun=True)
     renoising = Renoising(distiller.draw_score_sigma(count, torch.Generator().manual_seed(0)), noise)
-    renoisings, last = [renoising] * config.objective.score_draws, len(plan.phases[0].sigmas) - 1
+    renoisings = [renoising] * config.objective.score_draws
+    step = 0 if config.objective.expert_rollouts == "through" else len(phase.sigmas) - 1
     peak = 0
     for role in [expert] if config.fake.kind == config.generator.kind else [FAKE, expert]:  # asks teacher and fake too
         for parameter in roles.parameters(role):
@@ -162,7 +165,7 @@ def _peak(
                 if role == FAKE:
                     loss = distiller.fake_loss(noise, conditioning, renoising)
                 else:
-                    loss = distiller.generator_loss(distiller.expert_rollout(batch, last), batch, *renoisings).loss
+                    loss = distiller.generator_loss(distiller.expert_rollout(batch, step), batch, *renoisings).loss
             roles.activate(role)
             loss.backward()
         peak = max(peak, live.peak)

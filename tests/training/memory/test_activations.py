@@ -46,9 +46,13 @@ def predicted_for(config: DistillConfig, teacher: Any) -> float:
     return activation_bytes(config, teacher.family, network, teacher.shape, shapes_of(config, teacher), 1)
 
 
-def test_predicted_are_those_of_a_real_step() -> None:
+THROUGH = {"fake_rollouts": "whole", "expert_rollouts": "through"}
+
+
+@pytest.mark.parametrize(("steps", "objective"), [([1], {}), ([2], THROUGH)])
+def test_predicted_are_those_of_a_real_step(steps: list[int], objective: dict[str, Any]) -> None:
     model = {"path": "random", "max_sequence_length": TEXT_TOKENS}
-    config = small_config(batch_size=1, plan={"steps": [1], "shift": 5.0}, model=model)
+    config = small_config(batch_size=1, plan={"steps": steps, "shift": 5.0}, model=model, objective=objective)
     teacher = small_teacher("wan", "100M", 16)
     predicted = predicted_for(config, teacher)
     training = RandomTraining(config, teacher, make_accelerator("no", "cpu"))
@@ -60,6 +64,15 @@ def test_predicted_are_those_of_a_real_step() -> None:
         loss = phase.distiller.generator_loss(phase.distiller.expert_rollout(batch, 0), batch, renoising).loss
         loss.backward()
     assert predicted == pytest.approx(allocated(found.profiler.kineto_results.events()), rel=0.1)
+
+
+def test_what_a_longer_phase_records_counts() -> None:
+    teacher = small_teacher("wan", "tiny", 16)
+    predicted = {
+        steps: predicted_for(small_config(plan={"steps": [*steps], "shift": 5.0}, objective=THROUGH), teacher)
+        for steps in ((1,), (2,), (1, 2), (2, 1))
+    }
+    assert predicted[1, 2] == predicted[2, 1] == predicted[2,] > predicted[1,]
 
 
 def test_what_computes_attention_of_other_networks_changes_no_prediction() -> None:
