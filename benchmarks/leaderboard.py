@@ -26,7 +26,7 @@ from benchmarks.claims.common.board import REPORTED, SHARES, Board
 from benchmarks.claims.common.evidence import Row, Spread, markdown_table, spread, update_board
 from benchmarks.claims.common.files import write_text
 from benchmarks.claims.common.summary import write_summary
-from benchmarks.claims.common.variants import BASELINE, RECOMMENDED, VARIANTS
+from benchmarks.claims.common.variants import BASELINE, VARIANTS
 from benchmarks.claims.common.verdict import write_verdict
 from benchmarks.claims.embedded.board import EmbeddedBoard
 from benchmarks.claims.embedded.gallery import Gallery
@@ -208,7 +208,7 @@ def write_evidence_of(boards: Mapping[str, Board], folder: Path) -> None:
         for method in VARIANTS.values():
             for share in SHARES:
                 rows += [replace(row, extra={**row.extra, "share": share}) for row in board.reported(method, share)]
-        method = VARIANTS[RECOMMENDED]
+        method = VARIANTS[board.recommended]
         lr = board.chosen(method)
         named = None if lr is None else {"method": method.key, "objective": dict(method.objective), "lr": lr}
         update_board(folder / "paper_claims.json", teacher, named, rows)

@@ -22,7 +22,7 @@ import torch
 from benchmarks.claims.common.evidence import Row, markdown_table, spread
 from benchmarks.claims.common.files import write_text
 from benchmarks.claims.common.methods import Method, Run
-from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS
+from benchmarks.claims.common.variants import OF_RECIPES, VARIANTS
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
 from pdmd_core.arguments import COUNT, output_file
 from pdmd_core.roles import RoleSpec
@@ -32,7 +32,7 @@ LR = 3e-3
 """Of batches of 32 with LoRAs; of others by the square root of the batch."""
 FULL_LR = 0.1
 """Times the learning rate of LoRAs: that of full copies."""
-USUAL = VARIANTS[RECOMMENDED]
+USUAL = VARIANTS[OF_RECIPES]
 BATCHES, RANKS, GUIDANCES = (1, 4, 16, 64), (4, 16, 64), (1.0, 2.0, 3.0, 4.0, 6.0)
 FAKES = (4, 64, None)
 """Ranks of the fakes that are compared at each size of a batch; None is a full one."""
@@ -56,24 +56,24 @@ _STRENGTH = "The shipped experts, which a teacher with guidance 3 taught, in the
 QUESTIONS = {
     "batch": Question(
         "Does a small batch over-saturate, and does a full fake help?",
-        "The recommended method, experts of rank 16. Every row has seen as many samples; its learning rate is 3e-3 x "
-        "sqrt(batch / 32), a tenth of that for full fakes.",
+        "The method of the recipes, experts of rank 16. Every row has seen as many samples; its learning rate is 3e-3 "
+        "x sqrt(batch / 32), a tenth of that for full fakes.",
         ("batch", "fake"),
     ),
     "extracted": Question(
         "Direct LoRA experts, or LoRAs extracted from full ones?",
-        "The recommended method, batch 32, fakes as the experts, learning rate 3e-3, a tenth of it for full experts "
+        "The method of the recipes, batch 32, fakes as the experts, learning rate 3e-3, a tenth of it for full experts "
         "and fakes. An extracted LoRA is the nearest of its rank, by SVD.",
         ("experts",),
     ),
     "longer": Question(
         "Does quality fall in long trainings, and which sign tells?",
-        "The recommended method, batch 32, learning rate 3e-3, which falls over the last 30 %.",
+        "The method of the recipes, batch 32, learning rate 3e-3, which falls over the last 30 %.",
         ("updates",),
     ),
     "guidance": Question(
         "How much guidance of the teacher?",
-        "The recommended method, batch 32, learning rate 3e-3; each row against the teacher with the same guidance.",
+        "The method of the recipes, batch 32, learning rate 3e-3; each row against the teacher with the same guidance.",
         ("guidance",),
     ),
     "strength_pictures": Question("At which strength are LoRA experts used? Pictures", _STRENGTH, ("strength",)),
@@ -118,7 +118,7 @@ class Entry:
 
 
 def at_batch(batch: int, fake: int | None) -> tuple[Method, float]:
-    """The recommended method at a batch size, with a fake of a rank or a full one, and its learning rate."""
+    """The method of the recipes at a batch size, with a fake of a rank or a full one, and its learning rate."""
     lr = LR * (batch / SETTINGS["pictures"].recipe.batch_size) ** 0.5
     recipe = {"batch_size": batch, "fake_lr_factor": FULL_LR if fake is None else 1.0}
     spec = RoleSpec("full") if fake is None else RoleSpec("lora", fake, float(fake))

@@ -13,7 +13,7 @@ from benchmarks.claims.common.board import REPORTED, SHARES
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.files import write_row
 from benchmarks.claims.common.methods import Run
-from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS
+from benchmarks.claims.common.variants import VARIANTS
 from benchmarks.claims.embedded.board import EmbeddedBoard
 from benchmarks.claims.mixture.board import MixtureBoard
 from benchmarks.claims.mixture.training import Settings
@@ -107,15 +107,15 @@ def test_shorter_trainings_say_how_soon_a_goal_is_met(small: MixtureBoard, monke
 
 
 def test_the_report_leaves_rows_recommendation_and_verdict(small: MixtureBoard, tmp_path: Path) -> None:
-    own = VARIANTS[RECOMMENDED]
+    own = VARIANTS[small.recommended]
     list(small.work([own, VARIANTS["phased_2x2"]], REPORTED[:2]))
     leaderboard.write_evidence_of({"ring": small}, tmp_path)
     data = json.loads((tmp_path / "paper_claims.json").read_text(encoding="utf-8"))
     assert [(row["method"], row["seed"], row["share"]) for row in data["leaderboard"]] == [
-        (key, seed, 1.0) for key in ("phased_2x2", RECOMMENDED) for seed in (0, 1)
+        (key, seed, 1.0) for key in ("phased_2x2", own.key) for seed in (0, 1)
     ]
     assert data["recommended"] == [
-        {"teacher": "ring", "method": RECOMMENDED, "objective": dict(own.objective), "lr": small.chosen(own)}
+        {"teacher": "ring", "method": own.key, "objective": dict(own.objective), "lr": small.chosen(own)}
     ]
     assert f"{own.title} beats" in (tmp_path / "verdict.md").read_text(encoding="utf-8")
 

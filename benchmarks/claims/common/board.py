@@ -23,6 +23,8 @@ class Board(ABC):
     title: str
     reference_titles: Mapping[str, str]
     """Of what needs no training."""
+    recommended: str
+    """The variant that the report names and judges; chosen by what is known of all teachers of this kind."""
     shift: float
     """Of the plans, but for methods that have one of their own."""
     baseline_updates: int

@@ -43,8 +43,8 @@ VARIANTS = {
 """By key, those of four evaluations first."""
 BASELINE = "phased_2x2"
 """What an equal number of evaluations is that of."""
-RECOMMENDED = "2x2_own"
-"""What the recipes use; the leaderboard judges it on every teacher."""
+OF_RECIPES = "2x2_own"
+"""What the recipes for diffusion models use."""
 
 
 def cost_of_updates(

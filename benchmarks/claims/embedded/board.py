@@ -9,17 +9,18 @@ from pathlib import Path
 from benchmarks.claims.common.board import REFINED, Board
 from benchmarks.claims.common.evidence import Row
 from benchmarks.claims.common.methods import Method, Run
-from benchmarks.claims.common.variants import RECOMMENDED, VARIANTS, cost_of_updates
+from benchmarks.claims.common.variants import OF_RECIPES, VARIANTS, cost_of_updates
 from benchmarks.claims.embedded.gallery import Shown
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
 
-_SHOWN = ("dmd_sgts", "phased_2x2", "phased_4x1", "4_step", RECOMMENDED)
+_SHOWN = ("dmd_sgts", "phased_2x2", "phased_4x1", "4_step", OF_RECIPES)
 """Variants whose samples are shown beside each other."""
 
 
 class EmbeddedBoard(Board):
     """The board of one kind of samples, on the files of its study."""
 
+    recommended = OF_RECIPES
     baseline_updates = EmbeddedStudy.updates
     lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     selecting = (100,)
