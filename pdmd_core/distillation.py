@@ -9,6 +9,7 @@ Source: Phased DMD, arXiv 2510.27684, algorithm 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .batch import Batch, Renoising
 from .families import Conditioning
-from .flow import Sigma
+from .flow import Sigma, euler_step
 from .method import Objective, ScoreRange, fake_of_step
 from .noise_level import shift_sigma, unshift_sigma
 from .objectives import (
@@ -27,7 +28,7 @@ from .objectives import (
 )
 from .phases import PhasePlan
 from .roles import FAKE, TEACHER
-from .rollout import Rollout, Velocity, simulate, simulate_whole
+from .rollout import Rollout, Velocity, before_step, simulate, simulate_whole
 
 
 class VelocityOfRole(Protocol):
@@ -109,9 +110,16 @@ class PhasedDistiller:
 
     @property
     def fakes(self) -> tuple[str, ...]:
-        """The roles of the fakes of this phase, with ``per_step`` one for each step."""
+        """The roles of the fakes of this phase, with ``per_step`` one for each step; none with regression."""
+        if self.regresses:
+            return ()
         steps = len(self.plan.phases[self.phase].sigmas)
         return tuple(map(fake_of_step, range(steps if self.objective.fake_rollouts == "per_step" else 1)))
+
+    @property
+    def regresses(self) -> bool:
+        """Whether ``path_loss`` trains the expert, in place of a fake and ``generator_loss``."""
+        return self.objective.expert_loss == "regression"
 
     def fake_of(self, step: int) -> str:
         """Name the fake that knows rollouts of a step.
@@ -224,6 +232,34 @@ class PhasedDistiller:
             return simulate(experts, self.plan, self.phase, step, batch.noise, True, batch.begun)
         return simulate_whole(experts, self.plan, self.phase, step, batch.noise, how == "through", batch.begun)
 
+    def path_loss(self, batch: Batch, step: int) -> Tensor:
+        """Regression of a step of the expert on the teacher's path. Only the expert gets gradient.
+
+        From where rollouts begin the step, the guided teacher goes to where it ends, in ``path_steps`` Euler steps of
+        equal length in sigma. The expert learns the mean velocity of that path, with which one step gets there.
+
+        Args:
+            batch: What the rollout starts from.
+            step: The step inside the phase that was drawn.
+
+        Returns:
+            The mean squared error of the expert's velocity.
+
+        Raises:
+            ValueError: If the phase has no such step.
+
+        Source: as PeRFlow trains a segment, arXiv 2405.07510, but from where the experts' own rollouts begin it.
+        """
+        experts = expert_velocities(self.networks, self.plan, batch.conditioning)
+        start = before_step(experts, self.plan, self.phase, step, batch.noise, batch.begun)
+        sigma, end, *_ = [*self.plan.phases[self.phase].sigmas[step:], self.sigma_end]
+        count = self.objective.path_steps
+        x = start
+        with torch.no_grad():
+            for a, b in pairwise([*(sigma + (end - sigma) * i / count for i in range(count)), end]):
+                x = euler_step(x, self._guided(x, a, batch), a, b)
+        return (experts[self.phase](start, sigma).float() - (x - start).float() / (end - sigma)).square().mean()
+
     def fake_loss(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising, role: str = FAKE) -> Tensor:
         """Score matching of a fake on the generator's samples. Only that fake gets gradient.
 
@@ -281,8 +317,11 @@ class PhasedDistiller:
         Returns:
             The guided velocity of shape (batch, ...).
         """
-        scale, at = self.objective.guidance_scale, (samples.x_t, samples.t)
-        return guided_velocity(self.networks, *at, batch.conditioning, batch.negative, scale, self.guidance_batched)
+        return self._guided(samples.x_t, samples.t, batch)
+
+    def _guided(self, x: Tensor, sigma: Sigma, batch: Batch) -> Tensor:
+        sides, scale = (batch.conditioning, batch.negative), self.objective.guidance_scale
+        return guided_velocity(self.networks, x, sigma, *sides, scale, self.guidance_batched)
 
     def _renoised(self, x_s: Tensor, renoising: Renoising) -> RenoisedSamples:
         return RenoisedSamples(x_s, renoising.noise, self.sigma_end, self._checked(renoising.t))

@@ -21,10 +21,13 @@ def evaluations_per_update(
 
     Returns:
         Evaluations of one sample by what they are for: ``rollout``, ``fake`` (with gradient), ``generator`` (with
-        gradient), ``teacher`` (guidance counts as one evaluation of twice the batch) and ``fake_score``.
+        gradient), ``teacher`` (guidance counts as one evaluation of twice the batch) and ``fake_score``. Regression has
+        none of a fake.
     """
     earlier = 0 if begun else sum(len(p.sigmas) for p in plan.phases[:phase])
     steps = len(plan.phases[phase].sigmas)
+    if objective.expert_loss == "regression":
+        return {"rollout": earlier + (steps - 1) / 2, "generator": 1.0, "teacher": float(objective.path_steps)}
     truncated, whole = earlier + (steps + 1) / 2, float(earlier + steps)
     of_fake = whole if objective.fake_rollouts == "whole" else truncated
     of_expert = truncated if objective.expert_rollouts == "truncated" else whole

@@ -14,6 +14,13 @@ ScoreRange = Literal["nested", "disjoint"]
 FakeRollouts = Literal["blend", "whole", "per_step"]
 ExpertRollouts = Literal["truncated", "through", "own_increment"]
 ExpertStart = Literal["teacher", "previous"]
+ExpertLoss = Literal["matching", "regression"]
+
+
+_OF_BOTH = {"guidance_scale", "expert_loss", "expert_start"}
+"""Choices that mean something whatever trains the expert."""
+_OF_REGRESSION = {"path_steps"}
+"""Those that mean something with regression alone; all others belong to matching."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,11 @@ class Objective:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     guidance_scale: float = 4.0
     """Classifier-free guidance of the teacher; 1 is none. The fake and the experts run without."""
+    expert_loss: ExpertLoss = "matching"
+    """What trains the expert: matching, where teacher and fake differ at renoised samples; regression, without a fake,
+    the mean velocity of the teacher's path over the drawn step."""
+    path_steps: int = 4
+    """With expert_loss regression, Euler steps of the teacher in place of one of the expert."""
     fake_weighting: FakeWeighting = "clamp"
     """How the fake's squared error is weighted near the end of the phase."""
     fake_target: FakeTarget = "unbiased"
@@ -55,6 +67,8 @@ class Objective:
     def __post_init__(self) -> None:
         """Check the values."""
         check_number("guidance_scale", self.guidance_scale, at_least=1)
+        check_choice("expert_loss", self.expert_loss, ExpertLoss)
+        check_number("path_steps", self.path_steps, at_least=1, whole=True)
         check_choice("fake_weighting", self.fake_weighting, FakeWeighting)
         check_choice("fake_target", self.fake_target, FakeTarget)
         check_choice("generator_weighting", self.generator_weighting, GeneratorWeighting)
@@ -79,10 +93,28 @@ def changed_choices(objective: Objective) -> dict[str, object]:
         objective: The choices of the method.
 
     Returns:
-        Their names and values, but for the guidance scale.
+        Their names and values, but for the guidance scale and those without use.
     """
+    left_out = {"guidance_scale", *choices_without_use(objective)}
+    return {name: value for name, value in _changed(objective).items() if name not in left_out}
+
+
+def choices_without_use(objective: Objective) -> list[str]:
+    """Name the choices that are not the default and that change nothing with this ``expert_loss``.
+
+    Args:
+        objective: The choices of the method.
+
+    Returns:
+        Their names.
+    """
+    own = objective.expert_loss == "regression"
+    return [name for name in _changed(objective) if name not in _OF_BOTH and (name in _OF_REGRESSION) != own]
+
+
+def _changed(objective: Objective) -> dict[str, object]:
     default, chosen = asdict(Objective()), asdict(objective)
-    return {name: value for name, value in chosen.items() if name != "guidance_scale" and value != default[name]}
+    return {name: value for name, value in chosen.items() if value != default[name]}
 
 
 def fake_roles(plan: PhasePlan, objective: Objective) -> tuple[str, ...]:
@@ -93,8 +125,10 @@ def fake_roles(plan: PhasePlan, objective: Objective) -> tuple[str, ...]:
         objective: The choices of the method.
 
     Returns:
-        The role of the one fake, or of one for each step of the longest phase.
+        The role of the one fake, or of one for each step of the longest phase; none with regression.
     """
+    if objective.expert_loss == "regression":
+        return ()
     most = max(len(phase.sigmas) for phase in plan.phases) if objective.fake_rollouts == "per_step" else 1
     return tuple(map(fake_of_step, range(most)))
 

@@ -64,7 +64,7 @@ def simulate(
     Source: arXiv 2510.27684, section 3.
     """
     end, _ = plan.interval(phase)
-    x = _before_step(experts, plan, phase, step, noise, begun)
+    x = before_step(experts, plan, phase, step, noise, begun)
     sigma = plan.phases[phase].sigmas[step]
     with torch.set_grad_enabled(gradient):
         velocity = experts[phase](x, sigma)
@@ -103,7 +103,7 @@ def simulate_whole(
         ValueError: If the phase has no such step.
     """
     end, _ = plan.interval(phase)
-    x = _before_step(experts, plan, phase, step, noise, begun)
+    x = before_step(experts, plan, phase, step, noise, begun)
     steps = list(pairwise([*plan.phases[phase].sigmas[step:], end]))
     increment = None
     for sigma, following in steps:
@@ -131,14 +131,29 @@ def before_phase(experts: Sequence[Velocity], plan: PhasePlan, phase: int, noise
     Returns:
         Samples of the shape of ``noise`` at the first sigma of the phase.
     """
-    return _before_step(experts, plan, phase, 0, noise, begun=False)
+    return before_step(experts, plan, phase, 0, noise)
 
 
 @torch.no_grad()
-def _before_step(
-    experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, begun: bool
+def before_step(
+    experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, begun: bool = False
 ) -> Tensor:
-    """Walk from noise, or from where the phase begins, to where a step of the phase begins."""
+    """Run the experts, without gradient, from pure noise to where a step of a phase begins.
+
+    Args:
+        experts: One velocity for each phase of the plan.
+        plan: The phase plan.
+        phase: Index of the phase.
+        step: The step inside the phase, from 0.
+        noise: Standard normal noise of shape (batch, ...) at sigma 1.
+        begun: Whether ``noise`` is what ``before_phase`` made of noise.
+
+    Returns:
+        Samples of the shape of ``noise`` at the sigma of the step.
+
+    Raises:
+        ValueError: If the phase has no such step.
+    """
     steps = len(plan.phases[phase].sigmas)
     if not 0 <= step < steps:
         raise ValueError(f"phase {plan.phases[phase].name!r} has steps 0..{steps - 1}, found step {step}")

@@ -23,6 +23,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"fake_rollouts": "whole", "expert_rollouts": "own_increment", "score_draws": 2},
 ]
 """Choices with which what is matched in phases of several steps is what is sampled."""
+REGRESSION: dict[str, Any] = {"expert_loss": "regression", "path_steps": 3}
 every_phase = pytest.mark.parametrize("phase", range(len(PLAN)))
 BATCH, FEATURES = 4, 3
 

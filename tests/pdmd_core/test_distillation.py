@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from pdmd_core.batch import Renoising
-from pdmd_core.distillation import PhasedDistiller, guided_velocity
+from pdmd_core.distillation import PhasedDistiller, expert_velocities, guided_velocity
 from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.flow import renoise, velocity_to_x0
 from pdmd_core.method import Objective, fake_roles
 from pdmd_core.objectives import RenoisedSamples, fake_score_loss, generator_direction
+from pdmd_core.rollout import before_step
 from tests.helpers.tiny_networks import (
     BATCH,
     FEATURES,
     NEGATIVE,
     PLAN,
     POSITIVE,
+    REGRESSION,
     START,
     VARIANTS,
     TinyNetworks,
@@ -244,17 +247,47 @@ def test_only_the_teacher_is_guided():
     assert all(call.conditioning is POSITIVE for call in networks.calls if call.role != "teacher")
 
 
+# Regression
+
+
+@every_phase
+def test_regression_trains_the_expert_alone_by_the_mean_velocity_of_the_guided_path(phase):
+    method, networks = distiller(phase, **REGRESSION, guidance_scale=2.5)
+    step = len(PLAN.phases[phase].sigmas) - 1
+    loss = method.path_loss(START, step)
+    loss.backward()
+    assert networks.roles_with_gradient() == {method.expert} and method.fakes == ()
+    sigma, end = PLAN.phases[phase].sigmas[step], method.sigma_end
+    experts = expert_velocities(networks, PLAN, POSITIVE)
+    with torch.no_grad():
+        start = before_step(experts, PLAN, phase, step, START.noise)
+        reached, middle = start, [sigma, sigma + (end - sigma) / 3, sigma + 2 * (end - sigma) / 3, end]
+        for a, b in pairwise(middle):
+            reached = reached + (b - a) * guided_velocity(networks, reached, a, POSITIVE, NEGATIVE, 2.5)
+        expected = (experts[phase](start, sigma) - (reached - start) / (end - sigma)).square().mean()
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=0)
+
+
+def test_an_expert_that_is_the_teacher_has_nothing_to_learn_from_a_path_of_one_step():
+    method, networks = distiller(1, expert_loss="regression", path_steps=1, guidance_scale=1.0)
+    networks.networks[method.expert] = networks.networks["teacher"]
+    assert max(method.path_loss(START, step).item() for step in range(3)) < 1e-12
+
+
 # Cost
 
 
 @every_phase
 @pytest.mark.parametrize(("fake_updates", "fake_draws"), [(5, 1), (2, 3)])
-@pytest.mark.parametrize("choices", [{}, *VARIANTS], ids=str)
+@pytest.mark.parametrize("choices", [{}, *VARIANTS, REGRESSION], ids=str)
 def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake_updates, fake_draws, choices):
     method, networks = distiller(phase, **choices)
     steps = range(len(PLAN.phases[phase].sigmas))
     counted: Counter = Counter()
     for step in steps:
+        if method.regresses:
+            method.path_loss(START, step)
+            continue
         for _ in range(fake_updates):
             x_s = method.fake_rollout(START, step)
             for _ in range(fake_draws):

@@ -48,6 +48,8 @@ def test_losses_wait_for_nothing(phase: int, choices: dict[str, Any], monkeypatc
     t = distiller.draw_score_sigma(2, torch.Generator().manual_seed(0))
     monkeypatch.setattr(distiller, "_checked", lambda t: t)  # sigmas, which are on the CPU
     with waits() as found:
+        regression = Objective(expert_loss="regression", guidance_scale=3.0)
+        PhasedDistiller(PLAN, phase, distiller.networks, regression).path_loss(batch, 0)
         renoisings = [Renoising(t, noise) for _ in range(distiller.objective.score_draws)]
         distiller.fake_loss(distiller.fake_rollout(batch, 1), batch.conditioning, renoisings[0])
         distiller.generator_loss(distiller.expert_rollout(batch, 0), batch, *renoisings)

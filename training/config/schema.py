@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdmd_core.families import TeacherRouting
-from pdmd_core.method import Objective, fake_roles
+from pdmd_core.method import Objective, choices_without_use, fake_roles
 from pdmd_core.phases import Phase, PhasePlanError
 from pdmd_core.roles import RoleSpec
 from training.config.command_line import UserError
@@ -219,6 +219,13 @@ class DistillConfig(Section):
         }
         fake = replace(self.fake, components=self.fake.components or routing.components)
         return specs | dict.fromkeys(fake_roles(self.plan.build(), self.objective), fake)
+
+    def without_use(self) -> list[str]:
+        """Name the keys that were given and that this run has no use for, in a line."""
+        keys = [f"objective.{name}" for name in choices_without_use(self.objective)]
+        if self.objective.expert_loss == "regression":
+            keys += [key for key in ("fake", "fake_updates", "draws_per_rollout") if key in self.model_fields_set]
+        return [f"not used with objective.expert_loss {self.objective.expert_loss}: {', '.join(keys)}"] if keys else []
 
     def _component_of(self, phase: Phase, routing: TeacherRouting) -> str:
         chosen = self.generator.components or tuple({routing.component_at(sigma) for sigma in phase.sigmas})

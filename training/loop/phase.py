@@ -60,15 +60,15 @@ class Update:
 
     Attributes:
         generator: The generator's step.
-        fake: The steps of the fake.
-        score_distance: Mean of ``|v_teacher - v_fake|`` over all processes.
+        fake: The steps of the fake; none with regression.
+        score_distance: Mean of ``|v_teacher - v_fake|`` over all processes; None with regression.
         sigmas: Sigmas of this process's samples at which scores were asked, by role that trained there: fake,
             generator.
     """
 
     generator: StepResult
     fake: Sequence[StepResult]
-    score_distance: float
+    score_distance: float | None
     sigmas: dict[str, list[float]]
 
     @property
@@ -79,13 +79,14 @@ class Update:
     @property
     def values(self) -> dict[str, float]:
         """Losses and gradient norms by the names under which they are logged."""
-        return {
-            "generator_loss": self.generator.loss,
+        found = {"generator_loss": self.generator.loss, "generator_grad_norm": self.generator.grad_norm}
+        if self.score_distance is None:
+            return found
+        of_fake = {
             "fake_loss": sum(step.loss for step in self.fake) / len(self.fake),
-            "generator_grad_norm": self.generator.grad_norm,
             "fake_grad_norm": sum(step.grad_norm for step in self.fake) / len(self.fake),
-            "score_distance": self.score_distance,
         }
+        return {**found, **of_fake, "score_distance": self.score_distance}
 
 
 class PhaseTraining:
@@ -159,6 +160,10 @@ class PhaseTraining:
         """
         for role, section in self.sections.items():
             set_rate(self.optimizers[role], section.lr * lr_factor)
+        if self.distiller.regresses:
+            generator = self.path_step(batches.draw(negative=True), batches.step(self.distiller))
+            self._average(generator)
+            return Update(generator, [], None, {})
         fake: list[StepResult] = []
         sigmas: dict[str, list[float]] = {"fake": [], "generator": []}
         for _ in range(self.config.fake_updates):
@@ -174,9 +179,12 @@ class PhaseTraining:
         renoisings = [batches.renoising(self.distiller, batch.noise) for _ in range(self.config.objective.score_draws)]
         generator, distance = self.generator_step(batch, step, renoisings)
         sigmas["generator"] += [t for renoising in renoisings for t in renoising.t.tolist()]
+        self._average(generator)
+        return Update(generator, fake, distance, sigmas)
+
+    def _average(self, generator: StepResult) -> None:
         if self.average is not None and math.isfinite(generator.grad_norm):
             self.average.step(self.roles.parameters(self.expert))
-        return Update(generator, fake, distance, sigmas)
 
     def rollout(self, batch: Batch, step: int) -> Tensor:
         """Make samples at the end of the phase, without gradient, as many at once as are evaluated at once."""
@@ -208,6 +216,17 @@ class PhaseTraining:
             total += self._backward(self.expert, found.loss, own[0].t)
             distance += found.score_distance * (len(rows) / self.batch)
         return self._step(self.expert, total), float(self.accelerator.reduce(distance, "mean"))
+
+    def path_step(self, batch: Batch, step: int) -> StepResult:
+        """Take one optimizer step of the expert by regression on the teacher's path."""
+        total = torch.zeros((), device=self.device)
+        sigma = self.distiller.plan.phases[self.distiller.phase].sigmas[step]
+        for part in self._parts():
+            rows = self._on_device(batch.rows(part))
+            with self.accelerator.autocast(), self._kept():
+                loss = self.distiller.path_loss(rows, step)
+            total += self._backward(self.expert, loss, torch.full((len(rows),), sigma))
+        return self._step(self.expert, total)
 
     def _on_device(self, batch: Batch) -> Batch:
         """Bring the conditioning of samples to the device, prompts as long as the longest of them."""

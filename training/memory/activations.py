@@ -153,9 +153,10 @@ def _peak(
     batch = Batch(noise, conditioning, conditioning, begun=True)
     renoising = Renoising(distiller.draw_score_sigma(count, torch.Generator().manual_seed(0)), noise)
     renoisings = [renoising] * config.objective.score_draws
+    alone = distiller.regresses or config.fake.kind == config.generator.kind  # a step of the expert asks all roles
     step = 0 if config.objective.expert_rollouts == "through" else len(phase.sigmas) - 1
     peak = 0
-    for role in [expert] if config.fake.kind == config.generator.kind else [FAKE, expert]:  # asks teacher and fake too
+    for role in [expert] if alone else [FAKE, expert]:
         for parameter in roles.parameters(role):
             with fake:
                 parameter.grad = torch.empty_like(parameter)
@@ -164,6 +165,8 @@ def _peak(
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False), kept:
                 if role == FAKE:
                     loss = distiller.fake_loss(noise, conditioning, renoising)
+                elif distiller.regresses:
+                    loss = distiller.path_loss(batch, step)
                 else:
                     loss = distiller.generator_loss(distiller.expert_rollout(batch, step), batch, *renoisings).loss
             roles.activate(role)

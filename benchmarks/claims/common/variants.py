@@ -9,6 +9,7 @@ from pdmd_core.phases import PhasePlan
 
 _OWN = {"fake_rollouts": "whole", "expert_rollouts": "own_increment"}
 _THROUGH = {"fake_rollouts": "whole", "expert_rollouts": "through"}
+_PATH = {"expert_loss": "regression"}
 _STEP = {"fake_rollouts": "per_step"}
 _BEFORE = {"expert_start": "previous"}
 _TWO, _FOUR, _ONES = (2, 2), (4,), (1, 1, 1, 1)
@@ -22,6 +23,10 @@ VARIANTS = {
         Method("2x2_step", "2 x 2, a fake for each step", _TWO, _STEP),
         Method("2x2_own", "2 x 2, whole rollouts, own increments", _TWO, _OWN),
         Method("2x2_through", "2 x 2, whole rollouts, gradient through the phase", _TWO, _THROUGH),
+        Method("2x2_path", "2 x 2, regression on the teacher's path", _TWO, _PATH),
+        Method("2x2_path_8", "2 x 2, regression on its path of 8 steps", _TWO, _PATH | {"path_steps": 8}),
+        Method("4x1_path", "4 x 1, regression on the teacher's path", _ONES, _PATH),
+        Method("4_path", "one phase of 4, regression on the teacher's path", _FOUR, _PATH),
         Method("2x2_whole", "2 x 2, fake of whole rollouts, truncated steps", _TWO, {"fake_rollouts": "whole"}),
         Method("4_step", "one phase of 4, a fake for each step", _FOUR, _STEP),
         Method("4_own", "one phase of 4, whole rollouts, own increments", _FOUR, _OWN),
@@ -61,7 +66,7 @@ def cost_of_updates(
     """
     counts = [evaluations_per_update(plan, k, objective, fake_updates, draws) for k in range(len(plan))]
     forward = sum(sum(count.values()) + guidance * count["teacher"] for count in counts)
-    backward = sum(count["fake"] + count["generator"] for count in counts)
+    backward = sum(count.get("fake", 0) + count["generator"] for count in counts)
     return forward / len(plan), backward / len(plan)
 
 
