@@ -172,6 +172,17 @@ def test_shards_divide_the_base_and_full_copies_and_nothing_else(
         on(3)
 
 
+def test_regression_holds_and_asks_no_fake_and_says_which_keys_have_no_use(settings_of_run: dict[str, Any]) -> None:
+    settings_of_run |= {"plan": {"steps": [2, 2], "shift": 5.0}, "fake": {"kind": "full"}}
+    text = describe(changed(settings_of_run, **{"objective.expert_loss": "regression"}))
+    assert FAKE not in role_bytes(text)
+    for rollout in ("0.5", "2.5"):
+        assert f"of each sample (rollout {rollout}, generator 1, teacher 4" in text
+    assert "\nnot used with objective.expert_loss regression: fake" in text
+    matching = describe(changed(settings_of_run, **{"objective.path_steps": 8}))
+    assert "\nnot used with objective.expert_loss matching: objective.path_steps\n" in matching
+
+
 def test_one_network_at_a_time_takes_the_memory_of_one(settings_of_run: dict[str, Any], tmp_path: Path) -> None:
     wan_two_networks().save_pretrained(tmp_path / "two")
     settings_of_run["model"] |= {"path": str(tmp_path / "two")}

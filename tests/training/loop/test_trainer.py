@@ -108,6 +108,24 @@ def test_with_a_fake_for_each_step_a_stopped_run_resumes_to_the_same_numbers(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
 
 
+def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
+    config: DistillConfig, tmp_path: Path
+) -> None:
+    choices = {"expert_loss": "regression", "path_steps": 2, "fake_rollouts": "whole", "guidance_scale": 2.0}
+    each = changed(config, objective=choices, output_dir=str(tmp_path / "whole"))
+    trainer = Trainer(build_run(each))
+    manifest = PhasedExperts.open(trainer.run()).manifest
+    assert manifest.training["objective"] == {"expert_loss": "regression", "path_steps": 2}
+    assert set(trainer.roles.specs) == {"high_noise", "low_noise"}
+    rows = metrics(tmp_path / "whole")
+    assert all("generator_loss" in row and "fake_loss" not in row and "score_distance" not in row for row in rows)
+    assert each.without_use()[0].startswith("not used with objective.expert_loss regression: objective.fake_rollouts")
+    broken = changed(each, output_dir=str(tmp_path / "broken"))
+    run_and_stop(Trainer(build_run(broken)), 4)
+    Trainer(build_run(broken, Resume())).run()
+    assert rows == metrics(tmp_path / "broken")
+
+
 def test_an_expert_begins_as_the_average_of_the_one_before(config: DistillConfig) -> None:
     trainer = Trainer(build_run(changed(config, **{"objective.expert_start": "previous"})))
     trainer.start_phase()
