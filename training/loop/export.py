@@ -121,21 +121,20 @@ def training_summary(
     """
     missing = [phase.name for phase in plan.phases[progress.phase + 1 :]]
     unfinished = {"unfinished": {"missing": missing, "plan": plan.to_dict()}} if missing else {}
-    first = config.first_phase
+    first, regression = config.first_phase, config.objective.expert_loss == "regression"
     begun = {name: {k: v for k, v in note.items() if k != "spec"} for name, note in start.items()}
     taught = {name: note for name, note in begun.items() if name not in {phase.name for phase in plan.phases}}
     begun = {name: note for name, note in begun.items() if name not in taught}
     return {
-        "method": "Phased DMD" if len(plan) > 1 else "DMD",
+        "method": "regression" if regression else "Phased DMD" if len(plan) > 1 else "DMD",
         "updates": [*(config.updates_of(k) if k >= first else 0 for k in range(progress.phase)), progress.update],
         "batch_size": config.batch_size,
-        "fake_updates": config.fake_updates,
-        "draws_per_rollout": config.draws_per_rollout,
+        **({} if regression else {"fake_updates": config.fake_updates, "draws_per_rollout": config.draws_per_rollout}),
         "teacher_guidance_scale": config.objective.guidance_scale,
         "negative_prompt": config.data.negative_prompt,
         "pipeline": type(pipeline).__name__,
         "generator_lr": config.generator.lr,
-        "fake_lr": config.fake.lr,
+        **({} if regression else {"fake_lr": config.fake.lr}),
         "seed": config.seed,
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,

@@ -11,8 +11,8 @@ from training.monitoring.sample_statistics import SampleStatistics
 
 Found = Iterator[tuple[str, str]]
 """(kind, text)"""
-_COLOURS = "lower objective.guidance_scale or generator.lr, or raise fake_updates"
-_DIVERSITY = "raise fake_updates or fake.lr, lower generator.lr, or use an earlier checkpoint"
+_COLOURS = "lower objective.guidance_scale or generator.lr, or, with a fake, raise fake_updates"
+_DIVERSITY = "with a fake, raise fake_updates or fake.lr; lower generator.lr, or use an earlier checkpoint"
 
 _CLIPPED_TIMES, _CLIPPED_MORE = 2.0, 0.005
 """Black or white values, as a share of all: how many times the teacher's, and how much more, is over-saturated."""

@@ -30,7 +30,7 @@ _TEMPLATE = """---
 
 # Phased experts of {base}
 
-{count} expert(s) distilled with Phased DMD (arXiv 2510.27684) from `{base}`: {steps} steps, {guidance_words}.
+{count} expert(s) distilled {how} `{base}`: {steps} steps, {guidance_words}.
 {base_note}{samples}
 ## Phases
 
@@ -151,6 +151,7 @@ def card_text(
         base=base,
         base_note="" if on_hub else note,
         count=len(experts),
+        how=_how(manifest),
         steps=len(manifest.plan.sigmas),
         guidance_words="without guidance" if guidance == 1 else f"guidance {guidance:g}",
         samples=_samples(folder) if folder else "",
@@ -163,6 +164,14 @@ def card_text(
         training=json.dumps(dict(manifest.training), indent=2),
         licence=licence_text,
     )
+
+
+def _how(manifest: Manifest) -> str:
+    """What trained the experts, as far as the summary says."""
+    objective = manifest.training.get("objective")
+    if isinstance(objective, dict) and objective.get("expert_loss") == "regression":
+        return "by regression, phase by phase, on the path of"
+    return "with Phased DMD (arXiv 2510.27684) from"
 
 
 def _task(manifest: Manifest) -> str | None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.format.fingerprint import fingerprint_of
+from pdmd_core.experts.hub.card import card_text
 from pdmd_core.roles import FAKE
 from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
@@ -116,6 +117,8 @@ def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     trainer = Trainer(build_run(each))
     manifest = PhasedExperts.open(trainer.run()).manifest
     assert manifest.training["objective"] == {"expert_loss": "regression", "path_steps": 2}
+    assert manifest.training["method"] == "regression" and not [key for key in manifest.training if "fake" in key]
+    assert "distilled by regression, phase by phase, on the path of `" in card_text(manifest, "experts")
     assert set(trainer.roles.specs) == {"high_noise", "low_noise"}
     rows = metrics(tmp_path / "whole")
     assert all("generator_loss" in row and "fake_loss" not in row and "score_distance" not in row for row in rows)
