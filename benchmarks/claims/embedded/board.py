@@ -13,7 +13,7 @@ from benchmarks.claims.common.variants import OF_RECIPES, VARIANTS, cost_of_upda
 from benchmarks.claims.embedded.gallery import Shown
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
 
-_SHOWN = ("dmd_sgts", "phased_2x2", "phased_4x1", "4_step", OF_RECIPES)
+_SHOWN = ("dmd_sgts", "phased_2x2", "phased_4x1", "4_step", OF_RECIPES, "2x2_path")
 """Variants whose samples are shown beside each other."""
 
 

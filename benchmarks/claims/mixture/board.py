@@ -43,7 +43,7 @@ class MixtureBoard(Board):
 
     recommended = "2x2_through"
     baseline_updates = 1200
-    lrs = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     selecting = (100, 101)
 
     def __init__(self, work_dir: Path, kind: str, settings: Settings | None = None, samples: int = 5000) -> None:

@@ -36,7 +36,7 @@ def test_stacked_networks_are_the_networks_of_their_rows() -> None:
     torch.testing.assert_close(stacked(x, sigma), torch.cat(expected))
 
 
-@pytest.mark.parametrize("key", ["2x2_step", "phased_4x1", "2x2_own"])
+@pytest.mark.parametrize("key", ["2x2_step", "phased_4x1", "2x2_own", "2x2_path"])
 def test_each_run_is_the_one_that_is_trained_alone(key: str) -> None:
     """At its own learning rate, with its own clipping and average."""
     initial, method = fit_initial_network(MIXTURE, SMALL), VARIANTS[key]
