@@ -41,7 +41,7 @@ _FEW = 2000
 class MixtureBoard(Board):
     """Files of one mixture, in a folder named after its settings: other settings never meet these results."""
 
-    recommended = "2x2_through"
+    recommended = "2x2_path_8"
     baseline_updates = 1200
     lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     selecting = (100, 101)
