@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -271,9 +272,11 @@ def _in_a_fork(name: str, device: str, output: Path, limit: float) -> str:
     """As ``_in_a_process``."""
     process = multiprocessing.get_context("fork").Process(target=_guarded_check, args=(name, device, output))
     process.start()
+    assert process.pid is not None
+    with suppress(ProcessLookupError):  # of one that has ended; here too, since the fork may be stopped before it did
+        os.setpgid(process.pid, process.pid)
     process.join(limit)
     if process.is_alive():
-        assert process.pid is not None
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
         return f"stopped after {limit:.0f} s"
@@ -282,7 +285,7 @@ def _in_a_fork(name: str, device: str, output: Path, limit: float) -> str:
 
 
 def _guarded_check(name: str, device: str, output: Path) -> None:
-    os.setsid()
+    os.setpgid(0, 0)
     try:
         check(name, device, True, output)
     except Exception as error:

@@ -121,7 +121,11 @@ def test_a_conversion_notes_the_weights_that_it_read_and_warns_of_others(
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "../nowhere", "-"])
-def test_a_base_that_is_nowhere_is_one_line(lora: Path, tmp_path: Path, name: str) -> None:
+def test_a_base_that_is_nowhere_is_one_line(
+    lora: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with refused(f"base {name!r}", "give --base"):
         conversion(lora, tmp_path / "out", base=name).to_full()
     (tmp_path / "empty").mkdir()
