@@ -53,7 +53,7 @@ def simulate(
         step: The step inside the phase from which the sample jumps, from 0.
         noise: Standard normal noise of shape (batch, ...) at sigma 1.
         gradient: Whether the jump, one network evaluation, is recorded for the backward pass.
-        begun: Whether ``noise`` is what ``before_phase`` made of noise.
+        begun: Whether ``noise`` is what ``before_step`` made of noise for the first step of the phase.
 
     Returns:
         The samples at the end of the phase, and how the last step made them.
@@ -94,7 +94,7 @@ def simulate_whole(
         step: The step inside the phase that trains, from 0.
         noise: Standard normal noise of shape (batch, ...) at sigma 1.
         through: Whether the gradient goes through the rest of the phase.
-        begun: Whether ``noise`` is what ``before_phase`` made of noise.
+        begun: Whether ``noise`` is what ``before_step`` made of noise for the first step of the phase.
 
     Returns:
         The samples at the end of the phase, with gradient, and how the last step made them.
@@ -119,21 +119,6 @@ def simulate_whole(
     return Rollout(x, x0, step, sigma, end)
 
 
-def before_phase(experts: Sequence[Velocity], plan: PhasePlan, phase: int, noise: Tensor) -> Tensor:
-    """Run the experts of earlier phases, without gradient, which a rollout of a phase begins with.
-
-    Args:
-        experts: One velocity for each phase of the plan.
-        plan: The phase plan.
-        phase: Index of the phase.
-        noise: Standard normal noise of shape (batch, ...) at sigma 1.
-
-    Returns:
-        Samples of the shape of ``noise`` at the first sigma of the phase.
-    """
-    return before_step(experts, plan, phase, 0, noise)
-
-
 @torch.no_grad()
 def before_step(
     experts: Sequence[Velocity], plan: PhasePlan, phase: int, step: int, noise: Tensor, begun: bool = False
@@ -146,7 +131,7 @@ def before_step(
         phase: Index of the phase.
         step: The step inside the phase, from 0.
         noise: Standard normal noise of shape (batch, ...) at sigma 1.
-        begun: Whether ``noise`` is what ``before_phase`` made of noise.
+        begun: Whether ``noise`` is what ``before_step`` made of noise for the first step of the phase.
 
     Returns:
         Samples of the shape of ``noise`` at the sigma of the step.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pdmd_core.phases import PhasePlan, PhasePlanError
-from pdmd_core.rollout import before_phase, route, sample, simulate, simulate_whole
+from pdmd_core.rollout import before_step, route, sample, simulate, simulate_whole
 
 PLAN = PhasePlan.from_sigmas([[1.0, 0.95], [0.9, 0.8, 0.65], [0.5, 0.2]])
 ENDS = (0.9, 0.5, 0.0)
@@ -238,7 +238,7 @@ def test_route_refuses_sigma_outside_the_range(experts):
 @pytest.mark.parametrize(("phase", "step"), [(1, 0), (1, 2), (2, 0)])
 def test_a_rollout_may_begin_with_what_earlier_experts_made(phase: int, step: int) -> None:
     experts = Experts()
-    begun = before_phase(experts.networks(), PLAN, phase, noise())
+    begun = before_step(experts.networks(), PLAN, phase, 0, noise())
     from_noise, from_there = (
         simulate(experts.networks(), PLAN, phase, step, start, False, begun=start is begun)
         for start in (noise(), begun)

@@ -60,23 +60,24 @@ def train(networks: Networks, phase: int, choices: dict[str, Any], updates: int 
         return (noise - noise.mean(0)) / noise.std(0)
 
     steps = range(len(PLAN.phases[phase].sigmas))
-    for _ in range(updates if method.regresses else 0):
-        expert.zero_grad()
-        for step in steps:
-            method.path_loss(Batch(normal(), {}), step).backward()
-        expert.step()
-        schedule.step()
-    for _ in range(0 if method.regresses else updates):
-        batch = Batch(normal(), {})
+
+    def match(batch: Batch) -> None:
         known: dict[str, list[Tensor]] = {}
         for step in steps:
             known.setdefault(method.fake_of(step), []).append(method.fake_rollout(batch, step))
         networks.networks |= {role: ExactFake(torch.cat(own), method.sigma_end) for role, own in known.items()}
-        expert.zero_grad()
         for step in steps:
             draws = method.objective.score_draws
             renoisings = [Renoising(method.draw_score_sigma(BATCH, generator), normal()) for _ in range(draws)]
             method.generator_loss(method.expert_rollout(batch, step), batch, *renoisings).loss.backward()
+
+    def regress(batch: Batch) -> None:
+        for step in steps:
+            method.path_loss(batch, step).backward()
+
+    for _ in range(updates):
+        expert.zero_grad()
+        (regress if method.regresses else match)(Batch(normal(), {}))
         expert.step()
         schedule.step()
     return method

@@ -15,7 +15,7 @@ from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest, PhasedE
 from pdmd_core.experts.format.fingerprint import base_warning, network_weights, sampler_of
 from pdmd_core.experts.hub.card import write_card
 from pdmd_core.families import ModelFamily, TeacherRouting
-from pdmd_core.method import changed_choices
+from pdmd_core.method import changed_choices, fake_roles
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.scheduler import PhasedDMDScheduler
@@ -121,20 +121,25 @@ def training_summary(
     """
     missing = [phase.name for phase in plan.phases[progress.phase + 1 :]]
     unfinished = {"unfinished": {"missing": missing, "plan": plan.to_dict()}} if missing else {}
-    first, regression = config.first_phase, config.objective.expert_loss == "regression"
+    first = config.first_phase
+    keys = {
+        "fake_updates": config.fake_updates,
+        "draws_per_rollout": config.draws_per_rollout,
+        "fake_lr": config.fake.lr,
+    }
+    of_fake = keys if fake_roles(plan, config.objective) else {}
     begun = {name: {k: v for k, v in note.items() if k != "spec"} for name, note in start.items()}
     taught = {name: note for name, note in begun.items() if name not in {phase.name for phase in plan.phases}}
     begun = {name: note for name, note in begun.items() if name not in taught}
     return {
-        "method": "regression" if regression else "Phased DMD" if len(plan) > 1 else "DMD",
+        "method": _method(config, plan),
         "updates": [*(config.updates_of(k) if k >= first else 0 for k in range(progress.phase)), progress.update],
         "batch_size": config.batch_size,
-        **({} if regression else {"fake_updates": config.fake_updates, "draws_per_rollout": config.draws_per_rollout}),
+        **of_fake,
         "teacher_guidance_scale": config.objective.guidance_scale,
         "negative_prompt": config.data.negative_prompt,
         "pipeline": type(pipeline).__name__,
         "generator_lr": config.generator.lr,
-        **({} if regression else {"fake_lr": config.fake.lr}),
         "seed": config.seed,
         "size": [config.model.width, config.model.height, config.model.frames],
         "max_sequence_length": config.model.max_sequence_length,
@@ -145,6 +150,12 @@ def training_summary(
         **({"teacher_experts": taught} if taught else {}),
         **({"changes": list(history)} if history else {}),
     }
+
+
+def _method(config: DistillConfig, plan: PhasePlan) -> str:
+    if config.objective.expert_loss == "regression":
+        return "regression"
+    return "Phased DMD" if len(plan) > 1 else "DMD"
 
 
 def _of_images(example: Example, frames: int) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The training of one phase: an update is fake steps, then one generator step. Runs and studies train with this."""
+"""The training of one phase: an update is fake steps, then one generator step, or one step of regression.
+
+Runs and studies train with this.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +152,7 @@ class PhaseTraining:
         return self.distiller.expert
 
     def update(self, batches: Batches, lr_factor: float) -> Update:
-        """Take the fake steps of an update, then its generator step.
+        """Take the fake steps of an update, then its generator step; with regression its one step.
 
         Args:
             batches: Where examples, noise and sigmas come from.

@@ -15,7 +15,7 @@ from pdmd_core.distillation import expert_velocities
 from pdmd_core.experts.errors import ExpertsError
 from pdmd_core.experts.format.mapped import MappedFile
 from pdmd_core.hashing import digest_of
-from pdmd_core.rollout import before_phase
+from pdmd_core.rollout import before_step
 from training.data.order import ExampleOrder
 from training.data.prompt_cache import digest_of_tensors
 from training.distributed.processes import of_first_process
@@ -107,7 +107,7 @@ def _make(run: BuiltRun, phase: int, places: list[int], examples: Tensor, shape:
         conditioning = run.data.prompts.conditioning(examples[rows], accelerator.device)
         with accelerator.autocast():
             experts = expert_velocities(run.roles, run.plan, conditioning)
-            parts.append(before_phase(experts, run.plan, phase, noise).float())
+            parts.append(before_step(experts, run.plan, phase, 0, noise).float())
     found = accelerator.gather(torch.cat(parts)).cpu().unflatten(0, (-1, share))
     return found[::together].flatten(0, 1)[:count].contiguous()
 

@@ -168,8 +168,7 @@ def card_text(
 
 def _how(manifest: Manifest) -> str:
     """What trained the experts, as far as the summary says."""
-    objective = manifest.training.get("objective")
-    if isinstance(objective, dict) and objective.get("expert_loss") == "regression":
+    if manifest.training.get("method") == "regression":
         return "by regression, phase by phase, on the path of"
     return "with Phased DMD (arXiv 2510.27684) from"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdmd_core.distillation import expert_velocities
 from pdmd_core.roles import Roles
-from pdmd_core.rollout import before_phase
+from pdmd_core.rollout import before_step
 from tests.helpers.configs import changed
 from training.config.schema import ConfigError, DistillConfig
 from training.loop import rollout_bank as module
@@ -89,7 +89,7 @@ def test_it_is_what_the_frozen_experts_make_and_is_made_once(
     )
     with torch.no_grad():
         conditioning = run.data.prompts.conditioning(examples, torch.device("cpu"))
-        expected = before_phase(expert_velocities(run.roles, run.plan, conditioning), run.plan, 1, noise)
+        expected = before_step(expert_velocities(run.roles, run.plan, conditioning), run.plan, 1, 0, noise)
     torch.testing.assert_close(found, expected)
 
     with mock.patch.object(module, "_make", side_effect=AssertionError("made again")):
