@@ -4,8 +4,9 @@ Every variant is trained on every teacher (seven mixtures, pictures, clips) at a
 only decide on the rate, and then at the best one with five others, which are reported. The stage "shorter" trains the
 same for parts of the evaluations, which says how long it takes to come as near to the teacher as --stages report asks.
 What was trained is kept in --work_dir; a run that was cut off goes on where it was. The report is written of what is
-there: the page, and the rows, the recommended method and the verdict on it in paper_claims.json beside it. Definitions
-are in docs/evidence/README.md.
+there: the page, and the rows, the recommended method and the verdict on it in paper_claims.json beside it. With
+--published it also keeps the rows of docs/evidence/paper_claims.json, so that a variant can be added without training
+all others again. Definitions are in docs/evidence/README.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.claims.common.board import REPORTED, SHARES, Board
-from benchmarks.claims.common.evidence import Row, Spread, markdown_table, spread, update_board
+from benchmarks.claims.common.evidence import (
+    Row,
+    Spread,
+    markdown_table,
+    read_evidence,
+    rows_of,
+    spread,
+    update_board,
+)
 from benchmarks.claims.common.files import write_text
 from benchmarks.claims.common.summary import write_summary
 from benchmarks.claims.common.variants import BASELINE, VARIANTS
@@ -53,6 +62,9 @@ ON_SAMPLES: tuple[Column, ...] = (
 """Title, column, scale, digits."""
 GOALS = {"pictures": 0.06, "clips": 14.0}
 """Frechet distances; the time until a variant's mean is there is the number by which variants are ranked."""
+PUBLISHED = ROOT / "docs" / "evidence" / "leaderboard.md"
+CLAIMS = "paper_claims.json"
+"""Beside a page."""
 SAMPLES = "variants"
 """Part of the names of pictures."""
 
@@ -160,11 +172,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=number(1), help="of the teacher of pictures and clips, if another")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "leaderboard")
     parser.add_argument(
+        "--published",
+        action="store_true",
+        help="rows of docs/evidence/paper_claims.json stay where --work_dir has none, and their learning rates are not "
+        "searched again; of the teachers in --teachers, samples are drawn anew",
+    )
+    parser.add_argument(
         "--output",
         type=output_file(".md"),
         help="the page (default: docs/evidence/leaderboard.md; printed for another guidance)",
     )
     options = parser.parse_args(arguments)
+    if options.guidance_scale is not None and options.published:
+        parser.error("--published rows are of the usual guidance: give it without --guidance_scale")
     if options.guidance_scale is not None and (without := sorted({*options.teachers} & {*KINDS})):
         parser.error(f"--guidance_scale is of pictures and clips, found {', '.join(without)}: name them in --teachers")
     return options
@@ -174,7 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then report."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    boards = [make_board(teacher, options.work_dir, options.guidance_scale) for teacher in options.teachers]
+    page = options.output or PUBLISHED
+    published = rows_of(read_evidence(PUBLISHED.with_name(CLAIMS)), "leaderboard") if options.published else []
+
+    def board_of(teacher: str) -> Board:
+        board = make_board(teacher, options.work_dir, options.guidance_scale)
+        board.published = [row for row in published if row.teacher == teacher]
+        return board
+
+    boards = [board_of(teacher) for teacher in options.teachers]
     methods = [VARIANTS[key] for key in options.variants]
     shares = [*([1.0] if "train" in options.stages else []), *(SHARES if "shorter" in options.stages else [])]
     for board in boards if shares else []:
@@ -183,10 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "report" not in options.stages:
         return
     if options.guidance_scale is None:
-        everything = {teacher: make_board(teacher, options.work_dir) for teacher in TEACHERS}
-        page = options.output or ROOT / "docs" / "evidence" / "leaderboard.md"
+        everything = {teacher: board_of(teacher) for teacher in TEACHERS}
         write_text(page, report(list(everything.values()), samples=True))
-        write_samples(everything.values(), page.parent)
+        write_samples(boards if options.published else everything.values(), page.parent)
         write_evidence_of(everything, page.parent)
     elif options.output is None:
         print(report(boards))
@@ -211,7 +238,7 @@ def write_evidence_of(boards: Mapping[str, Board], folder: Path) -> None:
         method = VARIANTS[board.recommended]
         lr = board.chosen(method)
         named = None if lr is None else {"method": method.key, "objective": dict(method.objective), "lr": lr}
-        update_board(folder / "paper_claims.json", teacher, named, rows)
+        update_board(folder / CLAIMS, teacher, named, rows)
     write_summary(folder)
     write_verdict(folder)
 

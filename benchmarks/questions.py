@@ -1,8 +1,8 @@
 """Questions that users ask, answered on the embedded teacher: ``python benchmarks/questions.py``.
 
 Each question is a table of trainings, or of samples, that differ in what is asked and in nothing else. What was
-trained is kept in --work_dir; a run that was cut off goes on. The report is written of what is there. About four hours
-on an idle core; --questions runs some.
+trained is kept in --work_dir; a run that was cut off goes on. Runs of few updates go first. The report is written of
+what is there. About five hours on an idle core; --questions runs some.
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class Entry:
     """The rank of LoRAs that are measured in place of full experts."""
     reference: str = ""
     """Samples without a training, as the study calls them."""
+
+    def updates(self) -> int:
+        """Of its training."""
+        return self.run.updates if self.run else 0
 
     def row(self, seed: int, work: bool) -> Row | None:
         """Train and measure it with a seed; without ``work`` only where that was done."""
@@ -223,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "train" in options.stages:
         for question in options.questions:
             for seed in range(options.seeds):
-                for entry in entries(question, options.work_dir):
+                for entry in sorted(entries(question, options.work_dir), key=Entry.updates):
+                    entry.study.prepare()
                     row = entry.row(seed, work=True)
                     assert row is not None
                     entry.teacher(seed)

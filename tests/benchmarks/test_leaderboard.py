@@ -134,9 +134,47 @@ def test_a_report_has_all_teachers_whatever_was_trained(
     assert [row["teacher"] for row in rows] == ["grid", "ring"]
 
 
+def test_published_rows_stay_where_there_are_none_and_their_rate_is_not_searched_again(
+    small: MixtureBoard, tmp_path: Path
+) -> None:
+    published, other = VARIANTS["phased_2x2"], VARIANTS["2x1"]
+    list(small.work([published]))
+    rows, lr = small.reported(published), small.chosen(published)
+    elsewhere = MixtureBoard(tmp_path / "elsewhere", "ring", TINY, samples=200)
+    assert elsewhere.chosen(published) is None
+    elsewhere.published = [replace(row, score=9.0, extra={**row.extra, "share": 1.0}) for row in rows]
+    assert (elsewhere.chosen(published), elsewhere.chosen(other)) == (lr, None)
+    assert [row.score for row in elsewhere.reported(published)] == [9.0] * len(REPORTED)
+    assert [(row.seed, row.lr) for row in elsewhere.work([published], REPORTED[:2])] == [(0, lr), (1, lr)]
+    assert [row.score for row in elsewhere.reported(published)] == [rows[0].score, rows[1].score, 9.0, 9.0, 9.0]
+    elsewhere.published = [replace(row, updates=row.updates + 2) for row in rows]  # of trainings of another length
+    assert elsewhere.reported(published) == []
+
+
+def test_a_report_keeps_the_published_rows_when_it_is_told_to(
+    small: MixtureBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(small.work([VARIANTS["phased_2x2"]]))
+    page = tmp_path / "pages" / "board.md"
+    leaderboard.write_evidence_of({"ring": small}, page.parent)
+    elsewhere = MixtureBoard(tmp_path / "elsewhere", "ring", TINY, samples=200)
+    monkeypatch.setattr(leaderboard, "TEACHERS", ["ring"])
+    monkeypatch.setattr(leaderboard, "make_board", lambda *_: elsewhere)
+    monkeypatch.setattr(leaderboard, "PUBLISHED", page)
+    before = (page.with_name("paper_claims.json")).read_text(encoding="utf-8")
+    arguments = ["--teachers", "ring", "--stages", "report", "--output", str(page)]
+    leaderboard.main([*arguments, "--published"])
+    assert (page.with_name("paper_claims.json")).read_text(encoding="utf-8") == before
+    assert VARIANTS["phased_2x2"].title in page.read_text(encoding="utf-8")
+    elsewhere.published = ()
+    leaderboard.main(arguments)
+    assert json.loads((page.with_name("paper_claims.json")).read_text(encoding="utf-8"))["leaderboard"] == []
+
+
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
+        (["--teachers", "clips", "--guidance_scale", "3", "--published"], "--published rows are of the usual guidance"),
         (["--guidance_scale", "3"], "--guidance_scale is of pictures and clips, found "),
         (["--teachers", "clips", "--guidance_scale", "nan"], "expected a number of at least 1, found 'nan'"),
         (["--output", "board.txt"], "expected a file name that ends in .md, found 'board.txt'"),

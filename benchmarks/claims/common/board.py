@@ -33,6 +33,8 @@ class Board(ABC):
     """Learning rates: the middle three are tried first, then the next beyond the best until that is not at an end."""
     selecting: tuple[int, ...]
     """Seeds that decide on the learning rate."""
+    published: Sequence[Row] = ()
+    """Reported rows that are kept where this machine has none, with their learning rates."""
 
     @abstractmethod
     def cost(self, method: Method) -> tuple[float, float]:
@@ -70,15 +72,24 @@ class Board(ABC):
         return [Run(method, lr, seed, updates) for seed in seeds for lr in lrs]
 
     def chosen(self, method: Method) -> float | None:
-        """The learning rate that was best on the seeds that decide; None before that is known."""
+        """The learning rate that was best on the seeds that decide, here or where rows were published; or None."""
         lr, undecided = self._best(method)
-        return None if undecided else lr
+        if not undecided:
+            return lr
+        rates = {row.lr for row in self._published(method, self.updates(method))}
+        return rates.pop() if len(rates) == 1 else None
 
     def reported(self, method: Method, share: float = 1.0) -> list[Row]:
         """The rows of a method that are there, of the seeds that did not decide."""
         lr = self.chosen(method)
-        rows = [] if lr is None else [self.row(run) for run in self.runs(method, [lr], REPORTED, share)]
+        if lr is None:
+            return []
+        published = {row.seed: row for row in self._published(method, self.updates(method, share)) if row.lr == lr}
+        rows = [self.row(run) or published.get(run.seed) for run in self.runs(method, [lr], REPORTED, share)]
         return [row for row in rows if row is not None]
+
+    def _published(self, method: Method, updates: int) -> list[Row]:
+        return [row for row in self.published if (row.method, row.updates) == (method.key, updates)]
 
     def work(
         self, methods: Sequence[Method], seeds: Sequence[int] = REPORTED, shares: Sequence[float] = (1.0,)
@@ -88,10 +99,8 @@ class Board(ABC):
         With ``shares``, trainings of these shares of the baseline's evaluations, at the learning rate of whole ones.
         """
         for method in methods:
-            while undecided := self._best(method)[1]:
-                yield from self._missing(self.runs(method, undecided, self.selecting))
-            lr = self.chosen(method)
-            assert lr is not None
+            while (lr := self.chosen(method)) is None:
+                yield from self._missing(self.runs(method, self._best(method)[1], self.selecting))
             for share in shares:
                 yield from self._missing(self.runs(method, [lr], seeds, share))
 

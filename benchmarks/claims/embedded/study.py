@@ -157,8 +157,8 @@ class EmbeddedStudy:
         return {**self.settings.as_dict(), "measuring": {**measuring, "scenes": len(measuring["scenes"])}}
 
     def prepare(self) -> None:
-        """The features that everything is compared with."""
-        _ = self.reference, self.data
+        """The features that everything is compared with; real scenes first, as they take seconds and need a font."""
+        _ = self.data, self.reference
 
     # --- samples ------------------------------------------------------------
 
