@@ -13,11 +13,10 @@ from .roles import FAKE
 ScoreRange = Literal["nested", "disjoint"]
 FakeRollouts = Literal["blend", "whole", "per_step"]
 ExpertRollouts = Literal["truncated", "through", "own_increment"]
-ExpertStart = Literal["teacher", "previous"]
 ExpertLoss = Literal["matching", "regression"]
 
 
-_OF_BOTH = {"guidance_scale", "expert_loss", "expert_start"}
+_OF_BOTH = {"guidance_scale", "expert_loss"}
 """Choices that mean something whatever trains the expert."""
 _OF_REGRESSION = {"path_steps"}
 """Those that mean something with regression alone; all others belong to matching."""
@@ -59,8 +58,6 @@ class Objective:
     expert_rollouts: ExpertRollouts = "truncated"
     """How the drawn step of the expert trains in phases of several steps: truncated, by its jump to the end of the
     phase; in whole rollouts through the rest of the phase, or by its own_increment alone."""
-    expert_start: ExpertStart = "teacher"
-    """What an expert begins as: the teacher, or the expert of the previous phase."""
     score_draws: int = 1
     """Noise levels t and noises at which an expert's samples are compared in an update."""
 
@@ -77,7 +74,6 @@ class Objective:
         check_number("margin", self.margin, at_least=0, below=1)
         check_choice("fake_rollouts", self.fake_rollouts, FakeRollouts)
         check_choice("expert_rollouts", self.expert_rollouts, ExpertRollouts)
-        check_choice("expert_start", self.expert_start, ExpertStart)
         check_number("score_draws", self.score_draws, at_least=1, whole=True)
         if self.expert_rollouts != "truncated" and self.fake_rollouts != "whole":
             raise ValueError(

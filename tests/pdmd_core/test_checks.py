@@ -26,7 +26,6 @@ NAN, INF = math.nan, math.inf
         (Objective, "margin", (-0.1, 1.0, NAN)),
         (Objective, "fake_rollouts", ("all",)),
         (Objective, "expert_rollouts", ("whole", "through")),
-        (Objective, "expert_start", ("fake",)),
         (Objective, "score_draws", (0, 1.5, True)),
         (RoleSpec, "kind", ("lorra",)),
         (RoleSpec, "rank", (0, -1, 4.0, True)),

@@ -21,7 +21,6 @@ from pdmd_core.batch import PROMPT_MASK, Batch, Renoising, Rows, as_rows, rows_o
 from pdmd_core.distillation import PhasedDistiller, VelocityOfRole
 from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.phases import PhasePlan
-from training.config.command_line import UserError
 from training.config.schema import DistillConfig
 from training.config.sections import RoleSection
 from training.distributed.sharding import average_gradients, gathered
@@ -122,8 +121,6 @@ class PhaseTraining:
             self.expert: config.generator,
             **dict.fromkeys(self.distiller.fakes, config.fake),
         }
-        if config.objective.expert_start == "previous" and phase:
-            self._start_as(plan.phases[phase - 1].name)
         roles.set_trainable(self.sections)
         self.optimizers = {
             role: make_optimizer(roles.parameters(role), section, self.device)
@@ -133,18 +130,6 @@ class PhaseTraining:
         if decay := config.ema_decay:
             lowest = 0.0 if config.ema_warm_up else decay
             self.average = EMAModel(roles.parameters(self.expert), decay=decay, min_decay=lowest)
-
-    @torch.no_grad()
-    def _start_as(self, previous: str) -> None:
-        """Copy the weights of another expert. Raises UserError where they do not fit."""
-        own, other = self.roles.parameters(self.expert), self.roles.parameters(previous)
-        if [weight.shape for weight in own] != [value.shape for value in other]:
-            raise UserError(
-                f"objective.expert_start: {self.expert!r} cannot begin as {previous!r}, which adapts other modules: "
-                "set generator.targets to those, or expert_start to teacher"
-            )
-        for weight, value in zip(own, other, strict=True):
-            weight.copy_(value)
 
     @property
     def expert(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,8 +65,6 @@ def start_of(config: DistillConfig) -> Start:
         ConfigError: They are not what the run takes.
     """
     path, plan = config.start.experts, config.plan.build()
-    if config.start.warm and config.objective.expert_start == "previous":
-        raise ConfigError("objective.expert_start: previous and start.warm both say what experts begin as: drop one")
     teacher = distilled_teacher(config)
     notes = notes_of(teacher)
     if path is None:
@@ -133,26 +130,7 @@ def specs_of_run(
                 f"{(specs[name].components or ('?',))[0]}"
             )
         specs[name] = spec
-    if config.objective.expert_start == "previous":
-        _check_alike(config, specs)
     return specs
-
-
-def _check_alike(config: DistillConfig, specs: Mapping[str, RoleSpec]) -> None:
-    """Whether each expert that trains can begin as the one before."""
-    phases = config.plan.build().phases
-    for previous, phase in pairwise(phases[max(config.first_phase - 1, 0) :]):
-        before, own = (_in_words(specs[name]) for name in (previous.name, phase.name))
-        if before != own:
-            raise ConfigError(
-                f"objective.expert_start: {phase.name!r} cannot begin as {previous.name!r}: it is {own}, the other "
-                f"{before}; make them alike, or set it to teacher"
-            )
-
-
-def _in_words(spec: RoleSpec) -> str:
-    how = f"LoRA of rank {spec.rank}, alpha {spec.alpha:g}" if spec.kind == "lora" else "full"
-    return f"{how} on {(spec.components or ('?',))[0]}"
 
 
 def load_start(start: Start, config: DistillConfig, roles: Roles, pipeline: DiffusionPipeline) -> list[str]:

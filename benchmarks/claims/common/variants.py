@@ -11,7 +11,6 @@ _OWN = {"fake_rollouts": "whole", "expert_rollouts": "own_increment"}
 _THROUGH = {"fake_rollouts": "whole", "expert_rollouts": "through"}
 _PATH = {"expert_loss": "regression"}
 _STEP = {"fake_rollouts": "per_step"}
-_BEFORE = {"expert_start": "previous"}
 _TWO, _FOUR, _ONES = (2, 2), (4,), (1, 1, 1, 1)
 
 VARIANTS = {
@@ -31,11 +30,8 @@ VARIANTS = {
         Method("4_step", "one phase of 4, a fake for each step", _FOUR, _STEP),
         Method("4_own", "one phase of 4, whole rollouts, own increments", _FOUR, _OWN),
         Method("4_through", "one phase of 4, whole rollouts, gradient through the phase", _FOUR, _THROUGH),
-        Method("4x1_previous", "4 x 1, begin as the one before", _ONES, _BEFORE),
         Method("4x1_none", "4 x 1, no normaliser", _ONES, {"generator_weighting": "none"}),
         Method("4x1_draws", "4 x 1, four draws of t", _ONES, {"score_draws": 4}),
-        Method("2x2_step_previous", "2 x 2, a fake for each step, begin as the one before", _TWO, _STEP | _BEFORE),
-        Method("2x2_own_previous", "2 x 2, own increments, begin as the one before", _TWO, _OWN | _BEFORE),
         METHODS["dmd_one_step"],
         Method("2_step", "one phase of 2, a fake for each step", (2,), _STEP),
         Method("2x1", "2 x 1", (1, 1)),

@@ -96,7 +96,7 @@ def test_the_fake_starts_each_phase_as_the_teacher(config: DistillConfig) -> Non
 def test_with_a_fake_for_each_step_a_stopped_run_resumes_to_the_same_numbers(
     config: DistillConfig, tmp_path: Path
 ) -> None:
-    choices = {"fake_rollouts": "per_step", "expert_start": "previous", "score_draws": 2, "guidance_scale": 2.0}
+    choices = {"fake_rollouts": "per_step", "score_draws": 2, "guidance_scale": 2.0}
     each = changed(config, objective=choices, output_dir=str(tmp_path / "whole"))
     trainer = Trainer(build_run(each))
     manifest = PhasedExperts.open(trainer.run()).manifest
@@ -127,21 +127,6 @@ def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     run_and_stop(Trainer(build_run(broken)), 4)
     Trainer(build_run(broken, Resume())).run()
     assert rows == metrics(tmp_path / "broken")
-
-
-def test_an_expert_begins_as_the_average_of_the_one_before(config: DistillConfig) -> None:
-    trainer = Trainer(build_run(changed(config, **{"objective.expert_start": "previous"})))
-    trainer.start_phase()
-    trainer.update()
-    trainer.training.finish()
-    trainer.progress.phase = 1
-    trainer.start_phase()
-    high, low = (trainer.roles.state_dict(name) for name in ("high_noise", "low_noise"))
-    assert all(torch.equal(high[name], low[name]) for name in high)
-    assert any(value.abs().max() > 0 for name, value in low.items() if "lora_B" in name)
-    assert trainer.training.average is not None
-    shadow = trainer.training.average.shadow_params
-    assert all(torch.equal(own, value) for own, value in zip(shadow, low.values(), strict=True))
 
 
 def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfig, tmp_path: Path) -> None:
