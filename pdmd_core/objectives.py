@@ -20,7 +20,7 @@ from .flow import Sigma, at_least_float32, like, renoise, transition, velocity_t
 
 FakeTarget = Literal["unbiased", "biased"]
 FakeWeighting = Literal["clamp", "margin", "none"]
-GeneratorWeighting = Literal["dmd2", "paper", "none"]
+GeneratorWeighting = Literal["dmd2", "paper"]
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def generator_direction(
 
     With ``paper``, ``w = (1-t)^2 / ((1-s) t)``, the product of ``alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2)``.
     With ``dmd2`` the direction is ``(x0_fake - x0_teacher) / mean|x0_generator - x0_teacher|`` in units of x_0, where
-    the mean is taken over each sample. ``none`` is ``dmd2`` without that normaliser: ``x0_fake - x0_teacher``.
+    the mean is taken over each sample.
 
     Args:
         samples: The generator's samples and where they were renoised to.
         teacher_velocity: The guided teacher's velocity at ``samples.x_t``, of shape (batch, ...).
         fake_velocity: The fake's velocity there.
-        weighting: ``dmd2``, ``paper`` or ``none``.
+        weighting: ``dmd2`` or ``paper``.
         x0_generator: The generator's own jump to sigma 0, of shape (batch, ...); ``dmd2`` needs it.
 
     Returns:
@@ -144,8 +144,6 @@ def generator_direction(
     s, t = like(samples.s, x_t), like(samples.t, x_t)
     if weighting == "paper":
         return (1 - t).square() / ((1 - s) * t) * difference
-    if weighting == "none":
-        return t * difference
     if x0_generator is None:
         raise ValueError("the dmd2 weighting needs x0_generator, the generator's prediction of x_0")
     x0_teacher = velocity_to_x0(x_t, teacher_velocity, t)

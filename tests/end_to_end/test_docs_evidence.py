@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import leaderboard, plans
+from benchmarks import leaderboard, plans, questions
 from benchmarks.claims.common.evidence import read_evidence, write_evidence
 from benchmarks.claims.common.methods import METHODS
 from benchmarks.claims.common.summary import write_summary
@@ -24,7 +24,12 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) 
 def test_a_command_is_understood(line: str) -> None:
     program, script, *arguments = shlex.split(line, comments=True)
     assert program == "python"
-    parsers = {"paper_claims": parse, "leaderboard": leaderboard.parse, "plans": plans.parse}
+    parsers = {
+        "paper_claims": parse,
+        "leaderboard": leaderboard.parse,
+        "plans": plans.parse,
+        "questions": questions.parse,
+    }
     parsers[Path(script).stem](arguments)
 
 

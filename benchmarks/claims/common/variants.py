@@ -11,6 +11,7 @@ _OWN = {"fake_rollouts": "whole", "expert_rollouts": "own_increment"}
 _THROUGH = {"fake_rollouts": "whole", "expert_rollouts": "through"}
 _PATH = {"expert_loss": "regression"}
 _STEP = {"fake_rollouts": "per_step"}
+_DRAWS = {"score_draws": 4}
 _TWO, _FOUR, _ONES = (2, 2), (4,), (1, 1, 1, 1)
 
 VARIANTS = {
@@ -30,8 +31,9 @@ VARIANTS = {
         Method("4_step", "one phase of 4, a fake for each step", _FOUR, _STEP),
         Method("4_own", "one phase of 4, whole rollouts, own increments", _FOUR, _OWN),
         Method("4_through", "one phase of 4, whole rollouts, gradient through the phase", _FOUR, _THROUGH),
-        Method("4x1_none", "4 x 1, no normaliser", _ONES, {"generator_weighting": "none"}),
-        Method("4x1_draws", "4 x 1, four draws of t", _ONES, {"score_draws": 4}),
+        Method("4x1_draws", "4 x 1, four draws of t", _ONES, _DRAWS),
+        Method("2x2_own_draws", "2 x 2, own increments, four draws of t", _TWO, _OWN | _DRAWS),
+        Method("2x2_through_draws", "2 x 2, gradient through the phase, four draws of t", _TWO, _THROUGH | _DRAWS),
         METHODS["dmd_one_step"],
         Method("2_step", "one phase of 2, a fake for each step", (2,), _STEP),
         Method("2x1", "2 x 1", (1, 1)),
