@@ -52,7 +52,7 @@ def test_the_tiny_teacher_is_distilled_into_experts_that_fit_it(clone: Path, mon
 
 def test_the_notebook_shows_what_its_text_says() -> None:
     """With fewer updates than the stored outputs were made with."""
-    short = code_of(NOTEBOOK).replace("UPDATES, RATE = 700", "UPDATES, RATE = 250")
+    short = code_of(NOTEBOOK).replace("UPDATES, RATE = 700", "UPDATES, RATE = 350")
     assert short != code_of(NOTEBOOK)
     report = "import json\nprint(json.dumps([errors, boundary_distance, distances]))"
     lines = python("-c", f"{short}\n{report}", cwd=NOTEBOOK.parent).splitlines()
