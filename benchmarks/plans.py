@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     boards = [make_board(teacher, options.work_dir) for teacher in options.teachers]
     study = EmbeddedBoard(options.work_dir, "pictures", SHIPPED_GUIDANCE).study
     if "shipped" in options.stages:
+        study.prepare()
         for seed in REPORTED[: options.seeds]:
             for steps in REFINED:
                 row = study.reference_row(f"experts_{steps}", seed)

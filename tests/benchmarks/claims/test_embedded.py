@@ -27,7 +27,7 @@ from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.roles import FAKE
 from tests.helpers.debian import installed
-from training.embedded.emoji import FONT, all_captions
+from training.embedded.emoji import FONT, all_captions, load_sprites
 
 SCENES = {"pictures": tuple(measured_scenes(clips=False)[:3]), "clips": tuple(measured_scenes(clips=True)[:3])}
 
@@ -285,6 +285,13 @@ def test_asked_scenes_show_what_was_asked_and_vary_the_rest() -> None:
     drawn = AskedScenes([scene, scene], seed=3).clips(2)
     assert drawn.captions == ["a panda moves left on a blue background"] * 2
     assert not torch.equal(drawn.pixels[0], drawn.pixels[1])
+
+
+def test_without_the_font_a_study_ends_before_it_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.embedded.emoji.load_sprites", lambda font: load_sprites(tmp_path / "none.ttf"))
+    monkeypatch.setattr(EmbeddedStudy, "teacher_samples", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(SystemExit, match=r"^emoji font not found at .*: install the Debian package fonts-noto"):
+        make(tmp_path, "pictures").prepare()
 
 
 def test_known_places_and_ways() -> None:
