@@ -77,7 +77,11 @@ QUESTIONS = {
         ("guidance",),
     ),
     "strength_pictures": Question("At which strength are LoRA experts used? Pictures", _STRENGTH, ("strength",)),
-    "strength_clips": Question("At which strength are LoRA experts used? Clips", _STRENGTH, ("strength",)),
+    "strength_clips": Question(
+        "At which strength are LoRA experts used? Clips",
+        f"{_STRENGTH} They learned pictures and were never trained on clips.",
+        ("strength",),
+    ),
 }
 COLUMNS = (
     ("distance to the teacher", "score", 4),
