@@ -85,10 +85,10 @@ def all_captions(clips: bool = False) -> list[str]:
 def load_sprites(font: Path = FONT) -> torch.Tensor:
     """Draw all emoji once: premultiplied RGBA in [0, 1], shape (emoji, 4, 56, 56).
 
-    Raises FileNotFoundError with the package to install when the font is missing.
+    Ends the program with the package to install when the font is missing.
     """
     if not font.exists():
-        raise FileNotFoundError(f"emoji font not found at {font}: install the Debian package fonts-noto-color-emoji")
+        raise SystemExit(f"emoji font not found at {font}: install the Debian package fonts-noto-color-emoji")
     face = ImageFont.truetype(str(font), 109)  # the only size of the font's bitmaps
     sprites = []
     for symbol in EMOJI.values():

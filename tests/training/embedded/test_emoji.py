@@ -101,5 +101,5 @@ def test_the_seed_decides_the_scenes(scenes: EmojiScenes) -> None:
 
 
 def test_a_missing_font_names_the_package() -> None:
-    with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
+    with pytest.raises(SystemExit, match="fonts-noto-color-emoji"):
         load_sprites(Path("/nowhere.ttf"))
