@@ -2,12 +2,14 @@
 
 Each question is a table of trainings, or of samples, that differ in what is asked and in nothing else. What was
 trained is kept in --work_dir; a run that was cut off goes on. Runs of few updates go first. The report is written of
-what is there. About five hours on an idle core; --questions runs some.
+what is there, the page and its numbers in questions.json beside it. About five hours on an idle core; --questions runs
+some, and --published keeps what docs/evidence has of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.claims.common.evidence import Row, markdown_table, spread
+from benchmarks.claims.common.evidence import Row, Spread, markdown_table, rounded
 from benchmarks.claims.common.files import write_text
 from benchmarks.claims.common.methods import Method, Run
 from benchmarks.claims.common.variants import OF_RECIPES, VARIANTS
@@ -92,6 +94,10 @@ COLUMNS = (
     ("agreement with the prompt, %", "agreement", 1),
 )
 """Title, column and digits; what is in % of the teacher's in the same noise, but agreement."""
+Answers = dict[str, dict[str, dict[str, dict[str, float]]]]
+"""Question, row, seed and column to what is shown."""
+PUBLISHED = ROOT / "docs" / "evidence" / "questions.json"
+_BETWEEN = " | "
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,11 @@ class Entry:
     """The rank of LoRAs that are measured in place of full experts."""
     reference: str = ""
     """Samples without a training, as the study calls them."""
+
+    @property
+    def name(self) -> str:
+        """Its cells."""
+        return _BETWEEN.join(self.cells)
 
     def updates(self) -> int:
         """Of its training."""
@@ -172,27 +183,32 @@ def make_study(work_dir: Path, teacher: str, guidance_scale: float | None) -> Em
     return EmbeddedStudy(work_dir, teacher, replace(settings, guidance_scale=guidance_scale or settings.guidance_scale))
 
 
-def line_of(entry: Entry, seeds: int) -> list[str] | None:
-    """A line of a table; None where nothing was measured."""
-    found = {seed: row for seed in range(seeds) if (row := entry.row(seed, work=False)) is not None}
-    if not found:
+def answer(entry: Entry, seed: int) -> dict[str, float] | None:
+    """The columns of a row, as they are shown; None before it was measured."""
+    row, values = entry.row(seed, work=False), {}
+    if row is None:
         return None
-    cells = [*entry.cells]
-    for _, column, digits in COLUMNS:
-        values = []
-        for seed, row in found.items():
-            value, of_teacher = row.value(column), entry.teacher(seed).value(column)
-            if value is None or of_teacher is None:
-                continue
+    for _, column, _ in COLUMNS:
+        value, of_teacher = row.value(column), entry.teacher(seed).value(column)
+        if value is not None and of_teacher is not None:
             relative = column in {"diversity", "motion", "saturation", "contrast"}
-            shown = 100 * value / of_teacher if relative else value * (100 if column == "agreement" else 1)
-            values.append(replace(row, score=shown))
-        scores = spread(values, "score")
-        cells.append(scores.text(1, digits) if scores else "")
-    return [*cells, str(len(found))]
+            values[column] = 100 * value / of_teacher if relative else value * (100 if column == "agreement" else 1)
+    return rounded(values)
 
 
-def report(work_dir: Path, seeds: int) -> str:
+def answers(work_dir: Path, seeds: int, published: Answers) -> Answers:
+    """What was measured, by question, row and seed; of ``published`` what is not there."""
+    found: Answers = {}
+    for question in QUESTIONS:
+        known = published.get(question, {})
+        for entry in entries(question, work_dir):
+            own = {str(seed): row for seed in range(seeds) if (row := answer(entry, seed)) is not None}
+            if by_seed := known.get(entry.name, {}) | own:
+                found.setdefault(question, {})[entry.name] = by_seed
+    return found
+
+
+def report(found: Answers) -> str:
     """The page of what was measured."""
     parts = [
         "# Questions",
@@ -203,13 +219,19 @@ def report(work_dir: Path, seeds: int) -> str:
         "`python benchmarks/questions.py --stages report`.",
         "",
     ]
-    for question, asked in QUESTIONS.items():
-        lines = [line for entry in entries(question, work_dir) if (line := line_of(entry, seeds)) is not None]
-        if lines:
-            header = (*asked.header, *(title for title, *_ in COLUMNS), "seeds")
-            shown = [i for i in range(len(header)) if any(line[i] for line in lines)]
-            table = markdown_table([header[i] for i in shown], [[line[i] for i in shown] for line in lines])
-            parts += [f"## {asked.title}", "", asked.note, "", table, ""]
+    for question, rows in found.items():
+        asked, lines = QUESTIONS[question], []
+        for name, by_seed in rows.items():
+            columns = [[row[column] for row in by_seed.values() if column in row] for _, column, _ in COLUMNS]
+            cells = [
+                Spread.of(values).text(1, digits) if values else ""
+                for values, (_, _, digits) in zip(columns, COLUMNS, strict=True)
+            ]
+            lines.append([*name.split(_BETWEEN), *cells, str(len(by_seed))])
+        header = (*asked.header, *(title for title, *_ in COLUMNS), "seeds")
+        shown = [i for i in range(len(header)) if any(line[i] for line in lines)]
+        table = markdown_table([header[i] for i in shown], [[line[i] for i in shown] for line in lines])
+        parts += [f"## {asked.title}", "", asked.note, "", table, ""]
     return "\n".join(parts)
 
 
@@ -220,7 +242,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=("train", "report"), default=["train", "report"])
     parser.add_argument("--seeds", type=COUNT, default=1, help="of each row (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "questions")
-    parser.add_argument("--output", type=output_file(".md"), default=ROOT / "docs" / "evidence" / "questions.md")
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="rows of docs/evidence/questions.json stay where --work_dir has none, and are not trained again",
+    )
+    parser.add_argument("--output", type=output_file(".md"), default=PUBLISHED.with_suffix(".md"))
     return parser.parse_args(arguments)
 
 
@@ -228,17 +255,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train and measure what is missing, then report."""
     options = parse(arguments)
     torch.set_num_threads(1)
+    published: Answers = json.loads(PUBLISHED.read_text(encoding="utf-8")) if options.published else {}
     if "train" in options.stages:
         for question in options.questions:
             for seed in range(options.seeds):
                 for entry in sorted(entries(question, options.work_dir), key=Entry.updates):
+                    if str(seed) in published.get(question, {}).get(entry.name, {}):
+                        continue
                     entry.study.prepare()
                     row = entry.row(seed, work=True)
                     assert row is not None
                     entry.teacher(seed)
                     print(f"{question} {' '.join(entry.cells)} seed {seed}: {row.score:.5f}", flush=True)
     if "report" in options.stages:
-        write_text(options.output, report(options.work_dir, options.seeds))
+        found = answers(options.work_dir, options.seeds, published)
+        write_text(options.output, report(found))
+        write_text(options.output.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_rows_differ_in_what_is_asked_alone(tiny: Path) -> None:
+def test_rows_differ_in_what_is_asked_alone_and_published_ones_are_kept(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tiny / "questions.md"
     command = ["--questions", "batch", "extracted", "strength_pictures", "--work_dir", str(tiny), "--output", str(page)]
     questions.main(command)
@@ -49,7 +52,15 @@ def test_rows_differ_in_what_is_asked_alone(tiny: Path) -> None:
     _, _, direct, full, nearest = extracted
     assert full[1] != nearest[1] != direct[1]
     assert [line[0] for line in strength[2:]] == ["| 0.5"]
-    assert page.read_text("utf-8") == questions.report(tiny, 1)
+    found = json.loads(page.with_suffix(".json").read_text("utf-8"))
+    assert page.read_text("utf-8") == questions.report(found)
+    with monkeypatch.context() as other:
+        other.setattr(questions, "PUBLISHED", page.with_suffix(".json"))
+        other.setattr(EmbeddedStudy, "train", lambda *_: pytest.fail("trained again"))
+        kept = tiny / "kept.md"
+        arguments = ["--questions", "batch", "--work_dir", str(tiny / "other"), "--published", "--output", str(kept)]
+        questions.main(arguments)
+    assert kept.read_text("utf-8") == page.read_text("utf-8")
 
     study = next(questions.entries("strength_pictures", tiny)).study
     pairs = study.pairs(0)[:1]

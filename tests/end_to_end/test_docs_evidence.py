@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -48,6 +49,11 @@ def test_tables_and_verdict_are_those_of_the_rows(tmp_path: Path) -> None:
     write_verdict(tmp_path)
     for name in ("summary.md", "verdict.md", "paper_claims.json"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (EVIDENCE / name).read_text(encoding="utf-8"), name
+
+
+def test_questions_are_those_of_their_numbers() -> None:
+    found = json.loads(questions.PUBLISHED.read_text(encoding="utf-8"))
+    assert questions.PUBLISHED.with_suffix(".md").read_text(encoding="utf-8") == questions.report(found)
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
