@@ -175,7 +175,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--published",
         action="store_true",
         help="rows of docs/evidence/paper_claims.json stay where --work_dir has none, and their learning rates are not "
-        "searched again; of the teachers in --teachers, samples are drawn anew",
+        "searched again; of the teachers in --teachers, samples are drawn anew, for which their first seed is trained",
     )
     parser.add_argument(
         "--output",

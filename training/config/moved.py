@@ -39,6 +39,9 @@ MOVED = {
 }
 """Old key to new one; keys of a section come before the section."""
 
+GONE = {"objective.expert_start": "teacher"}
+"""Keys that are no more, with the value that is the only one left: runs that had it are runs of today."""
+
 
 def moved_keys(data: Mapping[str, Any]) -> list[str]:
     """What the old keys in a configuration are called now.
@@ -76,6 +79,11 @@ def with_todays_keys(data: Mapping[str, Any]) -> dict[str, Any]:
         section, _, name = new.partition(".")
         if name:
             result.setdefault(section, {}).setdefault(name, value)
+    for old, value in GONE.items():
+        section, _, name = old.partition(".")
+        place = result.get(section)
+        if isinstance(place, dict) and place.get(name) == value:
+            _pop(result, old)
     return result
 
 

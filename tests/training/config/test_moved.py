@@ -11,6 +11,7 @@ import yaml
 
 from tests.helpers.configs import changed
 from tests.helpers.interrupted import run_and_stop
+from training.config.changes import changes_since
 from training.config.keys import fields_of
 from training.config.schema import ConfigError, DistillConfig, load_config, with_defaults, with_overrides, with_values
 from training.loop.build import build_run
@@ -159,3 +160,12 @@ def test_the_page_of_a_run_under_old_names_is_written(config: DistillConfig) -> 
     old = under_old_names(changed(config, **{"validation.prompts": ["a fox"]}).model_dump(mode="json"))
     (config.output_dir / "config.yaml").write_text(yaml.safe_dump(old), encoding="utf-8")
     assert "0 of 6 updates." in write_page(config.output_dir).read_text(encoding="utf-8")
+
+
+def test_a_key_that_is_gone_is_no_change_at_the_value_that_is_left(config: DistillConfig) -> None:
+    before = json.loads(config.model_dump_json())
+    before["objective"]["expert_start"] = "teacher"
+    assert not changes_since(before, config, ()).free
+    before["objective"]["expert_start"] = "previous"
+    with pytest.raises(ConfigError, match=r"objective\.expert_start: 'previous' -> None"):
+        changes_since(before, config, ())
