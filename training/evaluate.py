@@ -33,6 +33,7 @@ _EXAMPLES = """examples:
 
 def make_parser() -> arguments.CommandParser:
     """The command line; the epilog has examples and lists the metrics."""
+    from pdmd_core.experts.format.manifest import MAX_STRENGTH
     from training.evaluation.comparison import METRICS
     from training.evaluation.measures import FEATURE_SPACES
     from training.evaluation.methods import REFERENCE_SEED
@@ -96,6 +97,15 @@ def make_parser() -> arguments.CommandParser:
         nargs="+",
         default=[],
         help="further rows: LoRA experts on a base whose matrices have 8 bits, or 4, as many will run them",
+    )
+    what.add_argument(
+        "--strengths",
+        type=arguments.number(-MAX_STRENGTH),
+        metavar="S",
+        nargs="+",
+        default=[],
+        help="further rows: LoRA experts at these strengths; below 1 takes back what a long training overshoots. "
+        "`phased-dmd strength` sets the one to keep",
     )
     what.add_argument("--no_noise_floor", action="store_true", help="leave out the row of the teacher in many steps")
     what.add_argument(

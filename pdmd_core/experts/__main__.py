@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   phased-dmd convert experts --to diffusers --output pipeline
   phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
   phased-dmd convert some_lora.safetensors --layout diffusers --output for_diffusers.safetensors
+  phased-dmd strength experts 0.8                 use LoRA experts at this strength from now on
   phased-dmd plan --list                          steps, shift and guidance of released few-step files
 
 exit status: 0 when all is well, 1 for a failed check, 2 for wrong arguments or files (one line on standard error)
@@ -57,8 +58,15 @@ examples:
   phased-dmd convert experts_of_a_fine_tune --to lora --rank 64 --relative-to Wan-AI/Wan2.1-T2V-14B-Diffusers --output x
   phased-dmd convert experts --to comfyui --dtype bfloat16 --output ComfyUI/models/diffusion_models/my_experts
 """
+_STRENGTH = """examples:
+  phased-dmd strength experts 0.8
+  phased-dmd strength experts high_noise=0.8 low_noise=0.9
+  phased-dmd strength experts 1                   as they were trained
 
-
+Only the manifest and a generated README.md are written, the weights stay as they are. All that opens the folder
+follows: pipelines, nodes, sample.py, evaluate.py and further training. The README.md tells it to loaders of LoRA files.
+Which strength: python training/evaluate.py --experts experts --output_dir report --strengths 0.7 0.8 0.9
+"""
 _PLAN = """examples:
   phased-dmd plan --list
   phased-dmd plan wan2.2-lightx2v-4step
@@ -139,6 +147,13 @@ def make_parser() -> arguments.CommandParser:
     convert.add_argument("--overwrite", action="store_true", help="replace --output, once the new one is complete")
     convert.set_defaults(run=_convert)
 
+    strength = _add_command(commands, "strength", "set the strength of LoRA experts in their manifest", _STRENGTH)
+    strength.add_argument("folder", type=arguments.path, help="experts folder")
+    strength.add_argument(
+        "strength", nargs="+", type=_strength, metavar="[NAME=]S", help="the factor, of all experts or of one"
+    )
+    strength.set_defaults(run=_set_strength)
+
     plan = _add_command(commands, "plan", "show the plan of well-known few-step files and models", _PLAN)
     plan.add_argument("name", nargs="?", help="name of a preset")
     plan.add_argument("--list", action="store_true", help="list all presets")
@@ -170,6 +185,14 @@ def _size(given: str) -> tuple[int, int, int]:
         )
     width, height, frames = [*numbers, 1][:3]
     return width, height, frames
+
+
+def _strength(given: str) -> tuple[str, float]:
+    name, _, value = given.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or NAME= and a number, found {given!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -289,6 +312,28 @@ def _convert_layout(options: argparse.Namespace) -> int:
         if left_out:
             _warn(f"{name}: {len(left_out)} keys have no place in the layout {options.layout}: {summary(left_out)}")
     print(options.output)
+    return 0
+
+
+def _set_strength(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from .folder import PhasedExperts
+    from .hub.card import is_generated, write_card
+
+    experts, wanted = PhasedExperts.open(options.folder), dict(options.strength)
+    if "" in wanted and len(options.strength) > 1:
+        parser.error("give one strength for all experts, or NAME=S for each")
+    if len(wanted) < len(options.strength):
+        parser.error("an expert is named twice")
+    experts = experts.at_strength(wanted.get("", wanted))
+    card = experts.folder / "README.md"
+    generated = card.is_file() and is_generated(card.read_text(encoding="utf-8"))
+    experts.save_pretrained(experts.folder)
+    if generated:
+        write_card(experts.folder, experts.manifest)
+    elif card.is_file():
+        _warn(f"{card} is of your own words and was left as it is: say the strength there")
+    for expert in experts.manifest.experts:
+        print(f"{expert.name}: strength {expert.strength:g}")
     return 0
 
 

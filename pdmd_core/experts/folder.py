@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..families import FAMILIES, ModelFamily, family
 from ..phases import PhasePlan
 from ..presets import find_preset
-from .convert.released import BESIDE, manifest_of_lora_files, on_network, open_source
+from .convert.released import BESIDE, manifest_of_lora_files, on_network, open_source, strengths_by_name
 from .errors import ExpertsError
 from .format.files import RELEASED, SCHEDULER_CONFIG, check_folder, check_hash
 from .format.header import read_header
@@ -192,6 +192,26 @@ class PhasedExperts:
         """
         return replace(self, manifest=on_network(self.manifest, architecture))
 
+    def at_strength(self, strength: float | Mapping[str, float]) -> PhasedExperts:
+        """Take LoRA experts at another strength; files and folder stay as they are.
+
+        Args:
+            strength: The factor of what the files change, for all or by expert name; 1 is what was trained.
+
+        Returns:
+            The experts; ``save_pretrained`` writes their strength into a manifest.
+
+        Raises:
+            ExpertsError: If an expert is a full one, or a strength is not of an expert or out of range.
+        """
+        experts = self.manifest.experts
+        if full := [expert.name for expert in experts if expert.kind != "lora"]:
+            raise ExpertsError(f"strength is of LoRA experts, {', '.join(full)} of {self.folder} are full networks")
+        names, present = [expert.name for expert in experts], {expert.name: expert.strength for expert in experts}
+        wanted = strengths_by_name(strength, names, present)
+        changed = tuple(replace(expert, strength=wanted[expert.name]) for expert in experts)
+        return replace(self, manifest=replace(self.manifest, experts=changed))
+
     def path(self, name: str) -> Path:
         """Look up where an expert's file lies.
 
@@ -243,7 +263,9 @@ class PhasedExperts:
         elif folder.resolve() != self.folder.resolve():
             (folder / SCHEDULER_CONFIG).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG)
-        (folder / MANIFEST_NAME).write_text(self.manifest.to_json(), encoding="utf-8")
+        part = folder / f".{MANIFEST_NAME}.part"  # a manifest is whole, or the one that was there
+        part.write_text(self.manifest.to_json(), encoding="utf-8")
+        part.replace(folder / MANIFEST_NAME)
 
     def push_to_hub(
         self,

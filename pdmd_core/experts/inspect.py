@@ -47,7 +47,12 @@ def _manifest_report(manifest: Manifest, path: Path, files: dict[str, Path]) -> 
     entries = []
     for expert in manifest.experts:
         entry: dict[str, Any] = {"name": expert.name, "file": expert.file, "kind": expert.kind}
-        entry |= {"component": expert.component, "rank": expert.rank, "alpha": expert.alpha}
+        entry |= {
+            "component": expert.component,
+            "rank": expert.rank,
+            "alpha": expert.alpha,
+            "strength": expert.strength,
+        }
         if expert.name in files:
             entry |= _contents(open_weights(files[expert.name]))
         entries.append(entry)
@@ -149,6 +154,7 @@ def _experts_text(report: dict[str, Any]) -> str:
     ]
     for entry in report["experts"]:
         lora = f", rank {entry['rank']}, alpha {entry['alpha']:g}" if entry["kind"] == "lora" else ""
+        lora += "" if entry["strength"] == 1 else f", strength {entry['strength']:g}"
         place = "" if entry["component"] == "transformer" else f" of {entry['component']}"
         rows.append((entry["name"], f"{entry['kind']}{place}{lora}, {_size(entry)}, {entry['file']}"))
     if single:

@@ -181,12 +181,14 @@ def _hash(experts: PhasedExperts, expert: Expert) -> str:
 def _metadata(manifest: Manifest, expert: Expert, path: Path) -> str:
     try:
         carried, own = read_expert_metadata(read_header(path).metadata)
-        same = own.name == expert.name and carried == manifest.without_hashes()
+        same = own.name == expert.name and carried.as_trained() == manifest.as_trained()
     except ValueError:
         same = False
     if not same:
         raise ExpertsError(f"{expert.file} does not carry this manifest: it is a file of other experts")
-    return "the file carries this manifest"
+    return "the file carries this manifest" + (
+        "" if expert.strength == 1 else f"; used at strength {expert.strength:g}"
+    )
 
 
 def _fits(expert: Expert, path: Path, base: BaseFiles) -> str:

@@ -1,6 +1,6 @@
 """Writing an experts folder.
 
-Each file carries the manifest (without hashes) in its safetensors metadata.
+Each file carries the manifest as it was trained in its safetensors metadata.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write_experts(folder: Path, manifest: Manifest, weights: Mapping[str, Mappin
     if lacking := [expert.name for expert in manifest.experts if expert.name not in weights]:
         given = ", ".join(weights) or "none"
         raise ExpertsError(f"cannot write {folder}: no weights of {', '.join(lacking)}, found those of {given}")
-    Manifest.from_dict(manifest.without_hashes().to_dict())
+    Manifest.from_dict(manifest.as_trained().to_dict())
     folder.mkdir(parents=True, exist_ok=True)
     part = {name: folder / f".{name}.part" for name in [*(e.file for e in manifest.experts), MANIFEST_NAME]}
     try:

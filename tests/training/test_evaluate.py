@@ -278,6 +278,25 @@ def test_a_quantized_base_is_a_row_of_its_own(
     assert "are full networks" in failure(capsys, arguments("--quantization", "int8", experts=[str(tmp_path / "full")]))
 
 
+def test_a_strength_is_a_row_of_its_own(
+    arguments: Callable[..., list[str]], experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--metrics", "frechet", "--no_noise_floor")
+    assert evaluate.main(arguments("--strengths", "0", "1", "0.5", *common)) == 0
+    name = "phase experts, 2 steps"
+    found = {row["method"]: row["frechet"] for row in report(tmp_path / "report")["rows"]}
+    bare = next(iter(found))
+    assert list(found) == [bare, name, f"{name}, strength 0", f"{name}, strength 1", f"{name}, strength 0.5"]
+    assert found[name] == found[f"{name}, strength 1"] and len(set(found.values())) == 4
+    weak = shutil.copytree(experts, tmp_path / "weak" / "experts")
+    PhasedExperts.open(weak).at_strength(0.5).save_pretrained(weak)
+    assert evaluate.main(arguments(*common, experts=[f"weak={weak}"])) == 0
+    assert report(tmp_path / "report")["rows"][1]["frechet"] == found[f"{name}, strength 0.5"]
+    assert "from -10 to 10, found 11.0" in failure(capsys, arguments("--strengths", "11"))
+    Conversion(PhasedExperts.open(experts), tmp_path / "full").to_full()
+    assert "are full networks" in failure(capsys, arguments("--strengths", "0.5", experts=[str(tmp_path / "full")]))
+
+
 def test_lpips_with_weights_is_diversity(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
     backbone = {f"features.{k}.weight": randn(a, b, n, n, seed=k) / 9 for k, (a, b, n) in shapes.items()}

@@ -98,6 +98,7 @@ def methods_of(
     many: int | None,
     few: Sequence[int] | None,
     quantizations: Sequence[Quantization] = (),
+    strengths: Sequence[float] = (),
 ) -> list[Method]:
     """The rows of a report in their order: the teacher in many and in few steps, then the experts.
 
@@ -107,9 +108,11 @@ def methods_of(
         many: Steps of the noise floor, the first row; None leaves that row out.
         few: Steps of further rows of the teacher; those of the experts when None.
         quantizations: Each adds a row for experts on a base that is kept so.
+        strengths: Each adds a row for LoRA experts at this strength, in place of the one that their manifest says.
 
     Raises:
         UserError: When experts have the name of another row, or are not LoRA experts where the base is quantized.
+        ExpertsError: When experts are full ones where strengths are given.
         PhasePlanError: When the teacher cannot sample in so many steps.
     """
     if few is None:
@@ -128,6 +131,7 @@ def methods_of(
         if quantizations and any(expert.kind != "lora" for expert in own.manifest.experts):
             raise UserError(f"--quantization is of the base of LoRA experts, {name!r} are full networks: leave it out")
         methods += [Method(f"{name}, {kind} base", own, quantization=kind) for kind in dict.fromkeys(quantizations)]
+        methods += [Method(f"{name}, strength {s:g}", own.at_strength(s)) for s in dict.fromkeys(strengths)]
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:

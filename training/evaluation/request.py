@@ -59,6 +59,7 @@ class Request:
     shown_prompts: int
     image_reward: Path | None = None
     quantization: Sequence[Quantization] = ()
+    strengths: Sequence[float] = ()
     vbench: Path | None = None
     frame_rate: float | None = None
     offload: Offload = "none"

@@ -38,7 +38,7 @@ def write_report(request: Request) -> Path:
     evaluation = request.evaluation(experts)
     selection = select(request, evaluation)
     many = None if request.no_noise_floor else request.steps_of_reference
-    methods = methods_of(evaluation.teacher, experts, many, request.few_steps, request.quantization)
+    methods = methods_of(evaluation.teacher, experts, many, request.few_steps, request.quantization, request.strengths)
     reference = Method("reference", steps=request.steps_of_reference, first_seed=REFERENCE_SEED)
     sampled = [*methods, reference] if selection.compares else methods
     request.refuse_unheard(evaluation.teacher, selection, {own.steps for own in sampled if own.experts is None})

@@ -239,13 +239,9 @@ class EmbeddedStudy:
 
     def shipped_samples(self, pairs: list[tuple[int, int]], steps: int, strength: float = 1.0) -> Tensor:
         """Pixels of the shipped experts, in their four steps or in more."""
-        experts = PhasedExperts.open(MODELS / "experts")
+        experts = PhasedExperts.open(MODELS / "experts").at_strength(strength)
         networks = {"transformer": copy.deepcopy(self.sampler.pipeline.transformer)}
         roles = roles_from_experts(experts, networks, self.sampler.family, TeacherRouting())
-        for phase in experts.manifest.plan.phases:
-            state = roles.state_dict(phase.name)
-            changed = {name: strength * value if "lora_B" in name else value for name, value in state.items()}
-            roles.load_state_dict(phase.name, changed)
         return self._sampled(roles, experts.manifest.plan.refined(steps), pairs)
 
     def _sampled(self, roles: Roles, plan: PhasePlan, pairs: list[tuple[int, int]]) -> Tensor:

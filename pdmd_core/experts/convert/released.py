@@ -99,7 +99,7 @@ def manifest_of_lora_files(
         components = kind.released_components(len(names)) if kind else ("transformer",) * len(names)
     if len(components) != len(names):
         raise ExpertsError(f"one component for each of the {len(names)} experts is needed, found {len(components)}")
-    strengths = _strengths(strength, names)
+    strengths = strengths_by_name(strength, names)
     experts = tuple(
         _expert(name, sources[name], component, strengths[name])
         for name, component in zip(names, components, strict=True)
@@ -193,7 +193,22 @@ def open_source(path: Path, own: bool = False) -> LoraSource:
     return LoraSource(path, alphas, beside, modules, weights.shapes)
 
 
-def _strengths(strength: float | Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+def strengths_by_name(
+    strength: float | Mapping[str, float], names: Sequence[str], others: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Check strengths of LoRA experts and give each expert its own.
+
+    Args:
+        strength: The factor of what the experts change, of all or by name.
+        names: The experts.
+        others: The strengths of experts that are not named; 1 without them.
+
+    Returns:
+        The strength of each expert.
+
+    Raises:
+        ExpertsError: If a strength is not of an expert, or out of range.
+    """
     given = dict(strength) if isinstance(strength, Mapping) else dict.fromkeys(names, strength)
     if unknown := [name for name in given if name not in names]:
         raise ExpertsError(f"strength is given for {unknown[0]!r}, the plan has phases {', '.join(names)}")
@@ -202,7 +217,7 @@ def _strengths(strength: float | Mapping[str, float], names: Sequence[str]) -> d
             raise ExpertsError(
                 f"strength of {name} is a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, found {value!r}"
             )
-    return {name: float(given.get(name, 1.0)) for name in names}
+    return {name: float(given.get(name, (others or {}).get(name, 1.0))) for name in names}
 
 
 def _expert(name: str, source: LoraSource, component: str, strength: float) -> Expert:

@@ -76,7 +76,7 @@ def check_scheduler(folder: Path, manifest: Manifest) -> None:
 
 
 def expert_metadata(manifest: Manifest, expert: Expert) -> dict[str, str]:
-    """Make the metadata by which a single file explains itself: the manifest without hashes, under one key.
+    """Make the metadata by which a single file explains itself: the manifest as it was trained, under one key.
 
     Args:
         manifest: The manifest.
@@ -85,7 +85,7 @@ def expert_metadata(manifest: Manifest, expert: Expert) -> dict[str, str]:
     Returns:
         Metadata for a safetensors file.
     """
-    return {METADATA_KEY: json.dumps({"expert": expert.name, "manifest": manifest.without_hashes().to_dict()})}
+    return {METADATA_KEY: json.dumps({"expert": expert.name, "manifest": manifest.as_trained().to_dict()})}
 
 
 def read_expert_metadata(metadata: Mapping[str, str]) -> tuple[Manifest, Expert]:

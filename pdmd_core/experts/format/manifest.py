@@ -137,13 +137,13 @@ class Manifest:
                 return expert
         raise ExpertsError(f"no expert {shown(name)} here, expected one of: {', '.join(e.name for e in self.experts)}")
 
-    def without_hashes(self) -> Manifest:
-        """Blank out the hashes, for the copy in each expert's file, which cannot hold its own hash.
+    def as_trained(self) -> Manifest:
+        """Make the copy in each expert's file, which cannot hold its own hash, nor the strength that is set later.
 
         Returns:
-            The manifest with zeros in place of the hashes.
+            The manifest with zeros in place of the hashes, and strength 1.
         """
-        return replace(self, experts=tuple(replace(expert, sha256="0" * 64) for expert in self.experts))
+        return replace(self, experts=tuple(replace(e, sha256="0" * 64, strength=1.0) for e in self.experts))
 
     def to_dict(self) -> dict[str, Any]:
         """Write the manifest in its JSON form; numbers of ``training`` that are not finite become null.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ...families import ModelFamily, known_family
@@ -40,18 +41,18 @@ _SWITCH_LORA = """names = {names}
 
 
 def use_expert_of_next_step(pipe, step, timestep, tensors):
-    pipe.set_adapters(names[pipe.scheduler.phase])
+    pipe.set_adapters(names[pipe.scheduler.phase]{now})
     return tensors
 
 
-pipe.set_adapters(names[0])"""
+pipe.set_adapters(names[0]{first})"""
 
 _SWITCH_LORA_IN_NETWORK = """names = {names}
 {loading}
 
 
 def use_expert_of_step(network, *call):
-    network.set_adapters(names[pipe.scheduler.phase])
+    network.set_adapters(names[pipe.scheduler.phase]{now})
 
 
 pipe.transformer.register_forward_pre_hook(use_expert_of_step)"""
@@ -80,7 +81,7 @@ _IMPORT_IMAGE = "from diffusers.utils import load_image\n"
 
 _COMFYUI_LORA = """
 Put the `.safetensors` files into `ComfyUI/models/loras`. With the nodes of Phased DMD: `Load Phased Experts`, then any
-sampler that takes a MODEL. With ComfyUI's own nodes: for each expert a `LoraLoaderModelOnly` on the base at strength 1
+sampler that takes a MODEL. With ComfyUI's own nodes: for each expert a `LoraLoaderModelOnly` on the base {at}
 {sampling}
 """
 _COMFYUI_FULL = """
@@ -151,12 +152,14 @@ def stock_code(manifest: Manifest, location: str, prompt: str, takes_image: bool
     if len(set(components)) == 1:
         if kinds == {"lora"}:
             switching = _SWITCH_LORA if calls_back else _SWITCH_LORA_IN_NETWORK
-            switching = switching.format(names=json.dumps([e.name for e in experts]), loading=loading)
+            switching = switching.format(loading=loading, **_names_and_strengths(experts))
             callback = callback if calls_back else ""
         else:
             switching, imports = _SWITCH_FULL.format(files=json.dumps([e.file for e in experts])), _IMPORTS_FULL
     elif kinds == {"lora"} and len(set(components)) == len(components):
-        switching, callback = loading, ""
+        at = [e for e in experts if e.strength != 1]
+        weights = (f'pipe.{e.component}.set_adapters("{e.name}", {e.strength:g})' for e in at)
+        switching, callback = "\n".join([loading, *weights]), ""
     else:
         return ""
     if routing:
@@ -195,8 +198,11 @@ def comfyui_text(manifest: Manifest) -> str:
     """
     lora, plan = all(expert.kind == "lora" for expert in manifest.experts), manifest.plan
     template = _COMFYUI_LORA if lora else _COMFYUI_FULL
+    strengths = [f"{expert.strength:g}" for expert in manifest.experts]
+    each = [f"{expert.strength:g} ({expert.name})" for expert in manifest.experts]
+    at = f"at strength {strengths[0] if len({*strengths}) == 1 else ', '.join(each)}"
     if plan.shift is None:
-        return template.format(sampling=_NO_CHAIN)
+        return template.format(sampling=_NO_CHAIN, at=at)
     rows, start = [], 0
     for k, phase in enumerate(plan.phases):
         first, last, end = k == 0, k == len(plan) - 1, start + len(phase.sigmas)
@@ -211,7 +217,7 @@ def comfyui_text(manifest: Manifest) -> str:
         node=f" (`{family.comfyui_sampling}`)" if family else "",
         rows="\n".join(rows),
     )
-    return template.format(sampling=chain)
+    return template.format(sampling=chain, at=at)
 
 
 def training_size(manifest: Manifest) -> tuple[int, int, int] | None:
@@ -249,6 +255,16 @@ def _arguments(manifest: Manifest, family: ModelFamily | None, takes_image: bool
     text += f", width={size[0]}, height={size[1]}" if size and sized else ""
     text += f", num_frames={size[2]}" if size and family and family.makes_clips else ""
     return text + (f", max_sequence_length={length}" if isinstance(length, int) else "")
+
+
+def _names_and_strengths(experts: Sequence[Expert]) -> dict[str, str]:
+    """The list of names in the code, and the strengths where one is not 1."""
+    names, strengths = json.dumps([e.name for e in experts]), [e.strength for e in experts]
+    if set(strengths) == {1.0}:
+        return {"names": names, "now": "", "first": ""}
+    listed = ", ".join(f"{strength:g}" for strength in strengths)
+    at = "pipe.scheduler.phase"
+    return {"names": f"{names}\nstrengths = [{listed}]", "now": f", strengths[{at}]", "first": ", strengths[0]"}
 
 
 def _loading(expert: Expert, family: ModelFamily) -> str:

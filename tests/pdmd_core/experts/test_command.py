@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from pdmd_core.experts import MANIFEST_NAME, Manifest, PhasedExperts, lora_to_file, read_manifest
 from pdmd_core.experts.__main__ import main
 from pdmd_core.experts.convert import conversions as convert_module
+from pdmd_core.experts.hub.card import write_card
 from pdmd_core.families import family
 from pdmd_core.phases import PhasePlan
 from pdmd_core.scheduler import PhasedDMDScheduler
@@ -77,6 +78,7 @@ def test_help_teaches_every_command(tmp_path: Path) -> None:
         (["convert"], ("--output", "--overwrite", "--rank", "--dtype", "comfyui", "diffusers", "full", "lora", "SVD")),
         (["convert"], ("--layout", "native", "kohya", "peft", "--family")),
         (["plan"], ("--list", "wan2.2-lightx2v-4step")),
+        (["strength"], ("NAME=", "--strengths", "weights stay as they are")),
     ):
         command = [sys.executable, "-m", "pdmd_core.experts", *arguments, "--help"]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
@@ -128,11 +130,12 @@ def blocks(language: str) -> list[str]:
 
 def test_every_command_of_the_page_runs_as_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 11
+    assert len(commands) == 13
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "phased-dmd" and run(*arguments) == 0, command
     assert capsys.readouterr().err == ""
+    assert [e.strength for e in read_manifest(folder / "experts").experts] == [1.0, 0.9]
     assert [e.kind for e in read_manifest(folder / "full_experts").experts] == ["full", "full"]
     assert [e.rank for e in read_manifest(folder / "lora_experts").experts] == [8, 8]
     assert {e.component for e in read_manifest(folder / "one_network").experts} == {"transformer"}
@@ -281,6 +284,8 @@ def test_an_interrupt_is_one_line(
         (["verify", "experts", "--sample", "--size", "16x16x1x1"], "found '16x16x1x1'"),
         (["verify", "experts", "--sample", "--size", "axb"], "found 'axb'"),
         (["verify", "experts", "--sample", "--size", "16x0"], "found '16x0'"),
+        (["strength", "experts"], "required: [NAME=]S"),
+        (["strength", "experts", "a lot"], "expected a number, or NAME= and a number, found 'a lot'"),
         (["verify", "experts", "--sampel"], "unknown option --sampel, did you mean --sample?"),
         (["verify", "experts", "--siz", "16x16"], "unknown option --siz, did you mean --size?"),
     ],
@@ -303,6 +308,37 @@ def test_a_folder_cannot_be_written_where_a_file_is(folder: Path, capsys: pytest
 
 def test_what_the_system_refuses_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "File name too long" in failure(capsys, "inspect", "x" * 5000)
+
+
+def test_a_strength_is_set_in_the_manifest_and_the_card_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = folder / "experts"
+    weights = {path: path.read_bytes() for path in experts.rglob("*.safetensors")}
+    assert run("strength", "experts", "0.8") == 0 and not (experts / "README.md").exists()
+    assert capsys.readouterr().out == "high_noise: strength 0.8\nlow_noise: strength 0.8\n"
+    write_card(experts, read_manifest(experts))
+    assert run("strength", "experts", "low_noise=-1.5") == 0
+    assert [e.strength for e in read_manifest(experts).experts] == [0.8, -1.5], "what is not named stays"
+    assert run("inspect", "experts") == 0 and "alpha 6, strength -1.5, " in capsys.readouterr().out
+    assert "strengths = [0.8, -1.5]" in (experts / "README.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert run("verify", "experts", "--sample") == 0 and "used at strength -1.5" in capsys.readouterr().out
+    assert run("strength", "experts", "1") == 0
+    before = (experts / MANIFEST_NAME).read_bytes()
+    assert "strength" not in before.decode() and run("verify", "experts") == 0
+    (experts / "README.md").write_text("my own words", encoding="utf-8")
+    assert "low_noise" in failure(capsys, "strength", "experts", "lo=0.5")
+    assert "from -10 to 10" in failure(capsys, "strength", "experts", "nan")
+    assert "from -10 to 10" in failure(capsys, "strength", "experts", "high_noise=11")
+    for arguments in (["0.5", "low_noise=0.4"], ["low_noise=0.5", "low_noise=0.4"]):
+        with pytest.raises(SystemExit):
+            run("strength", "experts", *arguments)
+    assert (experts / MANIFEST_NAME).read_bytes() == before
+    capsys.readouterr()
+    assert run("strength", "experts", "0.5") == 0
+    assert "of your own words" in capsys.readouterr().err and (experts / "README.md").read_text() == "my own words"
+    assert {path: path.read_bytes() for path in experts.rglob("*.safetensors")} == weights
+    assert run("convert", "experts", "--to", "full", "--output", "full") == 0
+    assert "are full networks" in failure(capsys, "strength", "full", "0.5")
 
 
 def test_sizes_reach_the_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from huggingface_hub import ModelCard
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from pdmd_core.experts import BaseModel, Expert, ExpertsError, Manifest
+from pdmd_core.experts.format.manifest import MANIFEST_NAME
 from pdmd_core.experts.hub.card import card_text, is_generated, write_card
 from pdmd_core.families import FAMILIES, family_of
 from pdmd_core.phases import PhasePlan
@@ -278,6 +280,43 @@ def test_the_code_for_two_networks_leaves_the_switch_to_the_pipeline_at_a_bounda
     pipe: DiffusionPipeline = variables["pipe"]
     first, second = id(pipe.transformer), id(pipe.transformer_2)
     assert seen == [(first, ["high_noise"])] * 2 + [(second, ["low_noise"])] * 2
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_both_codes_sample_at_the_strengths_of_the_manifest(networks: int, tmp_path: Path) -> None:
+    plan = PhasePlan.from_sigmas([[1.0, 0.95], [0.875, 0.7]])
+    pipe = wan_pipeline()
+    if networks == 2:
+        pipe = WanPipeline(**{**pipe.components, "transformer_2": transformer(seed=1)}, boundary_ratio=0.875)
+    pipe.save_pretrained(tmp_path / "base")
+    folder, found = tmp_path / "experts", []
+    manifest = write_lora_experts(folder, plan, lora_roles(plan), str(tmp_path / "base"), SIZE)
+    PhasedDMDScheduler.from_plan(plan).save_pretrained(folder / "scheduler")
+    high, low = manifest.experts
+    low = replace(low, component="transformer_2") if networks == 2 else low
+    for strengths in ((1.0, 1.0), (0.3, -2.0)):
+        experts = tuple(replace(e, strength=s) for e, s in zip((high, low), strengths, strict=True))
+        changed = replace(manifest, experts=experts)
+        (folder / MANIFEST_NAME).write_text(changed.to_json(), encoding="utf-8")
+        for block, name in zip(
+            python_blocks(write_card(folder, changed).read_text()), ("picture", "result"), strict=True
+        ):
+            variables: dict[str, Any] = {}
+            torch.manual_seed(0)
+            exec(block, variables)  # noqa: S102
+            frames = variables[name] if name == "picture" else variables[name].frames[0]
+            found.append(torch.tensor(frames))
+        torch.testing.assert_close(found[-2], found[-1], rtol=0, atol=1e-4)
+    assert (found[0] - found[2]).abs().max() > 0.01, "strengths matter"
+
+
+def test_comfyui_s_own_loader_is_told_the_strengths() -> None:
+    manifest = manifest_of()
+    high, low = manifest.experts
+    for strengths, words in (((0.8, 0.8), "at strength 0.8\n"), ((0.8, 1.0), "0.8 (high_noise), 1 (low_noise)\n")):
+        experts = tuple(replace(e, strength=s) for e, s in zip((high, low), strengths, strict=True))
+        assert words in card_text(replace(manifest, experts=experts), "x")
+    assert "on the base at strength 1\n" in card_text(manifest, "x")
 
 
 OF_PICTURES = {
