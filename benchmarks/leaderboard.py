@@ -12,6 +12,7 @@ all others again. Definitions are in docs/evidence/README.md.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,6 +116,15 @@ def report(boards: Sequence[Board], samples: bool = False) -> str:
         titles = (title for title, *_ in columns)
         header = ("variant", "steps", *titles, "learning rate", "updates", "evaluations of an update", "seeds")
         parts += [f"## {board.title}", "", markdown_table(header, lines), ""]
+        timed = [
+            seconds for rows in there for row in rows if (seconds := row.extra.get("processor_seconds")) is not None
+        ]
+        if timed:
+            parts += [
+                f"{len(timed)} of these trainings took {sum(timed) / 3600:.1f} processor hours together, without the "
+                "search of learning rates.",
+                "",
+            ]
         if (goal := GOALS.get(board.title)) is not None:
             parts += time_to(goal, board)
         if samples and isinstance(board, EmbeddedBoard) and (shown := board.shown()):
@@ -123,11 +133,14 @@ def report(boards: Sequence[Board], samples: bool = False) -> str:
 
 
 def time_to(goal: float, board: Board) -> list[str]:
-    """Trainings of parts of the evaluations, and the shortest of each variant whose mean distance meets the goal."""
-    lines = []
+    """Trainings of parts of the evaluations, and the shortest of each variant whose mean distance meets the goal.
+
+    Of variants that were trained with all of the evaluations alone, that training is a bound.
+    """
+    lines: list[tuple[float, list[str]]] = []
     for method in VARIANTS.values():
         cells: list[str] = []
-        reached = ["not reached", ""]
+        reached, soonest = ["not reached", ""], math.inf
         for share in reversed(SHARES):
             rows = board.reported(method, share)
             timed = all("processor_seconds" in row.extra for row in rows)
@@ -135,9 +148,12 @@ def time_to(goal: float, board: Board) -> list[str]:
             cells.insert(0, score.text(1, 4) if score else "")
             if score is not None and score.mean <= goal:
                 reached = [seconds.text(1, 0) if seconds else "not timed", str(board.updates(method, share))]
-        if sum(map(bool, cells)) > 1:
+                soonest = seconds.mean if seconds else sys.float_info.max
+        if whole := [cell for cell in cells if cell]:
+            if len(whole) == 1 and reached[0] != "not reached":
+                reached[0] = f"at most {reached[0]}"
             command = f"`--stages shorter --teachers {board.title} --variants {method.key}`"
-            lines.append([method.title, *cells, *reached, command])
+            lines.append((soonest, [method.title, *cells, *reached, command]))
     if not lines:
         return []
     header = (
@@ -147,7 +163,8 @@ def time_to(goal: float, board: Board) -> list[str]:
         "updates",
         "python benchmarks/leaderboard.py",
     )
-    return [f"### {board.title}, shorter trainings", "", markdown_table(header, lines), ""]
+    ranked = [line for _, line in sorted(lines, key=lambda line: line[0])]
+    return [f"### {board.title}: processor time until {goal:g}", "", markdown_table(header, ranked), ""]
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:

@@ -100,6 +100,11 @@ def test_shorter_trainings_say_how_soon_a_goal_is_met(small: MixtureBoard, monke
     cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
     assert cells[5:7] == ["12 ± 0", "6"], header
     assert "not reached" in leaderboard.time_to(1 / 100, small)[2]
+    whole = rows[-1].updates
+    list(small.work([VARIANTS["2x2_step"]], REPORTED[:2], [1.0]))
+    ranked = leaderboard.time_to(1 / 6, small)[2].splitlines()[2:]
+    assert len(ranked) == 2 and "| 12 ± 0 | 6 |" in ranked[0], "the soonest first"
+    assert f"| at most {2 * whole} ± 0 | {whole} |" in ranked[1], "the whole training is a bound"
     for run in small.runs(method, [rows[-1].lr or 0.0], REPORTED[:2], SHARES[2]):  # rows of before times were kept
         write_row(small._path(run), measured(run, 1 / run.updates))
     assert "| not timed | 6 |" in leaderboard.time_to(1 / 6, small)[2]
