@@ -226,3 +226,11 @@ def test_experts_are_saved_as_a_folder_that_opens(tmp_path: Path) -> None:
     check_scheduler(again.folder, again.manifest)
     again.save_pretrained(tmp_path / "saved")
     assert all(again.verify(expert.name).is_file() for expert in again.manifest.experts)
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_one_that_is_there(folder: Path) -> None:
+    before = (folder / MANIFEST_NAME).read_bytes()
+    (folder / f".{MANIFEST_NAME}.part").mkdir()  # nothing can be written here
+    with pytest.raises(OSError, match="directory"):
+        PhasedExperts.open(folder).at_strength(0.5).save_pretrained(folder)
+    assert (folder / MANIFEST_NAME).read_bytes() == before
