@@ -2,8 +2,8 @@
 
 Each question is a table of trainings, or of samples, that differ in what is asked and in nothing else. What was
 trained is kept in --work_dir; a run that was cut off goes on. Runs of few updates go first. The report is written of
-what is there, the page and its numbers in questions.json beside it. About five hours on an idle core; --questions runs
-some, and --published keeps what docs/evidence has of the others.
+what is there, the page and its numbers in questions.json beside it. About five hours on an idle core; --questions and
+--rows run some, and --published keeps what docs/evidence has of the others.
 """
 
 from __future__ import annotations
@@ -239,6 +239,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help='of these questions: their first columns, as in "16 | full" or 240'
+    )
     parser.add_argument("--stages", nargs="+", choices=("train", "report"), default=["train", "report"])
     parser.add_argument("--seeds", type=COUNT, default=1, help="of each row (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "questions")
@@ -248,7 +251,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="rows of docs/evidence/questions.json stay where --work_dir has none, and are not trained again",
     )
     parser.add_argument("--output", type=output_file(".md"), default=PUBLISHED.with_suffix(".md"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.rows is not None:
+        known = [entry.name for question in options.questions for entry in entries(question, options.work_dir)]
+        if unknown := [row for row in options.rows if row not in known]:
+            parser.error(f"--rows: no {unknown[0]!r} in {', '.join(options.questions)}: choose from {'; '.join(known)}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -260,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for question in options.questions:
             for seed in range(options.seeds):
                 for entry in sorted(entries(question, options.work_dir), key=Entry.updates):
+                    if options.rows is not None and entry.name not in options.rows:
+                        continue
                     if str(seed) in published.get(question, {}).get(entry.name, {}):
                         continue
                     entry.study.prepare()

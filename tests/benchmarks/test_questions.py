@@ -37,9 +37,15 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_rows_differ_in_what_is_asked_alone_and_published_ones_are_kept(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tiny / "questions.md"
+    one = ["--questions", "batch", "--work_dir", str(tiny), "--output", str(page), "--rows"]
+    questions.main([*one, "1 | full"])
+    assert [*json.loads(page.with_suffix(".json").read_text("utf-8"))["batch"]] == ["1 | full"]
+    with pytest.raises(SystemExit):
+        questions.main([*one, "2 | full"])
+    assert "no '2 | full' in batch: choose from 1 | rank 4; 1 | full" in capsys.readouterr().err
     command = ["--questions", "batch", "extracted", "strength_pictures", "--work_dir", str(tiny), "--output", str(page)]
     questions.main(command)
     tables = [part.splitlines() for part in page.read_text("utf-8").split("\n## ")[1:]]
