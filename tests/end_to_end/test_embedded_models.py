@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanTrans
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from pdmd_core.experts import PhasedExperts
+from pdmd_core.experts import PhasedExperts, read_manifest
+from pdmd_core.experts.hub.card import card_text
 from pdmd_core.scheduler import PhasedDMDScheduler
 from training.data.buckets import SampleSize
 from training.embedded.features import load_features, see
@@ -41,6 +42,11 @@ def test_shipped_weights_stay_small(teacher: Path) -> None:
     assert len(weights) >= 5
     assert sum(path.stat().st_size for path in files) <= 25e6
     assert not [path for path in files if path.suffix in (".pt", ".bin", ".pkl", ".ckpt")]
+
+
+def test_the_shipped_card_is_the_one_that_is_generated() -> None:
+    folder = Path("training/embedded/models/experts")
+    assert (folder / "README.md").read_text("utf-8") == card_text(read_manifest(folder), folder.as_posix(), folder)
 
 
 @pytest.mark.parametrize("length", [16, 512])
