@@ -93,15 +93,15 @@ def line_of(board: Board, columns: Sequence[Column], rows: Sequence[Row]) -> lis
     ]
 
 
-def report(boards: Sequence[Board], samples: bool = False) -> str:
+def report(boards: Sequence[Board], samples: bool = False, guidance_scale: float | None = None) -> str:
     """The page of all teachers of which there are rows, best first; with the pictures of ``write_samples``."""
     parts = [
         "# Leaderboard",
         "",
         f"Variants at equal network evaluations of training, those of {VARIANTS[BASELINE].title} (a backward one "
         "counts as two). The learning rate is the best on seeds that are not reported; mean ± standard "
-        "deviation over five others. What is not listed was not run yet. Written by `python benchmarks/leaderboard.py "
-        "--stages report`.",
+        "deviation over others. What is not listed was not run yet. Written by `python benchmarks/leaderboard.py "
+        f"--stages report{'' if guidance_scale is None else f' --guidance_scale {guidance_scale:g}'}`.",
         "",
     ]
     for board in boards:
@@ -149,8 +149,8 @@ def time_to(goal: float, board: Board) -> list[str]:
             if score is not None and score.mean <= goal:
                 reached = [seconds.text(1, 0) if seconds else "not timed", str(board.updates(method, share))]
                 soonest = seconds.mean if seconds else sys.float_info.max
-        if whole := [cell for cell in cells if cell]:
-            if len(whole) == 1 and reached[0] != "not reached":
+        if there := [cell for cell in cells if cell]:
+            if len(there) == 1 and reached[0] != "not reached":
                 reached[0] = f"at most {reached[0]}"
             command = f"`--stages shorter --teachers {board.title} --variants {method.key}`"
             lines.append((soonest, [method.title, *cells, *reached, command]))
@@ -233,9 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_samples(boards if options.published else everything.values(), page.parent)
         write_evidence_of(everything, page.parent)
     elif options.output is None:
-        print(report(boards))
+        print(report(boards, guidance_scale=options.guidance_scale))
     else:
-        write_text(options.output, report(boards))
+        write_text(options.output, report(boards, guidance_scale=options.guidance_scale))
 
 
 def write_samples(boards: Iterable[Board], folder: Path) -> None:

@@ -130,12 +130,13 @@ class LoadExperts(io.ComfyNode):
 
     @staticmethod
     def parts(manifest: Manifest, cfg: Any, strength: float, each: Any) -> Parts:
-        """Read cfg and strengths; experts without a LoRA have none to change."""
+        """Read cfg and strengths, times those of the manifest; experts without a LoRA have none to change."""
         given = [
             value if expert.kind == "lora" else 1.0
             for expert, value in zip(manifest.experts, read_strengths(each, manifest.plan), strict=True)
         ]
-        return in_parts(manifest.plan, given, read_cfgs(cfg, manifest.plan, manifest.guidance_scale), strength)
+        factors = [strength * expert.strength for expert in manifest.experts]
+        return in_parts(manifest.plan, given, read_cfgs(cfg, manifest.plan, manifest.guidance_scale), factors)
 
 
 class ExpertsFromModels(io.ComfyNode):

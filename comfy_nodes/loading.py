@@ -102,7 +102,7 @@ def expert_model(
     experts: PhasedExperts,
     expert: Expert,
     bases: Mapping[str, Any],
-    strength: float = 1.0,
+    strength: float,
     warn: Callable[[str], None] = logger.warning,
     beside: bool = False,
 ) -> Any:
@@ -112,7 +112,7 @@ def expert_model(
         experts: The opened experts.
         expert: The manifest's entry of the expert.
         bases: The base's MODELs by component, ``transformer`` and ``transformer_2``.
-        strength: The strength of a LoRA expert, by which the one that the manifest says is multiplied.
+        strength: The strength of a LoRA expert, that of the manifest included.
         warn: Is told, in one line, which keys of a LoRA expert have no place in its base.
         beside: Whether products of a LoRA expert are computed beside the weights; they are merged otherwise.
 
@@ -137,7 +137,7 @@ def expert_model(
             warn = _refuse
         known = experts.manifest.base.family
         lora = Lora(experts.tensors(expert.name), experts.alphas(expert.name), what, expert.component, known)
-        return apply_lora(base, lora, strength * expert.strength, warn, beside)
+        return apply_lora(base, lora, strength, warn, beside)
     except NodeError as error:
         origin = experts.manifest.base
         raise NodeError(f"{error}; these experts belong to {origin.model} ({origin.architecture})") from None

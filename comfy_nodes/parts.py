@@ -25,7 +25,10 @@ class Parts:
 
 
 def in_parts(
-    plan: PhasePlan, strengths: Sequence[float | tuple[float, ...]], cfgs: Sequence[Cfg], factor: float = 1.0
+    plan: PhasePlan,
+    strengths: Sequence[float | tuple[float, ...]],
+    cfgs: Sequence[Cfg],
+    factors: Sequence[float] | None = None,
 ) -> Parts:
     """Divide the phases of a plan where the strength changes from step to step.
 
@@ -33,7 +36,7 @@ def in_parts(
         plan: The plan.
         strengths: The strength of each phase; a tuple has one for each of its steps.
         cfgs: The cfg of each phase; a tuple has one for each of its steps.
-        factor: What all strengths are multiplied by.
+        factors: What the strengths of each phase are multiplied by; 1 without them.
 
     Returns:
         The parts; the plan itself where no strength changes inside of a phase.
@@ -49,7 +52,7 @@ def in_parts(
             made.append(Phase(name, phase.sigmas[first : first + count]))
             own = cfg[first : first + count] if isinstance(cfg, tuple) else cfg
             owners.append(k)
-            values.append(factor * value)
+            values.append(value if factors is None else factors[k] * value)
             own_cfgs.append(own[0] if isinstance(own, tuple) and len(own) == 1 else own)
             first += count
     return Parts(plan if len(made) == len(plan) else PhasePlan(tuple(made)), owners, values, own_cfgs)

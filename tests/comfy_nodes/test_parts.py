@@ -5,10 +5,10 @@ from __future__ import annotations
 
 def test_a_phase_is_divided_where_its_strength_changes(part) -> None:
     plan = part("timeline").PhasePlan.from_steps([2, 3], 5.0)
-    made = part("parts").in_parts(plan, [(1.0, 0.9), (0.8, 0.8, 1.0)], [(3.5, 2.0), 1.0], 0.5)
+    made = part("parts").in_parts(plan, [(1.0, 0.9), (0.8, 0.8, 1.0)], [(3.5, 2.0), 1.0], [0.5, 0.25])
     assert [phase.name for phase in made.plan.phases] == ["high_noise_1", "high_noise_2", "low_noise_1", "low_noise_2"]
     assert made.plan.sigmas == plan.sigmas
-    assert (made.phases, made.strengths) == ([0, 0, 1, 1], [0.5, 0.45, 0.4, 0.5])
+    assert (made.phases, made.strengths) == ([0, 0, 1, 1], [0.5, 0.45, 0.2, 0.25])
     assert made.cfgs == [3.5, 2.0, 1.0, 1.0]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pdmd_core.experts import BaseModel, Expert, Manifest, write_experts
+from pdmd_core.experts import BaseModel, Expert, Manifest, PhasedExperts, write_experts
 from pdmd_core.phases import PhasePlan
 from tests.helpers import tiny
 from tests.helpers.comfyui.phased_models import LOAD, TWO, plan_of, sample, sigmas_of
@@ -245,6 +245,28 @@ def test_load_phased_experts_gives_what_core_nodes_give_by_hand(pack, models, ex
     (both, _) = pack.call("PhasedDMDLoadExperts", experts="tiny_two_networks", base_1=base, base_2=second, **LOAD)
     outputs = [sample(pack, models, each, "wan", sigmas) for each in (both, by_hand("two_networks", base, second))]
     assert torch.equal(*outputs)
+
+
+def test_strengths_of_the_manifest_are_used_and_shown(pack, models, experts_folders) -> None:
+    import nodes
+
+    base, folder = models.wan(0), experts_folders["lora"].parent / "weak"
+    PhasedExperts.open(experts_folders["lora"]).at_strength({"high_noise": 0.5, "low_noise": -0.25}).save_pretrained(
+        folder
+    )
+    given = {**LOAD, "strength": 0.8}
+    found = (
+        nodes.NODE_CLASS_MAPPINGS["PhasedDMDLoadExperts"]
+        .PREPARE_CLASS_CLONE(None)
+        .execute(experts="tiny/weak", base_1=base, **given)
+    )
+    (by_hand, _) = pack.call(
+        "PhasedDMDLoadExperts", experts="tiny/lora", base_1=base, **{**given, "expert_strengths": "0.5, -0.25"}
+    )
+    outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (found.args[0], by_hand)]
+    assert torch.equal(*outputs)
+    shown = [phase["strength"] for phase in found.ui["phase_plan"][0]["phases"]]
+    assert shown == pytest.approx([0.4, -0.2]), "what is applied"
 
 
 def test_set_shift_is_the_users_choice_on_every_node(pack, models, experts_folders, lora_files) -> None:

@@ -263,8 +263,8 @@ def _names_and_strengths(experts: Sequence[Expert]) -> dict[str, str]:
     if set(strengths) == {1.0}:
         return {"names": names, "now": "", "first": ""}
     listed = ", ".join(f"{strength:g}" for strength in strengths)
-    at = "pipe.scheduler.phase"
-    return {"names": f"{names}\nstrengths = [{listed}]", "now": f", strengths[{at}]", "first": ", strengths[0]"}
+    now, first = ", strengths[pipe.scheduler.phase]", ", strengths[0]"
+    return {"names": f"{names}\nstrengths = [{listed}]", "now": now, "first": first}
 
 
 def _loading(expert: Expert, family: ModelFamily) -> str:
