@@ -250,19 +250,11 @@ def test_load_phased_experts_gives_what_core_nodes_give_by_hand(pack, models, ex
 def test_strengths_of_the_manifest_are_used_and_shown(pack, models, experts_folders) -> None:
     import nodes
 
-    base, folder = models.wan(0), experts_folders["lora"].parent / "weak"
-    PhasedExperts.open(experts_folders["lora"]).at_strength({"high_noise": 0.5, "low_noise": -0.25}).save_pretrained(
-        folder
-    )
-    given = {**LOAD, "strength": 0.8}
-    found = (
-        nodes.NODE_CLASS_MAPPINGS["PhasedDMDLoadExperts"]
-        .PREPARE_CLASS_CLONE(None)
-        .execute(experts="tiny/weak", base_1=base, **given)
-    )
-    (by_hand, _) = pack.call(
-        "PhasedDMDLoadExperts", experts="tiny/lora", base_1=base, **{**given, "expert_strengths": "0.5, -0.25"}
-    )
+    folder, own = experts_folders["lora"].parent / "weak", {"high_noise": 0.5, "low_noise": -0.25}
+    PhasedExperts.open(experts_folders["lora"]).at_strength(own).save_pretrained(folder)
+    kind, given = nodes.NODE_CLASS_MAPPINGS["PhasedDMDLoadExperts"], {**LOAD, "base_1": models.wan(0), "strength": 0.8}
+    found = kind.PREPARE_CLASS_CLONE(None).execute(experts="tiny/weak", **given)
+    by_hand = pack.call("PhasedDMDLoadExperts", experts="tiny/lora", expert_strengths="0.5, -0.25", **given)[0]
     outputs = [sample(pack, models, each, "wan", sigmas_of(TWO)) for each in (found.args[0], by_hand)]
     assert torch.equal(*outputs)
     shown = [phase["strength"] for phase in found.ui["phase_plan"][0]["phases"]]
