@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.helpers.hub import Hub
-from tests.helpers.hub_client import Client, client_environment
+from tests.helpers.hub_client import Client
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "training" / "embedded" / "models"
@@ -16,11 +14,11 @@ FOLDER = '"training/embedded/models/experts"'
 _, CODE, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def picture(code: str, cwd: Path, environment: dict[str, str] | None = None) -> bytes:
+def picture(process: Client, code: str, cwd: Path) -> bytes:
     """What the code saves."""
     (cwd / "panda.png").unlink(missing_ok=True)
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    outcome = process.run(f"import os\nos.chdir({str(cwd)!r})\n{code}")
+    assert outcome.error is None, outcome.error
     return (cwd / "panda.png").read_bytes()
 
 
@@ -34,7 +32,6 @@ def test_the_lines_of_the_readme_with_a_hub_id(tmp_path: Path) -> None:
     seeded = CODE.replace('output_type="pil")', 'output_type="pil", generator=torch.Generator().manual_seed(0))')
     assert seeded != CODE
     seeded = "import torch\n" + seeded
-    expected = picture(seeded, clone)
     from_hub = seeded.replace(FOLDER, '"user/panda-experts"')
     base_too = seeded.replace(FOLDER, '"user/panda-experts", base="user/teacher"')
     with Hub() as hub:
@@ -47,9 +44,10 @@ def test_the_lines_of_the_readme_with_a_hub_id(tmp_path: Path) -> None:
             ):
                 outcome = client.run(code)
                 assert outcome.error is None, outcome.error
-        environment = client_environment(hub.url, home, token=None)
-        assert picture(from_hub, clone, environment) == expected
-        assert picture(base_too, elsewhere, environment) == expected
-        offline = client_environment(hub.url, home, token=None, HF_HUB_OFFLINE="1")
-    assert picture(from_hub, clone, offline) == expected
-    assert picture(base_too, elsewhere, offline) == expected
+        with Client(hub.url, home, token=None) as online:
+            expected = picture(online, seeded, clone)
+            assert picture(online, from_hub, clone) == expected
+            assert picture(online, base_too, elsewhere) == expected
+    with Client(hub.url, home, token=None, HF_HUB_OFFLINE="1") as offline:
+        assert picture(offline, from_hub, clone) == expected
+        assert picture(offline, base_too, elsewhere) == expected

@@ -23,7 +23,7 @@ def test_two_networks_in_shards_are_timed() -> None:
 @pytest.mark.timeout(600)
 def test_workers_that_fail_say_why() -> None:
     with pytest.raises(RuntimeError, match=r"^0 of 1 rounds; [\s\S]*KeyError: 'no size'"):
-        run([option if not option.startswith("--size") else "--size=no size" for option in TINY], 1)
+        run([option if not option.startswith("--size") else "--size=no size" for option in TINY], 1, 1)
 
 
 def test_results_are_found_among_other_output() -> None:
