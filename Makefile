@@ -48,9 +48,11 @@ FAST := house comfy_nodes benchmarks/claims/common \
 test-fast: environment ## what to run after each edit: under two minutes on two cores
 	$(PYTEST) $(wildcard $(addprefix tests/,$(FAST)))
 
-# While the first tests run, ComfyUI is downloaded; what goes wrong there is said by the second call, which tries again
-test: check ## all that a change must pass, on all cores, with the real ComfyUI and Chromium: what CI runs
-	$(PYTHON) tests/comfyui/install.py --browser > /dev/null 2>&1 & $(PYTEST); status=$$?; wait; exit $$status
+# ComfyUI is downloaded meanwhile; what goes wrong there is said by the second call, which tries again
+test: ## all that a change must pass, on all cores, with the real ComfyUI and Chromium: what CI runs
+	$(PYTHON) tests/comfyui/install.py --browser > /dev/null 2>&1 &
+	$(MAKE) check
+	$(PYTEST)
 	$(MAKE) test-comfyui
 
 hooks: environment ## run `make check` before each commit
