@@ -20,13 +20,13 @@ class Batch:
 
     noise: Tensor
     """Standard normal noise of shape (batch, ...) at sigma 1; or, where the rollouts have begun, what the experts of
-    earlier phases made of it, at the first sigma of the phase."""
+    earlier phases made of it, at the first sigma of the phase, and with denoising what the teacher made of it."""
     conditioning: Conditioning
     """The conditioning of each sample: name to tensor of shape (batch, ...)."""
     negative: Conditioning = field(default_factory=dict)
     """The same with the negative prompt, from which guidance moves away; empty where no teacher is asked."""
     begun: bool = False
-    """Whether the experts of earlier phases have run."""
+    """Whether the experts of earlier phases have run, or the teacher whose samples are denoised."""
 
     def __len__(self) -> int:
         """Count the samples.

@@ -8,6 +8,7 @@ Source: Phased DMD, arXiv 2510.27684, algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -100,8 +101,8 @@ class PhasedDistiller:
         self.guidance_batched = guidance_batched
         self.sigma_end, _ = plan.interval(phase)
         """The sigma s at which the phase ends."""
-        self.score_interval = score_interval(plan, phase, objective.score_range)
-        """The open range of sigmas at which teacher and fake are compared."""
+        self.score_interval = score_interval(plan, phase, "disjoint" if self.denoises else objective.score_range)
+        """The open range of sigmas at which teacher and fake are compared, or at which an expert learns to denoise."""
 
     @property
     def expert(self) -> str:
@@ -110,8 +111,8 @@ class PhasedDistiller:
 
     @property
     def fakes(self) -> tuple[str, ...]:
-        """The roles of the fakes of this phase, with ``per_step`` one for each step; none with regression."""
-        if self.regresses:
+        """The roles of the fakes of this phase, with ``per_step`` one for each step; none without matching."""
+        if self.objective.expert_loss != "matching":
             return ()
         steps = len(self.plan.phases[self.phase].sigmas)
         return tuple(map(fake_of_step, range(steps if self.objective.fake_rollouts == "per_step" else 1)))
@@ -120,6 +121,11 @@ class PhasedDistiller:
     def regresses(self) -> bool:
         """Whether ``path_loss`` trains the expert, in place of a fake and ``generator_loss``."""
         return self.objective.expert_loss == "regression"
+
+    @property
+    def denoises(self) -> bool:
+        """Whether ``denoising_loss`` trains the expert, in place of a fake and ``generator_loss``."""
+        return self.objective.expert_loss == "denoising"
 
     def fake_of(self, step: int) -> str:
         """Name the fake that knows rollouts of a step.
@@ -187,16 +193,16 @@ class PhasedDistiller:
         """The raw times between which noise levels are drawn, inside the open range."""
         low, high = (unshift_sigma(sigma, self.objective.score_shift) for sigma in self.score_interval)
         edge = 1e-4 * (high - low)
-        margin = self.objective.margin * (high - low) if self.objective.fake_weighting == "margin" else 0.0
+        of_fake = self.objective.fake_weighting == "margin" and bool(self.fakes)
+        margin = self.objective.margin * (high - low) if of_fake else 0.0
         return low + max(margin, edge), high - edge
 
     def _checked(self, t: Tensor) -> Tensor:
         low, high = self.score_interval
         if not bool(((t > low) & (t < high + 1e-6)).all()):
-            raise ValueError(
-                f"phase {self.expert!r} compares scores at sigmas in ({low}, {high}), "
-                f"found {float(t.min())} to {float(t.max())}: the fake was never trained there"
-            )
+            does, why = ("learns", "") if self.denoises else ("compares scores", ": the fake was never trained there")
+            found = f"{float(t.min())} to {float(t.max())}"
+            raise ValueError(f"phase {self.expert!r} {does} at sigmas in ({low}, {high}), found {found}{why}")
         return t
 
     def fake_rollout(self, batch: Batch, step: int) -> Tensor:
@@ -253,12 +259,48 @@ class PhasedDistiller:
         experts = expert_velocities(self.networks, self.plan, batch.conditioning)
         start = before_step(experts, self.plan, self.phase, step, batch.noise, batch.begun)
         sigma, end, *_ = [*self.plan.phases[self.phase].sigmas[step:], self.sigma_end]
-        count = self.objective.path_steps
-        x = start
-        with torch.no_grad():
-            for a, b in pairwise([*(sigma + (end - sigma) * i / count for i in range(count)), end]):
-                x = euler_step(x, self._guided(x, a, batch), a, b)
+        x = self._walk(start, [sigma, end], batch)
         return (experts[self.phase](start, sigma).float() - (x - start).float() / (end - sigma)).square().mean()
+
+    def teacher_samples(self, batch: Batch) -> Tensor:
+        """Sample the guided teacher, at the sigmas of all phases of the plan, in ``path_steps`` Euler steps for each.
+
+        Args:
+            batch: Noise, conditioning and the negative one; what has begun are such samples.
+
+        Returns:
+            Clean samples of shape (batch, ...), without gradient.
+        """
+        return batch.noise if batch.begun else self._walk(batch.noise, [*self.plan.sigmas, 0.0], batch)
+
+    def denoising_loss(self, batch: Batch, renoising: Renoising) -> Tensor:
+        """Score matching of the expert on what the guided teacher samples. Only the expert gets gradient.
+
+        A guided velocity is that of no distribution: what matches it at all noise levels goes further than the guided
+        teacher does. The velocity that is learned here is that of its samples, and can be matched.
+
+        Args:
+            batch: What the teacher samples from, or its samples.
+            renoising: Noise levels inside the phase, and noise.
+
+        Returns:
+            The mean squared error of the expert's velocity.
+
+        Raises:
+            ValueError: If a sigma lies outside the phase.
+        """
+        samples = RenoisedSamples(self.teacher_samples(batch), renoising.noise, 0.0, self._checked(renoising.t))
+        velocity = self.networks.velocity(self.expert, samples.x_t, samples.t, batch.conditioning)
+        return fake_score_loss(velocity, samples, "none").mean()
+
+    @torch.no_grad()
+    def _walk(self, x: Tensor, sigmas: Sequence[float], batch: Batch) -> Tensor:
+        """The guided teacher's path from sigma to sigma, in ``path_steps`` Euler steps of equal length for each."""
+        count = self.objective.path_steps
+        for start, end in pairwise(sigmas):
+            for a, b in pairwise([*(start + (end - start) * i / count for i in range(count)), end]):
+                x = euler_step(x, self._guided(x, a, batch), a, b)
+        return x
 
     def fake_loss(self, x_s: Tensor, conditioning: Conditioning, renoising: Renoising, role: str = FAKE) -> Tensor:
         """Score matching of a fake on the generator's samples. Only that fake gets gradient.

@@ -13,13 +13,13 @@ from .roles import FAKE
 ScoreRange = Literal["nested", "disjoint"]
 FakeRollouts = Literal["blend", "whole", "per_step"]
 ExpertRollouts = Literal["truncated", "through", "own_increment"]
-ExpertLoss = Literal["matching", "regression"]
+ExpertLoss = Literal["matching", "regression", "denoising"]
 
 
-_OF_BOTH = {"guidance_scale", "expert_loss"}
+_OF_ALL = {"guidance_scale", "expert_loss"}
 """Choices that mean something whatever trains the expert."""
-_OF_REGRESSION = {"path_steps"}
-"""Those that mean something with regression alone; all others belong to matching."""
+_WITHOUT_FAKE = {"regression": {"path_steps"}, "denoising": {"path_steps", "score_shift"}}
+"""Those that mean something without a fake, by what trains the expert. Matching has all but ``path_steps``."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class Objective:
     """Classifier-free guidance of the teacher; 1 is none. The fake and the experts run without."""
     expert_loss: ExpertLoss = "matching"
     """What trains the expert: matching, where teacher and fake differ at renoised samples; regression, without a fake,
-    the mean velocity of the teacher's path over the drawn step."""
+    the mean velocity of the teacher's path over the drawn step; denoising, without a fake, the velocity of what the
+    guided teacher samples: experts for many steps, which need no guidance and can teach matching."""
     path_steps: int = 4
-    """With expert_loss regression, Euler steps of the teacher in place of one of the expert."""
+    """With expert_loss regression or denoising, Euler steps of the teacher in place of one of the plan."""
     fake_weighting: FakeWeighting = "clamp"
     """How the fake's squared error is weighted near the end of the phase."""
     fake_target: FakeTarget = "unbiased"
@@ -104,8 +105,10 @@ def choices_without_use(objective: Objective) -> list[str]:
     Returns:
         Their names.
     """
-    own = objective.expert_loss == "regression"
-    return [name for name in _changed(objective) if name not in _OF_BOTH and (name in _OF_REGRESSION) != own]
+    names = [name for name in _changed(objective) if name not in _OF_ALL]
+    if objective.expert_loss == "matching":
+        return [name for name in names if name == "path_steps"]
+    return [name for name in names if name not in _WITHOUT_FAKE[objective.expert_loss]]
 
 
 def _changed(objective: Objective) -> dict[str, object]:
@@ -121,9 +124,9 @@ def fake_roles(plan: PhasePlan, objective: Objective) -> tuple[str, ...]:
         objective: The choices of the method.
 
     Returns:
-        The role of the one fake, or of one for each step of the longest phase; none with regression.
+        The role of the one fake, or of one for each step of the longest phase; none without matching.
     """
-    if objective.expert_loss == "regression":
+    if objective.expert_loss != "matching":
         return ()
     most = max(len(phase.sigmas) for phase in plan.phases) if objective.fake_rollouts == "per_step" else 1
     return tuple(map(fake_of_step, range(most)))

@@ -10,9 +10,9 @@ STD = torch.tensor([0.5, 1.5], dtype=torch.float64)
 class GaussianVelocity(nn.Module):
     """The velocity of Gaussian data at every noise level; mean and variance are weights. Teacher and fake."""
 
-    def __init__(self) -> None:
+    def __init__(self, std: Tensor = STD) -> None:
         super().__init__()
-        self.mean, self.log_variance = nn.Parameter(MEAN.clone()), nn.Parameter(2 * STD.log())
+        self.mean, self.log_variance = nn.Parameter(MEAN.clone()), nn.Parameter(2 * std.log())
 
     def forward(self, x, sigma):
         t = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1)

@@ -24,6 +24,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 """Choices with which what is matched in phases of several steps is what is sampled."""
 REGRESSION: dict[str, Any] = {"expert_loss": "regression", "path_steps": 3}
+DENOISING: dict[str, Any] = {"expert_loss": "denoising", "path_steps": 2, "score_shift": 5.0}
 every_phase = pytest.mark.parametrize("phase", range(len(PLAN)))
 BATCH, FEATURES = 4, 3
 

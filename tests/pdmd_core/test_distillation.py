@@ -18,6 +18,7 @@ from pdmd_core.objectives import RenoisedSamples, fake_score_loss, generator_dir
 from pdmd_core.rollout import before_step
 from tests.helpers.tiny_networks import (
     BATCH,
+    DENOISING,
     FEATURES,
     NEGATIVE,
     PLAN,
@@ -274,12 +275,42 @@ def test_an_expert_that_is_the_teacher_has_nothing_to_learn_from_a_path_of_one_s
     assert max(method.path_loss(START, step).item() for step in range(3)) < 1e-12
 
 
+# Denoising
+
+
+@every_phase
+def test_denoising_trains_the_expert_alone_by_the_velocity_of_what_the_guided_teacher_samples(phase):
+    method, networks = distiller(phase, **DENOISING, guidance_scale=2.5)
+    t, noise = normal_t(method), normal(3)
+    loss = method.denoising_loss(START, Renoising(t, noise))
+    loss.backward()
+    assert networks.roles_with_gradient() == {method.expert} and method.fakes == ()
+    end, start = PLAN.interval(phase)
+    assert bool(((end < t) & (t < start)).all()), "inside the phase"
+    with torch.no_grad():
+        x = START.noise
+        for sigma, after in pairwise([*PLAN.sigmas, 0.0]):
+            for a, b in pairwise([sigma, (sigma + after) / 2, after]):
+                x = x + (b - a) * guided_velocity(networks, x, a, POSITIVE, NEGATIVE, 2.5)
+        torch.testing.assert_close(method.teacher_samples(START), x)
+        at = t.double().reshape(-1, 1)
+        found = networks.velocity(method.expert, (1 - at) * x + at * noise, t, POSITIVE)
+    torch.testing.assert_close(loss.detach().double(), (found - (noise - x)).square().mean(), rtol=1e-5, atol=0)
+    networks.calls.clear()
+    again = method.denoising_loss(replace(START, noise=x, begun=True), Renoising(t, noise))
+    assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert [call.role for call in networks.calls] == [method.expert], "samples that were made once are not made again"
+    outside = Renoising(torch.full((BATCH,), end / 2), noise)
+    with pytest.raises(ValueError, match=f"phase '{method.expert}' learns at sigmas in"):
+        method.denoising_loss(START, outside)
+
+
 # Cost
 
 
 @every_phase
 @pytest.mark.parametrize(("fake_updates", "fake_draws"), [(5, 1), (2, 3)])
-@pytest.mark.parametrize("choices", [{}, *VARIANTS, REGRESSION], ids=str)
+@pytest.mark.parametrize("choices", [{}, *VARIANTS, REGRESSION, DENOISING], ids=str)
 def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake_updates, fake_draws, choices):
     method, networks = distiller(phase, **choices)
     steps = range(len(PLAN.phases[phase].sigmas))
@@ -287,6 +318,9 @@ def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake
     for step in steps:
         if method.regresses:
             method.path_loss(START, step)
+            continue
+        if method.denoises:
+            method.denoising_loss(START, Renoising(normal_t(method), normal(2)))
             continue
         for _ in range(fake_updates):
             x_s = method.fake_rollout(START, step)
@@ -300,6 +334,9 @@ def test_evaluations_per_update_are_the_calls_counted_over_all_steps(phase, fake
     expected = {purpose: count / len(steps) for purpose, count in counted.items()}
     assert evaluations_per_update(PLAN, phase, method.objective, fake_updates, fake_draws) == pytest.approx(expected)
     earlier = {p.name for p in PLAN.phases[:phase]}
-    expected["rollout"] -= sum(call.role in earlier for call in networks.calls) / len(steps)
+    if method.denoises:
+        expected["teacher"] = 0.0
+    else:
+        expected["rollout"] -= sum(call.role in earlier for call in networks.calls) / len(steps)
     begun = evaluations_per_update(PLAN, phase, method.objective, fake_updates, fake_draws, begun=True)
     assert begun == pytest.approx(expected), "what a bank leaves"

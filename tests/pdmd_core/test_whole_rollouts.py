@@ -1,4 +1,4 @@
-"""What is sampled, whole rollouts, against the data: Gaussian data, exact fakes, experts that are linear in x.
+"""What is sampled, whole rollouts, against what should be: Gaussian data, exact fakes, experts that are linear in x.
 
 With exact fakes nothing is left but the choices of the method: which samples the fake knows, and where the expert's
 gradient goes.
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pdmd_core.batch import Batch, Renoising
 from pdmd_core.distillation import PhasedDistiller
+from pdmd_core.families.guidance import classifier_free_guidance
 from pdmd_core.flow import like, transition
 from pdmd_core.method import Objective
 from pdmd_core.phases import PhasePlan
-from tests.helpers.gaussian import GaussianVelocity, LinearVelocity, error, marginal_of_data
+from tests.helpers.gaussian import STD, GaussianVelocity, LinearVelocity, error, marginal_of_data
 from tests.helpers.tiny_networks import REGRESSION, VARIANTS
 
 PLAN = PhasePlan.from_sigmas([[1.0, 0.85], [0.6, 0.35]])
@@ -37,20 +38,27 @@ class ExactFake:
 
 
 class Networks:
-    def __init__(self) -> None:
-        teacher = GaussianVelocity()
+    """A teacher, and experts that begin as it. With ``guided`` samples ask for data that are less wide."""
+
+    guide = staticmethod(classifier_free_guidance)
+
+    def __init__(self, teacher: GaussianVelocity, guided: bool = False) -> None:
         self.networks: dict[str, Any] = {"teacher": teacher}
         self.networks |= {phase.name: LinearVelocity(teacher, phase.sigmas) for phase in PLAN.phases}
+        self.asked = GaussianVelocity(std=0.75 * STD)
+        self.sides = ({"asked": torch.ones(BATCH, 1)}, {"asked": torch.zeros(BATCH, 1)}) if guided else ({}, {})
 
     def velocity(self, role, x, sigma, conditioning):
-        return self.networks[role](x, sigma)
+        found = self.networks[role](x, sigma)
+        if role == "teacher" and conditioning:
+            return torch.where(conditioning["asked"] > 0, self.asked(x, sigma), found)
+        return found
 
-    def guide(self, positive, negative, scale):
-        raise AssertionError("there is no guidance here")
 
-
-def train(networks: Networks, phase: int, choices: dict[str, Any], updates: int = 300) -> PhasedDistiller:
-    method = PhasedDistiller(PLAN, phase, networks, Objective(guidance_scale=1.0, **choices))
+def train(
+    networks: Networks, phase: int, choices: dict[str, Any], updates: int = 300, plan: PhasePlan = PLAN
+) -> PhasedDistiller:
+    method = PhasedDistiller(plan, phase, networks, Objective(**{"guidance_scale": 1.0, **choices}))
     generator = torch.Generator().manual_seed(phase)
     expert = torch.optim.Adam(networks.networks[method.expert].parameters(), lr=0.02, betas=(0.0, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(expert, 1.0, 0.02, total_iters=updates)
@@ -59,7 +67,7 @@ def train(networks: Networks, phase: int, choices: dict[str, Any], updates: int 
         noise = torch.randn(BATCH, 2, generator=generator, dtype=torch.float64)
         return (noise - noise.mean(0)) / noise.std(0)
 
-    steps = range(len(PLAN.phases[phase].sigmas))
+    steps = range(len(plan.phases[phase].sigmas))
 
     def match(batch: Batch) -> None:
         known: dict[str, list[Tensor]] = {}
@@ -75,9 +83,14 @@ def train(networks: Networks, phase: int, choices: dict[str, Any], updates: int 
         for step in steps:
             method.path_loss(batch, step).backward()
 
+    def denoise(batch: Batch) -> None:
+        method.denoising_loss(batch, Renoising(method.draw_score_sigma(BATCH, generator), normal())).backward()
+
+    learn = {"matching": match, "regression": regress, "denoising": denoise}[method.objective.expert_loss]
+    samples = method.teacher_samples(Batch(normal(), *networks.sides)) if method.denoises else None
     for _ in range(updates):
         expert.zero_grad()
-        (regress if method.regresses else match)(Batch(normal(), {}))
+        learn(Batch(normal(), *networks.sides) if samples is None else Batch(samples, {}, begun=True))
         expert.step()
         schedule.step()
     return method
@@ -85,7 +98,7 @@ def train(networks: Networks, phase: int, choices: dict[str, Any], updates: int 
 
 def errors(choices: dict[str, Any]) -> list[float]:
     """Of whole rollouts at the end of each phase, once all are trained."""
-    networks = Networks()
+    networks = Networks(GaussianVelocity())
     methods = [train(networks, phase, choices) for phase in range(len(PLAN))]
     noise = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     last = len(PLAN.phases[0].sigmas) - 1
@@ -111,3 +124,28 @@ def test_the_blend_of_truncations_matches_the_data_in_place_of_whole_rollouts():
 def test_truncated_steps_do_not_descend_to_whole_rollouts_that_match():
     """A fake of whole rollouts is right where they match; steps that train by their own jump need not get there."""
     assert max(errors({"fake_rollouts": "whole"})) > 0.1
+
+
+MANY = PhasePlan.from_steps([40], shift=5.0, names=["sampled"])
+GUIDED: dict[str, Any] = {"guidance_scale": 3.0, "path_steps": 1}
+WHOLE: dict[str, Any] = {"fake_rollouts": "whole", "expert_rollouts": "through"}
+
+
+def test_what_the_guided_teacher_samples_is_matched_by_denoising_first_and_missed_by_guided_velocities():
+    """Guided velocities of data with two deviations are those of no Gaussian, and of no other distribution."""
+    guided = Networks(GaussianVelocity(), guided=True)
+    guided.networks["sampled"] = GaussianVelocity()
+    denoiser = train(guided, 0, {**GUIDED, "expert_loss": "denoising"}, 600, MANY)
+    noise = torch.randn(BATCH, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    noise = (noise - noise.mean(0)) / noise.std(0)
+    sampled = denoiser.teacher_samples(Batch(noise, *guided.sides))
+    goal = sampled.mean(0), sampled.std(0)
+    learned = guided.networks["sampled"]
+    assert error((learned.mean, (learned.log_variance / 2).exp()), *goal) < 0.03
+    taught, last = Networks(learned), len(PLAN.phases[1].sigmas) - 1
+    found = []
+    for networks, scale in ((guided, 3.0), (taught, 1.0)):
+        methods = [train(networks, phase, {**WHOLE, "guidance_scale": scale}) for phase in range(2)]
+        x = methods[1].fake_rollout(Batch(noise, *networks.sides), last)
+        found.append(error((x.mean(0), x.std(0)), *goal))
+    assert found[1] < 0.03 < 0.3 < found[0]

@@ -171,7 +171,7 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _one_number_for_each_phase(self) -> DistillConfig:
         phases = len(self.plan.build())
-        if self.rollouts.bank is not None and phases == 1:
+        if self.rollouts.bank is not None and phases == 1 and self.objective.expert_loss != "denoising":
             raise ValueError("rollouts.bank: is made by experts of earlier phases, this plan has one: leave it out")
         if isinstance(self.updates, list) and len(self.updates) != phases:
             raise ValueError(f"updates lists {len(self.updates)} numbers for {phases} phases")
@@ -223,7 +223,7 @@ class DistillConfig(Section):
     def without_use(self) -> list[str]:
         """Name the keys that were given and that this run has no use for, in a line."""
         keys = [f"objective.{name}" for name in choices_without_use(self.objective)]
-        if self.objective.expert_loss == "regression":
+        if self.objective.expert_loss != "matching":
             keys += [key for key in ("fake", "fake_updates", "draws_per_rollout") if key in self.model_fields_set]
         return [f"not used with objective.expert_loss {self.objective.expert_loss}: {', '.join(keys)}"] if keys else []
 

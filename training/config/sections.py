@@ -173,7 +173,7 @@ class RolloutsSection(Section):
 
     bank: Count | None = None
     """Samples that the frozen experts of earlier phases make once, when a phase begins, and from which all its rollouts
-    begin; null runs those experts in every rollout."""
+    begin; null runs those experts in every rollout. With expert_loss denoising, samples of the teacher."""
 
 
 class ParallelSection(Section):

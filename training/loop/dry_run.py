@@ -198,11 +198,13 @@ def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int, swapped: flo
             f"phase {phase.name}: {config.updates_of(k)} updates, {sum(counts.values()):g} network evaluations of each "
             f"sample ({parts}{guidance})"
         )
-        if config.rollouts.bank and k:
+        denoises = config.objective.expert_loss == "denoising"
+        if config.rollouts.bank and (k or denoises):
             steps = sum(len(earlier.sigmas) for earlier in plan.phases[:k])
-            lines.append(
-                f"  rollouts.bank: {config.rollouts.bank} samples of {steps} evaluations each before its first update"
-            )
+            evaluations = f"{steps} evaluations each"
+            if denoises:  # one bank for all phases
+                evaluations = f"{len(plan.sigmas) * config.objective.path_steps} evaluations each of the guided teacher"
+            lines.append(f"  rollouts.bank: {config.rollouts.bank} samples of {evaluations} before its first update")
         if swapped:
             passes = _passes(config, counts) * -(-own // at_once)
             lines.append(

@@ -153,8 +153,8 @@ def training_summary(
 
 
 def _method(config: DistillConfig, plan: PhasePlan) -> str:
-    if config.objective.expert_loss == "regression":
-        return "regression"
+    if config.objective.expert_loss != "matching":
+        return config.objective.expert_loss
     return "Phased DMD" if len(plan) > 1 else "DMD"
 
 

@@ -1,4 +1,4 @@
-"""The training of one phase: an update is fake steps, then one generator step, or one step of regression.
+"""The training of one phase: an update is fake steps, then one generator step, or one step without a fake.
 
 Runs and studies train with this.
 """
@@ -62,10 +62,10 @@ class Update:
 
     Attributes:
         generator: The generator's step.
-        fake: The steps of the fake; none with regression.
-        score_distance: Mean of ``|v_teacher - v_fake|`` over all processes; None with regression.
+        fake: The steps of the fake; none without matching.
+        score_distance: Mean of ``|v_teacher - v_fake|`` over all processes; None without matching.
         sigmas: Sigmas of this process's samples at which scores were asked, by role that trained there: fake,
-            generator.
+            generator; none with regression.
     """
 
     generator: StepResult
@@ -137,7 +137,7 @@ class PhaseTraining:
         return self.distiller.expert
 
     def update(self, batches: Batches, lr_factor: float) -> Update:
-        """Take the fake steps of an update, then its generator step; with regression its one step.
+        """Take the fake steps of an update, then its generator step; without matching its one step.
 
         Args:
             batches: Where examples, noise and sigmas come from.
@@ -152,6 +152,12 @@ class PhaseTraining:
             generator = self.path_step(batches.draw(negative=True), batches.step(self.distiller))
             self._average(generator)
             return Update(generator, [], None, {})
+        if self.distiller.denoises:
+            batch = batches.draw(negative=True)
+            renoising = batches.renoising(self.distiller, batch.noise)
+            generator = self.denoising_step(batch, renoising)
+            self._average(generator)
+            return Update(generator, [], None, {"generator": renoising.t.tolist()})
         fake: list[StepResult] = []
         sigmas: dict[str, list[float]] = {"fake": [], "generator": []}
         for _ in range(self.config.fake_updates):
@@ -214,6 +220,16 @@ class PhaseTraining:
             with self.accelerator.autocast(), self._kept():
                 loss = self.distiller.path_loss(rows, step)
             total += self._backward(self.expert, loss, torch.full((len(rows),), sigma))
+        return self._step(self.expert, total)
+
+    def denoising_step(self, batch: Batch, renoising: Renoising) -> StepResult:
+        """Take one optimizer step of the expert on what the guided teacher samples."""
+        total = torch.zeros((), device=self.device)
+        for part in self._parts():
+            own, rows = renoising.rows(part), self._on_device(batch.rows(part))
+            with self.accelerator.autocast(), self._kept():
+                loss = self.distiller.denoising_loss(rows, own)
+            total += self._backward(self.expert, loss, own.t)
         return self._step(self.expert, total)
 
     def _on_device(self, batch: Batch) -> Batch:

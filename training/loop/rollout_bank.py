@@ -1,4 +1,7 @@
-"""A bank of rollouts: what the frozen experts of earlier phases make of noise, made once and kept on disk."""
+"""A bank of rollouts: what the frozen experts of earlier phases make of noise, made once and kept on disk.
+
+Where experts denoise it is what the guided teacher makes of noise, in all phases the same.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdmd_core.distillation import expert_velocities
+from pdmd_core.batch import Batch
+from pdmd_core.distillation import PhasedDistiller, expert_velocities
 from pdmd_core.experts.errors import ExpertsError
 from pdmd_core.experts.format.mapped import MappedFile
 from pdmd_core.hashing import digest_of
@@ -28,7 +32,7 @@ CHUNK = 64
 
 
 class RolloutBank:
-    """Samples at the first sigma of a phase, read from the files that ``open_bank`` has written.
+    """Samples at the first sigma of a phase, or the teacher's, read from the files that ``open_bank`` has written.
 
     Args:
         folder: Where the files are.
@@ -64,7 +68,7 @@ def open_bank(run: BuiltRun, phase: int) -> tuple[RolloutBank, ExampleOrder]:
 
     Args:
         run: The run, whose experts of earlier phases are what they stay.
-        phase: Index of the phase, at least 1.
+        phase: Index of the phase, at least 1 but where the samples are the teacher's.
 
     Returns:
         The bank, and the order in which updates draw from it.
@@ -98,30 +102,42 @@ def _make(run: BuiltRun, phase: int, places: list[int], examples: Tensor, shape:
     together, count = config.parallel.context_parallel, len(places)
     groups = accelerator.num_processes // together
     share = -(-count // groups)
+    distiller = PhasedDistiller(run.plan, phase, run.roles, config.objective, config.memory.guidance_batched)
     own = torch.arange(groups * share).clamp(max=count - 1)[accelerator.process_index // together * share :][:share]
     parts = []
     for rows in own.split(config.memory.micro_batch_size or share):
         noise = torch.stack(
-            [_noise(config.seed, phase, places[row], shape, accelerator.device) for row in rows.tolist()]
+            [_noise(config.seed, _maker(run, phase), places[row], shape, accelerator.device) for row in rows.tolist()]
         )
-        conditioning = run.data.prompts.conditioning(examples[rows], accelerator.device)
+        sides = run.data.prompts.conditioning_pair(examples[rows], accelerator.device)
         with accelerator.autocast():
-            experts = expert_velocities(run.roles, run.plan, conditioning)
+            if distiller.denoises:
+                parts.append(distiller.teacher_samples(Batch(noise, *sides)).float())
+                continue
+            experts = expert_velocities(run.roles, run.plan, sides[0])
             parts.append(before_step(experts, run.plan, phase, 0, noise).float())
     found = accelerator.gather(torch.cat(parts)).cpu().unflatten(0, (-1, share))
     return found[::together].flatten(0, 1)[:count].contiguous()
 
 
-def _noise(seed: int, phase: int, place: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    digest = hashlib.sha256(f"{seed} bank {phase} {place}".encode()).digest()
+def _maker(run: BuiltRun, phase: int) -> int | str:
+    """What makes the samples: the experts of phases before this one, or the guided teacher."""
+    objective = run.config.objective
+    if objective.expert_loss != "denoising":
+        return phase
+    return f"teacher, guidance {objective.guidance_scale!r}, {objective.path_steps} steps"
+
+
+def _noise(seed: int, maker: int | str, place: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    digest = hashlib.sha256(f"{seed} bank {maker} {place}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
     return torch.randn(shape, generator=generator, device=device)
 
 
 def _identity(run: BuiltRun, phase: int) -> str:
     """Everything that the samples depend on, by content. All processes ask together."""
-    config, experts = run.config, hashlib.sha256()
-    for earlier in run.plan.phases[:phase]:
+    config, experts, maker = run.config, hashlib.sha256(), _maker(run, phase)
+    for earlier in run.plan.phases[: maker if isinstance(maker, int) else 0]:
         for name, value in sorted(run.roles.state_dict(earlier.name).items()):
             own = gathered(value).to("cpu", torch.float32)
             experts.update(f"{earlier.name} {name} {tuple(own.shape)}".encode())
@@ -129,7 +145,7 @@ def _identity(run: BuiltRun, phase: int) -> str:
     return digest_of(
         1,
         [run.teacher, experts.hexdigest(), run.data.prompts.identity, [list(shape) for shape in run.data.shapes]],
-        [run.data.order.shares, phase, run.plan.to_dict(), config.rollouts.bank, config.seed],
+        [run.data.order.shares, maker, run.plan.to_dict(), config.rollouts.bank, config.seed],
         [config.model.dtype, config.model.quantization, config.precision],
     )[:24]
 

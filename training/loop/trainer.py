@@ -136,8 +136,9 @@ class Trainer:
         self.training = PhaseTraining(self.config, self.plan, phase, self.roles, self.accelerator)
 
     def open_bank(self, resumed: bool = False) -> None:
-        """Let rollouts of the phase begin with samples that earlier experts, frozen by now, make once."""
-        if not self.config.rollouts.bank or not self.progress.phase:
+        """Let the phase begin with samples that earlier experts, frozen by now, or the teacher make once."""
+        of_teacher = self.config.objective.expert_loss == "denoising"
+        if not self.config.rollouts.bank or not (self.progress.phase or of_teacher):
             return
         rng, before = self.built.rng, self.built.rng.order
         self.batches.bank, rng.order = open_bank(self.built, self.progress.phase)

@@ -21,6 +21,7 @@ from pdmd_core.batch import PROMPT_MASK, Batch, Renoising
 from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.families import ModelFamily, TeacherRouting
 from pdmd_core.method import fake_roles
+from pdmd_core.objectives import RenoisedSamples
 from pdmd_core.roles import FAKE, Roles
 from training.config.schema import DistillConfig
 from training.loop.build import enable_gradient_checkpointing
@@ -153,7 +154,7 @@ def _peak(
     batch = Batch(noise, conditioning, conditioning, begun=True)
     renoising = Renoising(distiller.draw_score_sigma(count, torch.Generator().manual_seed(0)), noise)
     renoisings = [renoising] * config.objective.score_draws
-    alone = distiller.regresses or config.fake.kind == config.generator.kind  # a step of the expert asks all roles
+    alone = not distiller.fakes or config.fake.kind == config.generator.kind  # a step of the expert asks all roles
     step = 0 if config.objective.expert_rollouts == "through" else len(phase.sigmas) - 1
     peak = 0
     for role in [expert] if alone else [FAKE, expert]:
@@ -167,6 +168,10 @@ def _peak(
                     loss = distiller.fake_loss(noise, conditioning, renoising)
                 elif distiller.regresses:
                     loss = distiller.path_loss(batch, step)
+                elif distiller.denoises:
+                    with torch.no_grad():  # as any step of the teacher's sampling
+                        distiller.teacher_velocity(RenoisedSamples(noise, noise, 0.0, renoising.t), batch)
+                    loss = distiller.denoising_loss(batch, renoising)
                 else:
                     loss = distiller.generator_loss(distiller.expert_rollout(batch, step), batch, *renoisings).loss
             roles.activate(role)

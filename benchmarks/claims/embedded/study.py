@@ -239,7 +239,10 @@ class EmbeddedStudy:
 
     def shipped_samples(self, pairs: list[tuple[int, int]], steps: int, strength: float = 1.0) -> Tensor:
         """Pixels of the shipped experts, in their four steps or in more."""
-        experts = PhasedExperts.open(MODELS / "experts").at_strength(strength)
+        return self.samples_of(PhasedExperts.open(MODELS / "experts").at_strength(strength), pairs, steps)
+
+    def samples_of(self, experts: PhasedExperts, pairs: list[tuple[int, int]], steps: int) -> Tensor:
+        """Pixels of the experts of a folder, in the steps of their plan or in more."""
         networks = {"transformer": copy.deepcopy(self.sampler.pipeline.transformer)}
         roles = roles_from_experts(experts, networks, self.sampler.family, TeacherRouting())
         return self._sampled(roles, experts.manifest.plan.refined(steps), pairs)

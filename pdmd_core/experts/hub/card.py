@@ -170,6 +170,8 @@ def _how(manifest: Manifest) -> str:
     """What trained the experts, as far as the summary says."""
     if manifest.training.get("method") == "regression":
         return "by regression, phase by phase, on the path of"
+    if manifest.training.get("method") == "denoising":
+        return "by denoising the guided samples of"
     return "with Phased DMD (arXiv 2510.27684) from"
 
 

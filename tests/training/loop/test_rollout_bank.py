@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdmd_core.distillation import expert_velocities
+from pdmd_core.distillation import expert_velocities, guided_velocity
 from pdmd_core.roles import Roles
 from pdmd_core.rollout import before_step
 from tests.helpers.configs import changed
@@ -132,6 +134,44 @@ def test_it_is_what_the_frozen_experts_make_and_is_made_once(
     torch.testing.assert_close(together, bank.rows(torch.tensor([0, 1, 2]), "cpu")[0])
     run.roles.parameters("high_noise")[0].data.add_(1)
     assert open_bank(run, 1)[0].folder != bank.folder, "other experts make other samples"
+
+
+def test_where_experts_denoise_it_is_what_the_guided_teacher_samples_in_all_phases_the_same(
+    banked: DistillConfig,
+) -> None:
+    objective = {"expert_loss": "denoising", "path_steps": 2, "guidance_scale": 3.0}
+    denoising = changed(banked, objective=objective)
+    trainer = Trainer(build_run(denoising))
+    run, asked = trainer.built, Counter[str]()
+    velocity = Roles.velocity
+
+    def seen(self: Roles, role: str, *arguments: Any) -> Tensor:
+        asked[role] += 1
+        return velocity(self, role, *arguments)
+
+    with mock.patch.object(Roles, "velocity", seen):
+        trainer.run()
+    steps, files = len(run.plan.sigmas) * 2, 3
+    assert asked["teacher"] == steps * files, "the teacher samples once, whatever number of phases and updates"
+    (bank, _), (other, _) = open_bank(run, 0), open_bank(run, 1)
+    assert bank.folder == other.folder
+    found, examples = bank.rows(torch.tensor([9, 2]), "cpu")
+    cpu, maker = torch.device("cpu"), "teacher, guidance 3.0, 2 steps"
+    x = torch.stack([module._noise(banked.seed, maker, place, run.data.shapes[0], cpu) for place in (9, 2)])
+    sides = run.data.prompts.conditioning_pair(examples, cpu)
+    with torch.no_grad():
+        for sigma, after in pairwise([*run.plan.sigmas, 0.0]):
+            for a, b in pairwise([sigma, (sigma + after) / 2, after]):
+                x = x + (b - a) * guided_velocity(run.roles, x, a, *sides, 3.0)
+    torch.testing.assert_close(found, x)
+    for changes in ({"objective.guidance_scale": 2.0}, {"objective.path_steps": 1}):
+        again = build_run(changed(denoising, **changes))
+        assert open_bank(again, 0)[0].folder != bank.folder, "another teacher's samples"
+    text = describe(denoising)
+    assert text.count(f"rollouts.bank: 10 samples of {steps} evaluations each of the guided teacher before") == 2
+    assert text.count("2 updates, 1 network evaluations of each sample (generator 1, teacher 0;") == 2
+    alone = changed(denoising, plan={"steps": [4], "shift": 3.0})
+    assert "8 evaluations each of the guided teacher" in describe(alone), "also in a plan of one phase"
 
 
 def test_the_dry_run_counts_it_and_one_phase_has_none(banked: DistillConfig) -> None:

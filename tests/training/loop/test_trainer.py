@@ -129,6 +129,31 @@ def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     assert rows == metrics(tmp_path / "broken")
 
 
+def test_denoising_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
+    config: DistillConfig, tmp_path: Path
+) -> None:
+    """In two phases, whose experts teach a run of their own."""
+    choices = {"expert_loss": "denoising", "path_steps": 1, "score_shift": 3.0, "score_draws": 2, "guidance_scale": 2.0}
+    plan = {"steps": [3, 2], "shift": 3.0}
+    each = changed(config, objective=choices, plan=plan, output_dir=str(tmp_path / "whole"))
+    trainer = Trainer(build_run(each))
+    experts = PhasedExperts.open(trainer.run())
+    used = {"expert_loss": "denoising", "path_steps": 1, "score_shift": 3.0}
+    assert experts.manifest.training["objective"] == used and experts.manifest.guidance_scale == 1
+    assert experts.manifest.training["method"] == "denoising"
+    assert "distilled by denoising the guided samples of `" in card_text(experts.manifest, "experts")
+    assert set(trainer.roles.specs) == {"high_noise", "low_noise"}
+    rows = metrics(tmp_path / "whole")
+    assert all("generator_loss" in row and "fake_loss" not in row and "score_distance" not in row for row in rows)
+    assert each.without_use()[0].startswith("not used with objective.expert_loss denoising: objective.score_draws")
+    broken = changed(each, output_dir=str(tmp_path / "broken"))
+    run_and_stop(Trainer(build_run(broken)), 4)
+    Trainer(build_run(broken, Resume())).run()
+    assert rows == metrics(tmp_path / "broken")
+    taught = changed(config, **{"model.experts": str(experts.folder), "objective": {"guidance_scale": 1.0}})
+    assert len(PhasedExperts.open(Trainer(build_run(taught)).run()).manifest.experts) == 2
+
+
 def test_gradient_checkpointing_does_not_change_the_numbers(config: DistillConfig, tmp_path: Path) -> None:
     rows = []
     for checkpointing in (False, True):
