@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from accelerate.state import AcceleratorState
 
 from benchmarks.claims.common.evidence import Spread, markdown_table, rounded
 from benchmarks.claims.common.files import write_text
@@ -106,7 +105,6 @@ def trained(config: DistillConfig) -> PhasedExperts:
     """The experts of a run; trained unless they are there."""
     folder = config.output_dir / "experts"
     if not (folder / MANIFEST_NAME).exists():
-        AcceleratorState._reset_state()  # it keeps what the last run in this process had
         Trainer(build_run(config, Resume())).run()
     return PhasedExperts.open(folder)
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from pdmd_core.batch import Renoising
-from pdmd_core.distillation import PhasedDistiller, expert_velocities, guided_velocity
+from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.flow import renoise, velocity_to_x0
 from pdmd_core.method import Objective, fake_roles
 from pdmd_core.objectives import RenoisedSamples, fake_score_loss, generator_direction
 from pdmd_core.rollout import before_step
+from pdmd_core.velocities import expert_velocities, guided_velocity
 from tests.helpers.tiny_networks import (
     BATCH,
     DENOISING,

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pdmd_core.distillation import expert_velocities, guided_velocity
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.families import ModelFamily, family_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles
 from pdmd_core.rollout import Velocity, route, sample
+from pdmd_core.velocities import expert_velocities, guided_velocity
 from training.config.command_line import UserError
 from training.data.buckets import SampleSize
 from training.data.examples import Example

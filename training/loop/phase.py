@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 from pdmd_core.batch import PROMPT_MASK, Batch, Renoising, Rows, as_rows, rows_of, without_padding
-from pdmd_core.distillation import PhasedDistiller, VelocityOfRole
+from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.families import Conditioning, TeacherRouting
 from pdmd_core.phases import PhasePlan
+from pdmd_core.velocities import VelocityOfRole
 from training.config.schema import DistillConfig
 from training.config.sections import RoleSection
 from training.distributed.sharding import average_gradients, gathered

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pdmd_core.batch import Batch
-from pdmd_core.distillation import PhasedDistiller, expert_velocities
+from pdmd_core.distillation import PhasedDistiller
 from pdmd_core.experts.errors import ExpertsError
 from pdmd_core.experts.format.mapped import MappedFile
 from pdmd_core.hashing import digest_of
 from pdmd_core.rollout import before_step
+from pdmd_core.velocities import expert_velocities
 from training.data.order import ExampleOrder
 from training.data.prompt_cache import digest_of_tensors
 from training.distributed.processes import of_first_process

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdmd_core.distillation import guided_velocity
 from pdmd_core.experts.errors import ExpertsError
 from pdmd_core.experts.format.mapped import MappedFile
 from pdmd_core.flow import euler_step, velocity_to_x0
 from pdmd_core.hashing import digest_of
 from pdmd_core.phases import PhasePlan
+from pdmd_core.velocities import guided_velocity
 from training.config.command_line import UserError
 from training.data.prompt_cache import PromptCache, digest_of_tensors
 from training.distributed.processes import of_first_process

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdmd_core.distillation import expert_velocities
 from pdmd_core.rollout import route, sample
+from pdmd_core.velocities import expert_velocities
 from training.data.prompt_cache import PromptCache
 from training.loop.build import BuiltRun
 from training.loop.phase import PhaseTraining

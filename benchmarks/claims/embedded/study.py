@@ -33,7 +33,6 @@ from benchmarks.claims.embedded.training import (
     digest_of_teacher,
     make_roles,
 )
-from pdmd_core.distillation import expert_velocities
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.convert.low_rank import extract
 from pdmd_core.experts.format.weights import weights_of
@@ -41,6 +40,7 @@ from pdmd_core.families import TeacherRouting
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import Roles, RoleSpec
 from pdmd_core.rollout import route, sample
+from pdmd_core.velocities import expert_velocities
 from training.data.buckets import SampleSize
 from training.embedded.emoji import BACKGROUNDS, EMOJI, MOTIONS, EmojiScenes
 from training.embedded.train_autoencoder import one_frame_convolution

@@ -28,11 +28,11 @@ from benchmarks.claims.mixture.mixture import (
     variance_in_modes,
 )
 from benchmarks.claims.mixture.training import NOTHING, MixtureNetworks, Settings, fit_initial_network
-from pdmd_core.distillation import expert_velocities
 from pdmd_core.metrics import frechet_distance, pairwise_distance
 from pdmd_core.noise_level import shift_sigma
 from pdmd_core.phases import PhasePlan
 from pdmd_core.rollout import route, sample
+from pdmd_core.velocities import expert_velocities
 
 _NOISE_SEED, _EXACT_SEED = 1000, 2000
 _FEW = 2000

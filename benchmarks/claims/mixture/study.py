@@ -26,12 +26,12 @@ from benchmarks.claims.mixture.mixture import (
     variance_in_modes,
 )
 from benchmarks.claims.mixture.training import NOTHING, MixtureNetworks, MixtureProblem, Settings, fit_initial_network
-from pdmd_core.distillation import expert_velocities
 from pdmd_core.flow import euler_step
 from pdmd_core.metrics import frechet_distance, manifold, pairwise_distance
 from pdmd_core.noise_level import shift_sigma
 from pdmd_core.phases import PhasePlan
 from pdmd_core.rollout import Velocity, route, sample, simulate
+from pdmd_core.velocities import expert_velocities
 
 REFERENCES = {
     "exact": "exact samples (noise floor)",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdmd_core.distillation import guided_velocity
 from pdmd_core.families import family_of
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import TEACHER, Roles
 from pdmd_core.rollout import sample
 from pdmd_core.scheduler import PhasedDMDScheduler
+from pdmd_core.velocities import guided_velocity
 from tests.helpers.families.case import Case
 from tests.helpers.families.cases import OF_FAMILIES as CASES
 from tests.helpers.families.parts import spread, use_all_colours

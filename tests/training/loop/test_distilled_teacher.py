@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdmd_core.distillation import expert_velocities
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.format.manifest import MANIFEST_NAME
 from pdmd_core.experts.verify import SampleRequest, verify
 from pdmd_core.phases import PhasePlan
 from pdmd_core.roles import TEACHER, Roles
 from pdmd_core.rollout import route, sample
+from pdmd_core.velocities import expert_velocities
 from tests.helpers.configs import changed
 from tests.helpers.families.wan import wan_two_networks
 from tests.helpers.tiny_experts import save_experts

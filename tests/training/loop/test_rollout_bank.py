@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdmd_core.distillation import expert_velocities, guided_velocity
 from pdmd_core.roles import Roles
 from pdmd_core.rollout import before_step
+from pdmd_core.velocities import expert_velocities, guided_velocity
 from tests.helpers.configs import changed
 from training.config.schema import ConfigError, DistillConfig
 from training.loop import rollout_bank as module
