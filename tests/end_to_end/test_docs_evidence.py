@@ -6,10 +6,11 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import leaderboard, plans, questions
+from benchmarks import guided_samples, leaderboard, plans, questions
 from benchmarks.claims.common.evidence import read_evidence, write_evidence
 from benchmarks.claims.common.methods import METHODS
 from benchmarks.claims.common.summary import write_summary
@@ -30,6 +31,7 @@ def test_a_command_is_understood(line: str) -> None:
         "leaderboard": leaderboard.parse,
         "plans": plans.parse,
         "questions": questions.parse,
+        "guided_samples": guided_samples.parse,
     }
     parsers[Path(script).stem](arguments)
 
@@ -51,9 +53,10 @@ def test_tables_and_verdict_are_those_of_the_rows(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text(encoding="utf-8") == (EVIDENCE / name).read_text(encoding="utf-8"), name
 
 
-def test_questions_are_those_of_their_numbers() -> None:
-    found = json.loads(questions.PUBLISHED.read_text(encoding="utf-8"))
-    assert questions.PUBLISHED.with_suffix(".md").read_text(encoding="utf-8") == questions.report(found)
+@pytest.mark.parametrize("script", [questions, guided_samples])
+def test_a_page_is_that_of_its_numbers(script: Any) -> None:
+    found = json.loads(script.PUBLISHED.read_text(encoding="utf-8"))
+    assert script.PUBLISHED.with_suffix(".md").read_text(encoding="utf-8") == script.report(found)
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

@@ -22,8 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
-TINY = {"400": "1", "updates=[1000,2000]": "updates=[1,2]"}
-"""Numbers of updates in commands, and what they are in a run of one update a phase."""
+TINY = {
+    "400": "1",
+    "updates=[1000,2000]": "updates=[1,2]",
+    "updates=400": "updates=1",
+    "rollouts.bank=1536": "rollouts.bank=3",
+}
+"""Numbers of updates and samples in commands, and what they are in a run of one update a phase."""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def test_every_command_does_what_the_text_says(
             dry += "static memory" in said
             encoded += re.findall(r"2 examples are encoded in (\S+)", said)
             ran += "experts: " in said
-    assert dry == 2 and ran == 8 and len(encoded) == 2 and encoded[0] == encoded[1]
+    assert dry == 2 and ran == 10 and len(encoded) == 2 and encoded[0] == encoded[1]
     assert Path("runs/qwen/report.html").stat().st_size > 5000
 
 

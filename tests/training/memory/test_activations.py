@@ -49,7 +49,7 @@ def predicted_for(config: DistillConfig, teacher: Any) -> float:
 THROUGH = {"fake_rollouts": "whole", "expert_rollouts": "through"}
 
 
-@pytest.mark.parametrize(("steps", "objective"), [([1], {}), ([2], THROUGH)])
+@pytest.mark.parametrize(("steps", "objective"), [([1], {}), ([2], THROUGH), ([2], {"expert_loss": "denoising"})])
 def test_predicted_are_those_of_a_real_step(steps: list[int], objective: dict[str, Any]) -> None:
     model = {"path": "random", "max_sequence_length": TEXT_TOKENS}
     config = small_config(batch_size=1, plan={"steps": steps, "shift": 5.0}, model=model, objective=objective)
@@ -61,7 +61,10 @@ def test_predicted_are_those_of_a_real_step(steps: list[int], objective: dict[st
     for parameter in training.roles.parameters(phase.expert):
         parameter.grad = torch.zeros_like(parameter)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        loss = phase.distiller.generator_loss(phase.distiller.expert_rollout(batch, 0), batch, renoising).loss
+        if phase.distiller.denoises:
+            loss = phase.distiller.denoising_loss(batch, renoising)
+        else:
+            loss = phase.distiller.generator_loss(phase.distiller.expert_rollout(batch, 0), batch, renoising).loss
         loss.backward()
     assert predicted == pytest.approx(allocated(found.profiler.kineto_results.events()), rel=0.1)
 
