@@ -181,7 +181,7 @@ def open_prompt_cache(
     if INDEX not in found or any(found.values()):
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, examples, negative_prompt, encoder, buckets, dtype, found)
-        _opened.cache_clear()
+    _opened.cache_clear()  # what this process has open may be a file that another one has mended since
     return PromptCache(folder)
 
 

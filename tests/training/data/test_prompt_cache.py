@@ -322,6 +322,25 @@ def test_three_runs_mend_and_read_one_cache_together(teacher: Path, tmp_path: Pa
     assert all(torch.equal(values, expected) for values in found)
 
 
+def test_a_file_that_was_damaged_while_it_was_open_and_mended_by_another_run_is_read_anew(
+    teacher: Path, tmp_path: Path
+) -> None:
+    examples, encoder = [Example("a fox"), Example("a panda")], Encoder(TeacherSource(str(teacher)), WAN, 12)
+
+    def read() -> torch.Tensor:
+        bank = open_prompt_cache(examples, "", encoder, [Bucket(16, 16, 1)], tmp_path)
+        return bank.conditioning(torch.arange(2), CPU)["prompt_embeds"]
+
+    expected = read()
+    (path,) = tmp_path.glob("*/000000.safetensors")
+    whole = path.read_bytes()
+    flip(path, 0.9)
+    mended = path.with_suffix(".part")
+    mended.write_bytes(whole)
+    mended.replace(path)
+    assert torch.equal(read(), expected)
+
+
 def test_prompts_that_are_cut_off_are_counted(teacher: Path, tmp_path: Path) -> None:
     def longer(tokens: int) -> int:
         examples = [Example("a fox"), Example("a fox " * 20), Example("a panda " * 20)]
