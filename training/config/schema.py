@@ -119,8 +119,6 @@ class DistillConfig(Section):
         whole = "set parallel.sharding to none, or leave it out"
         if self.parallel.shard_size is not None and sharding != "hsdp":
             raise ValueError(f"parallel.shard_size is for sharding hsdp, found sharding {sharding}: leave it out")
-        if self.model.experts is not None and sharding != "none":
-            raise ValueError(f"model.experts: processes ask for different ones of them, weights stay whole: {whole}")
         if memory.offload_idle_network and sharding != "none":
             raise ValueError(f"memory.offload_idle_network keeps networks whole: {whole}")
         if memory.offload_idle_network and len(self.fake.components or ()) == 1:

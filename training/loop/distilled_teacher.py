@@ -18,7 +18,7 @@ from training.distributed.sharding import load_whole
 
 
 def distilled_teacher(config: DistillConfig) -> PhasedExperts | None:
-    """Open the experts that teach, and check their files and the guidance. Nothing large is read into memory.
+    """Open the experts that teach, and check their files, guidance and placement. Nothing large is read into memory.
 
     Args:
         config: The configuration of the run.
@@ -28,7 +28,7 @@ def distilled_teacher(config: DistillConfig) -> PhasedExperts | None:
 
     Raises:
         ExpertsError: There are no such experts, or a file is damaged.
-        ConfigError: The run asks for other guidance than they sample with.
+        ConfigError: The run asks for other guidance than they sample with, or for shards where they are several.
     """
     folder, asked = config.model.experts, config.objective.guidance_scale
     if folder is None:
@@ -38,6 +38,11 @@ def distilled_teacher(config: DistillConfig) -> PhasedExperts | None:
         raise ConfigError(
             f"objective.guidance_scale: the experts of {folder} sample with {own:g}{' (none)' if own == 1 else ''}, "
             f"found {asked:g}: set it to that"
+        )
+    if (phases := len(experts.manifest.plan)) > 1 and config.parallel.sharding != "none":
+        raise ConfigError(
+            f"model.experts: processes ask for different ones of the {phases} experts of {folder}, so weights stay "
+            "whole: set parallel.sharding to none, or leave it out"
         )
     for expert in experts.manifest.experts:
         experts.verify(expert.name)
