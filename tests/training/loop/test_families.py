@@ -229,6 +229,27 @@ def test_the_fake_of_two_networks_learns_on_both_and_each_expert_on_its_own(
 
 
 @pytest.mark.parametrize("name", TWO)
+def test_what_two_networks_sample_with_guidance_is_learned_on_each_and_taught_by_both(
+    name: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    memory = {"memory.micro_batch_size": 1, "memory.gradient_checkpointing": True}
+    denoising = {"objective": {"expert_loss": "denoising", "path_steps": 1, "guidance_scale": 2.0}, "rollouts.bank": 5}
+    first = config_of(name, teachers[name], tmp_path, **denoising, **memory, **{"memory.offload_idle_network": True})
+    experts = PhasedExperts.open(Trainer(build_run(first)).run())
+    assert [expert.component for expert in experts.manifest.experts] == ["transformer", "transformer_2"]
+    for expert in experts.manifest.experts:
+        assert any(v.any() for key, v in experts.lora_state(expert.name).items() if key.endswith("lora_B"))
+    own = {
+        "model.experts": str(experts.folder),
+        "objective.guidance_scale": 1.0,
+        "output_dir": str(tmp_path / "taught"),
+    }
+    trainer = Trainer(build_run(config_of(name, teachers[name], tmp_path, **own)))
+    assert [e.component for e in PhasedExperts.open(trainer.run()).manifest.experts] == ["transformer", "transformer_2"]
+    assert trainer.progress.bad == 0
+
+
+@pytest.mark.parametrize("name", TWO)
 def test_a_phase_on_both_sides_of_the_teacher_s_boundary_needs_a_choice(
     name: str, teachers: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -132,10 +132,10 @@ def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
 def test_denoising_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     config: DistillConfig, tmp_path: Path
 ) -> None:
-    """In two phases, whose experts teach a run of their own."""
+    """In two phases, from one bank; the experts teach a run of their own."""
     choices = {"expert_loss": "denoising", "path_steps": 1, "score_shift": 3.0, "score_draws": 2, "guidance_scale": 2.0}
-    plan = {"steps": [3, 2], "shift": 3.0}
-    each = changed(config, objective=choices, plan=plan, output_dir=str(tmp_path / "whole"))
+    plan, bank = {"steps": [3, 2], "shift": 3.0}, {"rollouts.bank": 6}
+    each = changed(config, objective=choices, plan=plan, output_dir=str(tmp_path / "whole"), **bank)
     trainer = Trainer(build_run(each))
     experts = PhasedExperts.open(trainer.run())
     used = {"expert_loss": "denoising", "path_steps": 1, "score_shift": 3.0}
