@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks import guided_samples
 from benchmarks.claims.embedded.measures import measured_scenes
@@ -54,8 +55,10 @@ def test_what_teaches_is_learned_from_the_teacher_s_samples_at_equal_evaluations
     assert velocities["updates"] == 2 * direct.updates and samples["updates"] == 4
     assert velocities["distance"] != samples["distance"]
     manifest = json.loads((tiny / "guidance-2-seed-1/samples/experts/phased_experts.json").read_text("utf-8"))
-    assert manifest["training"]["teacher_guidance_scale"] == 1 and len(manifest["training"]["teacher_experts"]) == 1
+    assert manifest["training"]["teacher_guidance_scale"] == 2 and len(manifest["training"]["teacher_experts"]) == 1
     text = page.read_text("utf-8")
+    with Image.open(tiny / "guided_samples.png") as shown:
+        assert shown.width > 3 * 64
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| 2 ")]
     assert [line[1:3] for line in lines] == [
         ["guided velocities", str(2 * direct.updates)],

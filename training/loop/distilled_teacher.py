@@ -50,9 +50,15 @@ def distilled_teacher(config: DistillConfig) -> PhasedExperts | None:
 
 
 def notes_of(experts: PhasedExperts | None) -> dict[str, dict[str, Any]]:
-    """Note the hash and the specification of each expert that teaches, by its role."""
-    found = experts.manifest.experts if experts else ()
-    return {teaching(e.name): {"sha256": e.sha256, "spec": asdict(spec_of(e))} for e in found}
+    """Note of each expert that teaches, by its role, the hash, the specification, and how its own teacher sampled."""
+    if experts is None:
+        return {}
+    noted = experts.manifest.training
+    sampled = {key: noted[key] for key in ("teacher_guidance_scale", "negative_prompt") if key in noted}
+    return {
+        teaching(e.name): {"sha256": e.sha256, "spec": asdict(spec_of(e)), "sampled": sampled}
+        for e in experts.manifest.experts
+    }
 
 
 def spec_of(expert: Expert) -> RoleSpec:

@@ -128,7 +128,10 @@ def training_summary(
         "fake_lr": config.fake.lr,
     }
     of_fake = keys if fake_roles(plan, config.objective) else {}
-    begun = {name: {k: v for k, v in note.items() if k != "spec"} for name, note in start.items()}
+    begun = {name: {k: v for k, v in note.items() if k not in ("spec", "sampled")} for name, note in start.items()}
+    own = {"teacher_guidance_scale": config.objective.guidance_scale, "negative_prompt": config.data.negative_prompt}
+    # what experts that teach sample is what the model sampled that taught them
+    sampled = own | next((note["sampled"] for note in start.values() if "sampled" in note), {})
     taught = {name: note for name, note in begun.items() if name not in {phase.name for phase in plan.phases}}
     begun = {name: note for name, note in begun.items() if name not in taught}
     return {
@@ -136,8 +139,7 @@ def training_summary(
         "updates": [*(config.updates_of(k) if k >= first else 0 for k in range(progress.phase)), progress.update],
         "batch_size": config.batch_size,
         **of_fake,
-        "teacher_guidance_scale": config.objective.guidance_scale,
-        "negative_prompt": config.data.negative_prompt,
+        **sampled,
         "pipeline": type(pipeline).__name__,
         "generator_lr": config.generator.lr,
         "seed": config.seed,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.claims.common.methods import Run
 from benchmarks.claims.embedded.study import EmbeddedStudy
+from pdmd_core.experts import PhasedExperts
 from training.evaluation.pictures import labelled_columns
 
 _PICTURES, _CLIPS = (6, 3), (3, 2)
@@ -18,8 +19,8 @@ _PICTURES, _CLIPS = (6, 3), (3, 2)
 _COLOURS = 64
 """Of an animation: small files, and no colour of the emoji is lost."""
 
-Shown = Sequence[tuple[str, Run | int]]
-"""Titles, each with a run or the steps of the teacher."""
+Shown = Sequence[tuple[str, Run | PhasedExperts | int]]
+"""Titles, each with a run, the experts of a folder or the steps of the teacher."""
 
 
 class Gallery:
@@ -53,6 +54,8 @@ class Gallery:
         for title, made in shown:
             if isinstance(made, int):
                 pixels = self.study.teacher_samples(made, pairs)
+            elif isinstance(made, PhasedExperts):
+                pixels = self.study.samples_of(made, pairs, len(made.manifest.plan.sigmas))
             else:
                 pixels = self.study.expert_samples(made, pairs)
             found.append((title, pixels.unflatten(0, (self.scenes, self.seeds))))

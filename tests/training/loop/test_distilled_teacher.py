@@ -91,6 +91,7 @@ def test_a_run_goes_on_with_the_same_teacher_alone_and_names_it(taught: DistillC
     assert all(torch.equal(value, before[name]) for name, value in trainer.roles.state_dict("teacher_low").items())
     files = {f"teacher_{e.name}": {"sha256": e.sha256} for e in PhasedExperts.open(folder).manifest.experts}
     assert experts.manifest.training["teacher_experts"] == files
+    assert experts.manifest.training["teacher_guidance_scale"] == 2, "that of the model which taught them"
     assert "start" not in experts.manifest.training
     assert experts.manifest.base.model == taught.model.path
     moved = shutil.copytree(folder, folder.with_name("moved"))
