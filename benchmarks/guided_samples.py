@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.claims.common.evidence import Spread, markdown_table, rounded
 from benchmarks.claims.common.files import write_text
+from benchmarks.claims.embedded.gallery import Gallery
 from benchmarks.claims.embedded.measures import distances
 from benchmarks.claims.embedded.study import EmbeddedStudy
 from benchmarks.questions import make_study
@@ -39,7 +40,15 @@ from training.loop.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "training" / "configs" / "embedded_demo.yaml"
-USUAL = {"generator.lr": 3e-3, "fake.lr": 3e-3, "updates": 60, "validation.every": None, "monitoring.tracker": None}
+USUAL = {
+    "model.path": str(ROOT / "training" / "embedded" / "models" / "teacher"),
+    "data.prompts": str(ROOT / "training" / "prompts" / "embedded_pictures.txt"),
+    "generator.lr": 3e-3,
+    "fake.lr": 3e-3,
+    "updates": 60,
+    "validation.every": None,
+    "monitoring.tracker": None,
+}
 """Of all trainings: those of the evidence on pictures, in two phases."""
 DENOISING = {
     "plan.steps": [40],
@@ -57,6 +66,8 @@ VELOCITIES, SAMPLES = "guided velocities", "the teacher's samples"
 WAYS = (VELOCITIES, SAMPLES)
 COLUMNS = (
     ("distance to the teacher", "distance", 4),
+    ("of layout", "layout", 0),
+    ("coverage, %", "coverage", 1),
     ("diversity, % of the teacher's", "diversity", 0),
     ("contrast, %", "contrast", 1),
     ("agreement with the prompt, %", "agreement", 1),
@@ -115,12 +126,15 @@ def measured(study: EmbeddedStudy, experts: PhasedExperts, seed: int) -> dict[st
     found = study.measures.look(study.samples_of(experts, study.pairs(10_000 * seed), steps))
     teacher = study.reference_row(f"teacher_{study.measuring.teacher_steps}", seed)
     measuring = study.measuring
-    frechet = distances(found.features, study.reference, study.data, measuring.seeds, measuring.resamples)["frechet"]
+    columns = distances(found.features, study.reference, study.data, measuring.seeds, measuring.resamples)
+    frechet, layout, coverage = (columns[name] for name in ("frechet", "frechet_layout", "coverage"))
     contrast, agreement, of_teacher = found.extra["contrast"], found.extra["agreement"], teacher.extra["contrast"]
-    assert frechet and contrast and agreement and of_teacher and teacher.diversity
+    assert frechet and layout and coverage and contrast and agreement and of_teacher and teacher.diversity
     return rounded(
         {
             "distance": frechet,
+            "layout": layout,
+            "coverage": 100 * coverage,
             "diversity": 100 * found.diversity / teacher.diversity,
             "contrast": 100 * contrast / of_teacher,
             "agreement": 100 * agreement,
@@ -143,6 +157,14 @@ def train(way: str, guidance: float, seed: int, work_dir: Path) -> Row:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def picture(guidance: float, seed: int, work_dir: Path, path: Path) -> None:
+    """Samples of the teacher and of both ways from the same noise, in columns."""
+    study = make_study(work_dir, "pictures", guidance)
+    gallery, steps = Gallery(study), study.measuring.teacher_steps
+    made = {way: PhasedExperts.open(runs(way, guidance, seed, work_dir)[-1].output_dir / "experts") for way in WAYS}
+    gallery.frame(gallery.samples([(f"teacher, {steps} steps", steps), *made.items()]), 0).save(path)
+
+
 def report(rows: Sequence[Row]) -> str:
     """The page of what was measured."""
     lines = []
@@ -163,9 +185,12 @@ def report(rows: Sequence[Row]) -> str:
             "asks the teacher with guidance. *The teacher's samples*: an expert first learns to denoise "
             f"{DENOISING['rollouts.bank']} samples of the guided teacher in {DENOISING['updates']} updates, and "
             "matching asks it, without guidance. Updates are those of matching; evaluations those of the whole way, "
-            "over samples, where a backward one counts as two. Frechet distances to the guided teacher's 40-step "
-            "samples of other noise; other columns compare with its samples of the same noise. Mean ± standard "
+            "over samples, where a backward one counts as two. Frechet distances, in "
+            "features of style and of layout, and coverage are to the guided teacher's 40-step samples of other noise; "
+            "other columns compare with its samples of the same noise. Mean ± standard "
             "deviation over seeds that did not choose the settings. Written by `python benchmarks/guided_samples.py`.",
+            "",
+            "![the guided teacher, and experts of both ways, from the same noise](guided_samples.png)",
             "",
             markdown_table(header, lines),
             "",
@@ -204,6 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ordered = [rows[key] for key in sorted(rows)]
         write_text(options.output, report(ordered))
         write_text(options.output.with_suffix(".json"), json.dumps(ordered, indent=1) + "\n")
+        guidance = max(row["guidance"] for row in ordered)
+        folder = options.work_dir / f"guidance-{guidance:g}-seed-{options.seeds[0]}"
+        if (folder / "samples" / "experts").exists() and (folder / "velocities" / "experts").exists():
+            picture(guidance, options.seeds[0], options.work_dir, options.output.with_name("guided_samples.png"))
 
 
 if __name__ == "__main__":
