@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.claims.common.evidence import Spread, markdown_table, rounded
 from benchmarks.claims.common.files import write_text
+from benchmarks.claims.common.variants import cost_of_updates
 from benchmarks.claims.embedded.gallery import Gallery
 from benchmarks.claims.embedded.measures import distances
-from benchmarks.claims.embedded.study import EmbeddedStudy
+from benchmarks.claims.embedded.study import EmbeddedStudy, noise_seed
 from benchmarks.questions import make_study
 from pdmd_core.arguments import COUNT, number, output_file
-from pdmd_core.evaluations import evaluations_per_update
 from pdmd_core.experts import PhasedExperts
 from pdmd_core.experts.format.manifest import MANIFEST_NAME
 from training.config.schema import DistillConfig, load_config
@@ -85,16 +85,13 @@ def configuration(folder: Path, seed: int, **changes: Any) -> DistillConfig:
 
 def evaluations(config: DistillConfig) -> float:
     """Network evaluations of a run, over samples; a backward one counts as two."""
-    plan, objective, total = config.plan.build(), config.objective, 0.0
-    guidance, bank = objective.guidance_scale != 1, config.rollouts.bank or 0
-    for k in range(len(plan)):
-        counts = evaluations_per_update(
-            plan, k, objective, config.fake_updates, config.draws_per_rollout, begun=bool(bank)
-        )
-        forward = sum(counts.values()) + guidance * counts["teacher"]
-        of_update = forward + 2 * (counts.get("fake", 0) + counts["generator"])
-        total += config.updates_of(k) * config.batch_size * of_update
-    return total + bank * (1 + guidance) * len(plan.sigmas) * objective.path_steps
+    plan, objective, bank = config.plan.build(), config.objective, config.rollouts.bank or 0
+    guided = objective.guidance_scale != 1
+    choices = (config.fake_updates, config.draws_per_rollout, guided, bool(bank))
+    forward, backward = cost_of_updates(plan, objective, *choices)
+    updates = sum(config.updates_of(k) for k in range(len(plan)))  # as many in each phase
+    made = bank * (1 + guided) * len(plan.sigmas) * objective.path_steps
+    return updates * config.batch_size * (forward + 2 * backward) + made
 
 
 def runs(way: str, guidance: float, seed: int, work_dir: Path) -> list[DistillConfig]:
@@ -123,7 +120,7 @@ def trained(config: DistillConfig) -> PhasedExperts:
 def measured(study: EmbeddedStudy, experts: PhasedExperts, seed: int) -> dict[str, float]:
     """The columns of a row, as they are shown."""
     steps = len(experts.manifest.plan.sigmas)
-    found = study.measures.look(study.samples_of(experts, study.pairs(10_000 * seed), steps))
+    found = study.measures.look(study.samples_of(experts, study.pairs(noise_seed(seed)), steps))
     teacher = study.reference_row(f"teacher_{study.measuring.teacher_steps}", seed)
     measuring = study.measuring
     columns = distances(found.features, study.reference, study.data, measuring.seeds, measuring.resamples)

@@ -110,12 +110,13 @@ def _make(run: BuiltRun, phase: int, places: list[int], examples: Tensor, shape:
         noise = torch.stack(
             [_noise(config.seed, _maker(run, phase), places[row], shape, accelerator.device) for row in rows.tolist()]
         )
-        sides = run.data.prompts.conditioning_pair(examples[rows], accelerator.device)
         with accelerator.autocast():
             if distiller.denoises:
-                parts.append(distiller.teacher_samples(Batch(noise, *sides)).float())
+                batch = Batch(noise, *run.data.prompts.conditioning_pair(examples[rows], accelerator.device))
+                parts.append(distiller.teacher_samples(batch).float())
                 continue
-            experts = expert_velocities(run.roles, run.plan, sides[0])
+            conditioning = run.data.prompts.conditioning(examples[rows], accelerator.device)
+            experts = expert_velocities(run.roles, run.plan, conditioning)
             parts.append(before_step(experts, run.plan, phase, 0, noise).float())
     found = accelerator.gather(torch.cat(parts)).cpu().unflatten(0, (-1, share))
     return found[::together].flatten(0, 1)[:count].contiguous()

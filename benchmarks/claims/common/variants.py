@@ -51,7 +51,7 @@ OF_RECIPES = "2x2_own"
 
 
 def cost_of_updates(
-    plan: PhasePlan, objective: Objective, fake_updates: int, draws: int, guidance: bool
+    plan: PhasePlan, objective: Objective, fake_updates: int, draws: int, guidance: bool, begun: bool = False
 ) -> tuple[float, float]:
     """Network evaluations of an update on average over the phases of a plan: forward, and those that run backward.
 
@@ -61,8 +61,9 @@ def cost_of_updates(
         fake_updates: Rollouts that the fake learns from, for each generator update.
         draws: Gradient steps of the fake on one rollout.
         guidance: Whether the teacher is guided, which is two evaluations.
+        begun: Whether updates begin with samples that were made once.
     """
-    counts = [evaluations_per_update(plan, k, objective, fake_updates, draws) for k in range(len(plan))]
+    counts = [evaluations_per_update(plan, k, objective, fake_updates, draws, begun) for k in range(len(plan))]
     forward = sum(sum(count.values()) + guidance * count["teacher"] for count in counts)
     backward = sum(count.get("fake", 0) + count["generator"] for count in counts)
     return forward / len(plan), backward / len(plan)

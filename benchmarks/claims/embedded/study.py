@@ -190,7 +190,7 @@ class EmbeddedStudy:
 
     def shown_pairs(self, count: int, seeds: int) -> list[tuple[int, int]]:
         """Those of the first seeds of these scenes, in the rows of seed 0."""
-        pairs = self.pairs(_noise_seed(0))
+        pairs = self.pairs(noise_seed(0))
         return [pairs[i * self.measuring.seeds + k] for i in self._shown(count) for k in range(seeds)]
 
     def _shown(self, count: int) -> list[int]:
@@ -322,7 +322,7 @@ class EmbeddedStudy:
             with safe_open(self.train(run), "pt") as file:
                 metadata = file.metadata()
             evaluations: dict[str, int] = json.loads(metadata["evaluations"])
-            pixels = self.expert_samples(run, self.pairs(_noise_seed(run.seed)), refined, extracted)
+            pixels = self.expert_samples(run, self.pairs(noise_seed(run.seed)), refined, extracted)
             measured = self.measures.look(pixels)
             extra: dict[str, Any] = {
                 "training_evaluations": sum(evaluations.values()),
@@ -351,10 +351,10 @@ class EmbeddedStudy:
             elif name.startswith("experts_"):
                 steps, *strength = name.removeprefix("experts_").split("_at_")
                 evaluations = int(steps)
-                pixels = self.shipped_samples(self.pairs(_noise_seed(seed)), evaluations, *map(float, strength))
+                pixels = self.shipped_samples(self.pairs(noise_seed(seed)), evaluations, *map(float, strength))
             else:
                 evaluations = int(name.removeprefix("teacher_"))
-                pixels = self.teacher_samples(evaluations, self.pairs(_noise_seed(seed)))
+                pixels = self.teacher_samples(evaluations, self.pairs(noise_seed(seed)))
                 evaluations *= 1 if self.settings.guidance_scale == 1 else 2
             write_row(path, self._row(name, seed, evaluations, self.measures.look(pixels), None, 0, {}))
         return read_row(path)
@@ -392,6 +392,6 @@ def _row_name(run: Run, refined: int | None, extracted: int | None) -> str:
     return "-".join([run.name, *(f"{name}-{value}" for name, value in more.items() if value is not None)])
 
 
-def _noise_seed(seed: int) -> int:
+def noise_seed(seed: int) -> int:
     """The same for all methods at one seed."""
     return 10_000 * seed

@@ -93,6 +93,14 @@ def test_the_fake_starts_each_phase_as_the_teacher(config: DistillConfig) -> Non
     assert all(value.abs().max() == 0 for name, value in trainer.roles.state_dict(FAKE).items() if "lora_B" in name)
 
 
+def resumed(config: DistillConfig, folder: Path) -> list[dict[str, Any]]:
+    """The numbers of the same run in this folder, stopped after four updates and gone on with."""
+    broken = changed(config, output_dir=str(folder))
+    run_and_stop(Trainer(build_run(broken)), 4)
+    Trainer(build_run(broken, Resume())).run()
+    return metrics(folder)
+
+
 def test_with_a_fake_for_each_step_a_stopped_run_resumes_to_the_same_numbers(
     config: DistillConfig, tmp_path: Path
 ) -> None:
@@ -103,10 +111,7 @@ def test_with_a_fake_for_each_step_a_stopped_run_resumes_to_the_same_numbers(
     assert manifest.training["objective"] == {k: v for k, v in choices.items() if k != "guidance_scale"}
     moved = [value for fake in (FAKE, "fake_2") for value in trainer.roles.state_dict(fake).values()]
     assert all(value.abs().max() > 0 for value in moved)
-    broken = changed(each, output_dir=str(tmp_path / "broken"))
-    run_and_stop(Trainer(build_run(broken)), 4)
-    Trainer(build_run(broken, Resume())).run()
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    assert metrics(tmp_path / "whole") == resumed(each, tmp_path / "broken")
 
 
 def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
@@ -123,10 +128,7 @@ def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     rows = metrics(tmp_path / "whole")
     assert all("generator_loss" in row and "fake_loss" not in row and "score_distance" not in row for row in rows)
     assert each.without_use()[0].startswith("not used with objective.expert_loss regression: objective.fake_rollouts")
-    broken = changed(each, output_dir=str(tmp_path / "broken"))
-    run_and_stop(Trainer(build_run(broken)), 4)
-    Trainer(build_run(broken, Resume())).run()
-    assert rows == metrics(tmp_path / "broken")
+    assert rows == resumed(each, tmp_path / "broken")
 
 
 def test_denoising_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
@@ -146,10 +148,7 @@ def test_denoising_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     rows = metrics(tmp_path / "whole")
     assert all("generator_loss" in row and "fake_loss" not in row and "score_distance" not in row for row in rows)
     assert each.without_use()[0].startswith("not used with objective.expert_loss denoising: objective.score_draws")
-    broken = changed(each, output_dir=str(tmp_path / "broken"))
-    run_and_stop(Trainer(build_run(broken)), 4)
-    Trainer(build_run(broken, Resume())).run()
-    assert rows == metrics(tmp_path / "broken")
+    assert rows == resumed(each, tmp_path / "broken")
     taught = changed(config, **{"model.experts": str(experts.folder), "objective": {"guidance_scale": 1.0}})
     assert len(PhasedExperts.open(Trainer(build_run(taught)).run()).manifest.experts) == 2
 
