@@ -38,15 +38,18 @@ def add_adapter(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     inner, outer = ("|".join(map(re.escape, names)) for names in (targets, blocks))
-    wanted = re.compile(rf"(?:.+\.)?(?:{outer})\.\d+\.(?:.+\.)?(?:{inner})")
+    wanted = re.compile(rf"((?:.+?\.)?(?:{outer})\.\d+)\.((?:.+\.)?(?:{inner}))")
     linear = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, BaseTunerLayer))]
-    found = [name for name in linear if wanted.fullmatch(name)]
+    found: dict[str, list[str]] = {}
+    for match in filter(None, map(wanted.fullmatch, linear)):
+        found.setdefault(match[1], []).append(match[2])
     if not found:
         raise ValueError(f"no linear layer of the blocks {', '.join(blocks)} ends in {', '.join(targets)}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="|".join(map(re.escape, found)))
     with warnings.catch_warnings():  # several adapters are the point
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, network, adapter_name=role)
+        for block, names in found.items():  # peft compares every module with every adapted one
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="|".join(map(re.escape, names)))
+            inject_adapter_in_model(config, network.get_submodule(block), adapter_name=role)
     return {path: module for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
