@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export OMP_WAIT_POLICY = PASSIVE
+# Tests start many processes, each of which would compile ComfyUI and rewrite the tests' asserts again
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests of one file stay in one process, files that take minutes go first (tests/conftest.py)
 WORKERS ?= auto

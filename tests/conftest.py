@@ -1,6 +1,5 @@
 """One thread, one seed: every test gives the same numbers on every run."""
 
-import gc
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-gc.disable()  # until all tests are imported
+from tests.helpers.garbage import pytest_collection_finish  # noqa: F401
+
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -24,13 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a slow test go first: what several processes come to last is then short."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def pytest_collection_finish() -> None:
-    """What was imported stays: collections of garbage, which models and caches ask for, pass over it."""
-    gc.enable()
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

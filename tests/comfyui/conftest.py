@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.comfyui import install
+from tests.helpers.garbage import pytest_collection_finish  # noqa: F401
 
 if TYPE_CHECKING:
     from pdmd_core.phases import PhasePlan
@@ -32,7 +34,9 @@ def pack(base: Path):
     """The node pack, loaded by ComfyUI's own loader in this process."""
     from tests.helpers.comfyui.in_process import load_pack
 
-    return load_pack(install.tree(VERSION), base)
+    loaded = load_pack(install.tree(VERSION), base)
+    gc.freeze()  # ComfyUI is imported there, see tests/helpers/garbage.py
+    return loaded
 
 
 @pytest.fixture(scope="session")
