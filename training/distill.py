@@ -261,7 +261,7 @@ def train(config: DistillConfig, resume: Resume | None, push_to_hub: str | None 
     if main:
         if resume and trainer.built.resumption is None:
             print(f"{config.output_dir}: no checkpoint to resume from, starting at update 0")
-        print("\n".join([trainer.plan.describe(), *config.without_use()]))
+        print("\n".join([trainer.plan.describe(), *config.remarks()]))
     try:
         experts = trainer.run()
     except (Stopped, StoppedEarly) as stop:

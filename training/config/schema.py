@@ -41,6 +41,9 @@ from training.config.sections import (
     ValidationSection,
 )
 
+MANY_STEPS = 20
+"""A teacher samples well in."""
+
 
 class ConfigError(UserError):
     """A configuration that cannot be run: one line for each problem."""
@@ -218,12 +221,19 @@ class DistillConfig(Section):
         fake = replace(self.fake, components=self.fake.components or routing.components)
         return specs | dict.fromkeys(fake_roles(self.plan.build(), self.objective), fake)
 
-    def without_use(self) -> list[str]:
-        """Name the keys that were given and that this run has no use for, in a line."""
-        keys = [f"objective.{name}" for name in choices_without_use(self.objective)]
-        if self.objective.expert_loss != "matching":
+    def remarks(self) -> list[str]:
+        """Say, in a line each, what is allowed and is hardly what was meant: keys without use, too few steps."""
+        objective, steps = self.objective, len(self.plan.build().sigmas)
+        keys = [f"objective.{name}" for name in choices_without_use(objective)]
+        if objective.expert_loss != "matching":
             keys += [key for key in ("fake", "fake_updates", "draws_per_rollout") if key in self.model_fields_set]
-        return [f"not used with objective.expert_loss {self.objective.expert_loss}: {', '.join(keys)}"] if keys else []
+        found = [f"not used with objective.expert_loss {objective.expert_loss}: {', '.join(keys)}"] if keys else []
+        if objective.expert_loss == "denoising" and steps < MANY_STEPS:
+            found.append(
+                f"objective.expert_loss denoising: in the {steps} steps of this plan its experts are as blurred as the "
+                "teacher in so many; experts of many, plan.steps=[40], can teach those of few (docs/training.md)"
+            )
+        return found
 
     def _component_of(self, phase: Phase, routing: TeacherRouting) -> str:
         chosen = self.generator.components or tuple({routing.component_at(sigma) for sigma in phase.sigmas})

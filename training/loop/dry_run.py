@@ -99,7 +99,7 @@ def describe(config: DistillConfig, memory_per_gpu: float | None = None, gpus: i
     if group_size(config, gpus) > 1:
         stays = "its shard of one weight after the other"
     lines += [f"  {'host memory':12} {in_words(held.loaded)}: the teacher, in each process, {stays}", ""]
-    lines += [*_evaluations(config, plan, gpus, held.swapped), *config.without_use(), ""]
+    lines += [*_evaluations(config, plan, gpus, held.swapped), *config.remarks(), ""]
     files = ["config.yaml", "metrics.jsonl", "samples/", "checkpoints/", "logs/", "experts/"]
     lines += [
         *_examples(config, family, pipeline),

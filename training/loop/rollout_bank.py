@@ -122,15 +122,15 @@ def _make(run: BuiltRun, phase: int, places: list[int], examples: Tensor, shape:
     return found[::together].flatten(0, 1)[:count].contiguous()
 
 
-def _maker(run: BuiltRun, phase: int) -> int | str:
-    """What makes the samples: the experts of phases before this one, or the guided teacher."""
+def _maker(run: BuiltRun, phase: int) -> str:
+    """What makes the samples: the guided teacher, or the experts of phases before this one, named by its index."""
     objective = run.config.objective
-    if objective.expert_loss != "denoising":
-        return phase
-    return f"teacher, guidance {objective.guidance_scale!r}, {objective.path_steps} steps"
+    if objective.expert_loss == "denoising":
+        return f"teacher, guidance {objective.guidance_scale!r}, {objective.path_steps} steps"
+    return str(phase)
 
 
-def _noise(seed: int, maker: int | str, place: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _noise(seed: int, maker: str, place: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     digest = hashlib.sha256(f"{seed} bank {maker} {place}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
     return torch.randn(shape, generator=generator, device=device)
@@ -138,8 +138,8 @@ def _noise(seed: int, maker: int | str, place: int, shape: tuple[int, ...], devi
 
 def _identity(run: BuiltRun, phase: int) -> str:
     """Everything that the samples depend on, by content. All processes ask together."""
-    config, experts, maker = run.config, hashlib.sha256(), _maker(run, phase)
-    for earlier in run.plan.phases[: maker if isinstance(maker, int) else 0]:
+    config, experts, of_teacher = run.config, hashlib.sha256(), run.config.objective.expert_loss == "denoising"
+    for earlier in run.plan.phases[: 0 if of_teacher else phase]:
         for name, value in sorted(run.roles.state_dict(earlier.name).items()):
             own = gathered(value).to("cpu", torch.float32)
             experts.update(f"{earlier.name} {name} {tuple(own.shape)}".encode())
@@ -147,7 +147,7 @@ def _identity(run: BuiltRun, phase: int) -> str:
     return digest_of(
         1,
         [run.teacher, experts.hexdigest(), run.data.prompts.identity, [list(shape) for shape in run.data.shapes]],
-        [run.data.order.shares, maker, run.plan.to_dict(), config.rollouts.bank, config.seed],
+        [run.data.order.shares, _maker(run, phase), run.plan.to_dict(), config.rollouts.bank, config.seed],
         [config.model.dtype, config.model.quantization, config.precision],
     )[:24]
 

@@ -127,7 +127,7 @@ def test_regression_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     assert set(trainer.roles.specs) == {"high_noise", "low_noise"}
     rows = metrics(tmp_path / "whole")
     assert all("generator_loss" in row and "fake_loss" not in row and "score_distance" not in row for row in rows)
-    assert each.without_use()[0].startswith("not used with objective.expert_loss regression: objective.fake_rollouts")
+    assert each.remarks()[0].startswith("not used with objective.expert_loss regression: objective.fake_rollouts")
     assert rows == resumed(each, tmp_path / "broken")
 
 
@@ -147,7 +147,10 @@ def test_denoising_has_no_fake_and_a_stopped_run_resumes_to_the_same_numbers(
     assert set(trainer.roles.specs) == {"high_noise", "low_noise"}
     rows = metrics(tmp_path / "whole")
     assert all("generator_loss" in row and "fake_loss" not in row and "score_distance" not in row for row in rows)
-    assert each.without_use()[0].startswith("not used with objective.expert_loss denoising: objective.score_draws")
+    unused, few = each.remarks()
+    assert unused.startswith("not used with objective.expert_loss denoising: objective.score_draws")
+    assert few.startswith("objective.expert_loss denoising: in the 5 steps of this plan its experts are as blurred")
+    assert len(changed(each, **{"plan.steps": [20]}).remarks()) == 1
     assert rows == resumed(each, tmp_path / "broken")
     taught = changed(config, **{"model.experts": str(experts.folder), "objective": {"guidance_scale": 1.0}})
     assert len(PhasedExperts.open(Trainer(build_run(taught)).run()).manifest.experts) == 2
