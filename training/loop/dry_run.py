@@ -193,18 +193,19 @@ def _evaluations(config: DistillConfig, plan: PhasePlan, gpus: int, swapped: flo
         counts = evaluations_per_update(
             plan, k, config.objective, config.fake_updates, config.draws_per_rollout, bool(config.rollouts.bank)
         )
-        parts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
+        parts = ", ".join(f"{name} {value:g}" for name, value in counts.items() if value)
         lines.append(
             f"phase {phase.name}: {config.updates_of(k)} updates, {sum(counts.values()):g} network evaluations of each "
-            f"sample ({parts}{guidance})"
+            f"sample ({parts}{guidance if counts['teacher'] else ''})"
         )
-        denoises = config.objective.expert_loss == "denoising"
-        if config.rollouts.bank and (k or denoises):
-            steps = sum(len(earlier.sigmas) for earlier in plan.phases[:k])
-            evaluations = f"{steps} evaluations each"
-            if denoises:  # one bank for all phases
-                evaluations = f"{len(plan.sigmas) * config.objective.path_steps} evaluations each of the guided teacher"
-            lines.append(f"  rollouts.bank: {config.rollouts.bank} samples of {evaluations} before its first update")
+        if bank := config.rollouts.bank:
+            if config.objective.expert_loss == "denoising":
+                steps = len(plan.sigmas) * config.objective.path_steps
+                made = f"{bank} samples of the teacher, {steps} evaluations each, for all phases{guidance}"
+                lines += [f"  rollouts.bank: {made}"] if k == config.first_phase else []
+            elif k:
+                steps = sum(len(earlier.sigmas) for earlier in plan.phases[:k])
+                lines.append(f"  rollouts.bank: {bank} samples of {steps} evaluations each before its first update")
         if swapped:
             passes = _passes(config, counts) * -(-own // at_once)
             lines.append(
