@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers.garbage import pytest_collection_finish  # noqa: F401
+from tests.helpers.garbage import pytest_collection_finish as pytest_collection_finish
+from tests.helpers.garbage import pytest_collectstart as pytest_collectstart
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.comfyui import install
-from tests.helpers.garbage import pytest_collection_finish  # noqa: F401
+from tests.helpers.garbage import pytest_collection_finish as pytest_collection_finish
+from tests.helpers.garbage import pytest_collectstart as pytest_collectstart
 
 if TYPE_CHECKING:
     from pdmd_core.phases import PhasePlan

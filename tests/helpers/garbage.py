@@ -2,11 +2,14 @@
 
 import gc
 
-gc.disable()  # until all is imported
+
+def pytest_collectstart() -> None:
+    """For a conftest: none while tests are imported."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """For a conftest."""
+    """For a conftest: what was imported stays."""
     gc.enable()
     gc.collect()
     gc.freeze()
