@@ -22,13 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
-TINY = {
-    "400": "1",
-    "updates=[1000,2000]": "updates=[1,2]",
-    "updates=400": "updates=1",
-    "rollouts.bank=1536": "rollouts.bank=3",
-}
-"""Numbers of updates and samples in commands, and what they are in a run of one update a phase."""
+TINY = {"400": "1", "updates=[1000,2000]": "updates=[1,2]"}
+"""Numbers of updates in commands, and what they are in a run of one update a phase."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +49,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "words.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "a panda"}\n', encoding="utf-8")
     (folder / "training" / "configs").mkdir(parents=True)
     for recipe in (ROOT / "training" / "configs").glob("*.yaml"):
-        settings = {**with_values({}, tiny), "output_dir": f"runs/{recipe.stem}"}
+        own = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        settings = {**with_values({}, tiny), "output_dir": own["output_dir"]}
+        if own["objective"].get("expert_loss") == "denoising":  # its bank needs one phase
+            settings |= {"objective": own["objective"], "rollouts": {"bank": 3}, "plan": {"steps": [2], "shift": 3.0}}
         (folder / "training" / "configs" / recipe.name).write_text(yaml.safe_dump(settings), encoding="utf-8")
     return folder
 

@@ -85,7 +85,8 @@ def open_bank(run: BuiltRun, phase: int) -> tuple[RolloutBank, ExampleOrder]:
     members = [[k for k in range(count) if buckets[k] == bucket] for bucket in range(len(data.shapes))]
     chunks = [rows[i : i + CHUNK] for rows in members for i in range(0, len(rows), CHUNK)]
     missing = of_first_process(lambda: [n for n in range(len(chunks)) if not _whole(_file(folder, n))])
-    bar = progress_bar(missing, desc="rollouts", disable=not run.accelerator.is_main_process)
+    made = "teacher's samples" if config.objective.expert_loss == "denoising" else "rollouts"
+    bar = progress_bar(missing, desc=made, disable=not run.accelerator.is_main_process)
     for number in bar:
         shape = data.shapes[buckets[chunks[number][0]]]
         samples = _make(run, phase, chunks[number], examples[chunks[number]], shape)
