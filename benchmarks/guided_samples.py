@@ -40,6 +40,8 @@ from training.loop.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "training" / "configs" / "embedded_demo.yaml"
+DENOISER = CONFIG.with_name("embedded_denoising.yaml")
+"""The recipe of the expert that denoises what the guided teacher samples."""
 USUAL = {
     "model.path": str(ROOT / "training" / "embedded" / "models" / "teacher"),
     "data.prompts": str(ROOT / "training" / "prompts" / "embedded_pictures.txt"),
@@ -50,18 +52,8 @@ USUAL = {
     "monitoring.tracker": None,
 }
 """Of all trainings: those of the evidence on pictures, in two phases."""
-DENOISING = {
-    "plan.steps": [40],
-    "objective.expert_loss": "denoising",
-    "objective.path_steps": 1,
-    "objective.score_shift": 5.0,
-    "rollouts.bank": 1536,
-    "updates": 400,
-    "ema_decay": 0.99,
-    "lr_decay_share": 0.5,
-    "checkpoints.every": 100,
-}
-"""Of the expert that denoises what the guided teacher samples."""
+DENOISING: dict[str, Any] = {"ema_decay": 0.99, "lr_decay_share": 0.5}
+"""What is different here from that recipe."""
 VELOCITIES, SAMPLES = "guided velocities", "the teacher's samples"
 WAYS = (VELOCITIES, SAMPLES)
 COLUMNS = (
@@ -79,8 +71,18 @@ Row = dict[str, Any]
 
 def configuration(folder: Path, seed: int, **changes: Any) -> DistillConfig:
     """The demo's recipe with other values, in dotted keys."""
-    values = USUAL | changes | {"seed": seed, "output_dir": str(folder)}
-    return load_config(CONFIG, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+    return _changed(CONFIG, USUAL | changes, folder, seed)
+
+
+def denoising(folder: Path, seed: int, guidance: float) -> DistillConfig:
+    """The recipe of an expert that denoises what the guided teacher samples."""
+    usual = {key: value for key, value in USUAL.items() if key not in ("updates", "fake.lr")}
+    return _changed(DENOISER, usual | DENOISING | {"objective.guidance_scale": guidance}, folder, seed)
+
+
+def _changed(recipe: Path, values: dict[str, Any], folder: Path, seed: int) -> DistillConfig:
+    values = values | {"seed": seed, "output_dir": str(folder)}
+    return load_config(recipe, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 def evaluations(config: DistillConfig) -> float:
@@ -98,7 +100,7 @@ def runs(way: str, guidance: float, seed: int, work_dir: Path) -> list[DistillCo
     """The trainings of a way, one after the other; of both ways they have equal evaluations."""
     folder = work_dir / f"guidance-{guidance:g}-seed-{seed}"
     guided = {"objective.guidance_scale": guidance}
-    first = configuration(folder / "denoising", seed, **DENOISING, **guided)
+    first = denoising(folder / "denoising", seed, guidance)
     alone = {"objective.guidance_scale": 1.0}
     if way == SAMPLES:  # its teacher is there once it was trained
         taught = {"model.experts": str(first.output_dir / "experts")}
@@ -164,7 +166,7 @@ def picture(guidance: float, seed: int, work_dir: Path, path: Path) -> None:
 
 def report(rows: Sequence[Row]) -> str:
     """The page of what was measured."""
-    lines = []
+    first, lines = load_config(DENOISER), []
     for guidance in sorted({row["guidance"] for row in rows}):
         for way in WAYS:
             own = [row for row in rows if (row["guidance"], row["way"]) == (guidance, way)]
@@ -180,7 +182,7 @@ def report(rows: Sequence[Row]) -> str:
             "",
             "Pictures, 2 x 2 with own increments, learning rate 3e-3, LoRAs of rank 16. *Guided velocities*: matching "
             "asks the teacher with guidance. *The teacher's samples*: an expert first learns to denoise "
-            f"{DENOISING['rollouts.bank']} samples of the guided teacher in {DENOISING['updates']} updates, and "
+            f"{first.rollouts.bank} samples of the guided teacher in {first.updates} updates, and "
             "matching asks it, without guidance. Updates are those of matching; evaluations those of the whole way, "
             "over samples, where a backward one counts as two. Frechet distances, in "
             "features of style and of layout, and coverage are to the guided teacher's 40-step samples of other noise; "

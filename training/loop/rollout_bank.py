@@ -85,8 +85,11 @@ def open_bank(run: BuiltRun, phase: int) -> tuple[RolloutBank, ExampleOrder]:
     members = [[k for k in range(count) if buckets[k] == bucket] for bucket in range(len(data.shapes))]
     chunks = [rows[i : i + CHUNK] for rows in members for i in range(0, len(rows), CHUNK)]
     missing = of_first_process(lambda: [n for n in range(len(chunks)) if not _whole(_file(folder, n))])
-    made = "teacher's samples" if config.objective.expert_loss == "denoising" else "rollouts"
-    bar = progress_bar(missing, desc=made, disable=not run.accelerator.is_main_process)
+    bar = progress_bar(
+        missing,
+        desc="teacher's samples" if _of_teacher(run) else "rollouts",
+        disable=not run.accelerator.is_main_process,
+    )
     for number in bar:
         shape = data.shapes[buckets[chunks[number][0]]]
         samples = _make(run, phase, chunks[number], examples[chunks[number]], shape)
@@ -123,10 +126,15 @@ def _make(run: BuiltRun, phase: int, places: list[int], examples: Tensor, shape:
     return found[::together].flatten(0, 1)[:count].contiguous()
 
 
+def _of_teacher(run: BuiltRun) -> bool:
+    """Whether the samples are the teacher's."""
+    return run.config.objective.expert_loss == "denoising"
+
+
 def _maker(run: BuiltRun, phase: int) -> str:
     """What makes the samples: the guided teacher, or the experts of phases before this one, named by its index."""
     objective = run.config.objective
-    if objective.expert_loss == "denoising":
+    if _of_teacher(run):
         return f"teacher, guidance {objective.guidance_scale!r}, {objective.path_steps} steps"
     return str(phase)
 
@@ -139,8 +147,8 @@ def _noise(seed: int, maker: str, place: int, shape: tuple[int, ...], device: to
 
 def _identity(run: BuiltRun, phase: int) -> str:
     """Everything that the samples depend on, by content. All processes ask together."""
-    config, experts, of_teacher = run.config, hashlib.sha256(), run.config.objective.expert_loss == "denoising"
-    for earlier in run.plan.phases[: 0 if of_teacher else phase]:
+    config, experts = run.config, hashlib.sha256()
+    for earlier in run.plan.phases[: 0 if _of_teacher(run) else phase]:
         for name, value in sorted(run.roles.state_dict(earlier.name).items()):
             own = gathered(value).to("cpu", torch.float32)
             experts.update(f"{earlier.name} {name} {tuple(own.shape)}".encode())
