@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.claims.common.evidence import Spread, markdown_table, rounded
-from benchmarks.claims.common.files import write_text
+from benchmarks.claims.common.files import check_rows, write_text
 from benchmarks.claims.common.variants import cost_of_updates
 from benchmarks.claims.embedded.gallery import Gallery
 from benchmarks.claims.embedded.measures import distances
@@ -225,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = sorted((options.work_dir / "rows").glob("*.json"))
         for row in (json.loads(path.read_text(encoding="utf-8")) for path in files):
             rows[row["guidance"], row["way"], row["seed"]] = row
+        check_rows(rows)
         ordered = [rows[key] for key in sorted(rows)]
         write_text(options.output, report(ordered))
         write_text(options.output.with_suffix(".json"), json.dumps(ordered, indent=1) + "\n")

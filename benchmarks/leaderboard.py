@@ -34,7 +34,7 @@ from benchmarks.claims.common.evidence import (
     spread,
     update_board,
 )
-from benchmarks.claims.common.files import write_text
+from benchmarks.claims.common.files import check_rows, write_text
 from benchmarks.claims.common.summary import write_summary
 from benchmarks.claims.common.variants import BASELINE, VARIANTS
 from benchmarks.claims.common.verdict import write_verdict
@@ -95,7 +95,7 @@ def line_of(board: Board, columns: Sequence[Column], rows: Sequence[Row]) -> lis
 
 def report(boards: Sequence[Board], samples: bool = False, guidance_scale: float | None = None) -> str:
     """The page of all teachers of which there are rows, best first; with the pictures of ``write_samples``."""
-    parts = [
+    head = [
         "# Leaderboard",
         "",
         f"Variants at equal network evaluations of training, those of {VARIANTS[BASELINE].title} (a backward one "
@@ -104,6 +104,7 @@ def report(boards: Sequence[Board], samples: bool = False, guidance_scale: float
         f"--stages report{'' if guidance_scale is None else f' --guidance_scale {guidance_scale:g}'}`.",
         "",
     ]
+    parts: list[str] = []
     for board in boards:
         found = {key: board.reported(method) for key, method in VARIANTS.items()}
         there = [rows for rows in found.values() if rows]
@@ -129,7 +130,8 @@ def report(boards: Sequence[Board], samples: bool = False, guidance_scale: float
             parts += time_to(goal, board)
         if samples and isinstance(board, EmbeddedBoard) and (shown := board.shown()):
             parts += Gallery(board.study).markdown(SAMPLES, [title for title, _ in shown])
-    return "\n".join(parts)
+    check_rows(parts)
+    return "\n".join([*head, *parts])
 
 
 def time_to(goal: float, board: Board) -> list[str]:

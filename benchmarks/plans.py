@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.claims.common.board import REFINED, REPORTED, Board
 from benchmarks.claims.common.evidence import Row, Spread, markdown_table, spread
-from benchmarks.claims.common.files import write_text
+from benchmarks.claims.common.files import check_rows, write_text
 from benchmarks.claims.common.methods import Method
 from benchmarks.claims.common.variants import VARIANTS
 from benchmarks.claims.embedded.board import EmbeddedBoard
@@ -101,7 +101,7 @@ def refined_experts(study: EmbeddedStudy) -> list[str]:
 
 def report(boards: Sequence[Board], study: EmbeddedStudy) -> str:
     """The page of all teachers and shifts of which there are rows; best first."""
-    parts = [
+    head = [
         "# Plans",
         "",
         "Plans at equal network evaluations of training, those of 2 x 2 with SGTS. The learning rate is the best on "
@@ -111,6 +111,7 @@ def report(boards: Sequence[Board], study: EmbeddedStudy) -> str:
         "`python benchmarks/plans.py --stages report`.",
         "",
     ]
+    parts: list[str] = []
     for board in boards:
         beside = "error of mode weights, %" if isinstance(board, MixtureBoard) else "diversity"
         steps = [f"in {number} steps" for number in REFINED]
@@ -123,7 +124,9 @@ def report(boards: Sequence[Board], study: EmbeddedStudy) -> str:
                 name = board.title.partition(", shift")[0]
                 lines = [line_of(board, method, rows) for method, rows in there]
                 parts += [f"## {name}, shift {shift:g}", "", markdown_table(header, lines), ""]
-    return "\n".join([*parts, *refined_experts(study)])
+    parts += refined_experts(study)
+    check_rows(parts)
+    return "\n".join([*head, *parts])
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

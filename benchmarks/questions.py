@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.claims.common.evidence import Row, Spread, markdown_table, rounded
-from benchmarks.claims.common.files import write_text
+from benchmarks.claims.common.files import check_rows, write_text
 from benchmarks.claims.common.methods import Method, Run
 from benchmarks.claims.common.variants import OF_RECIPES, VARIANTS
 from benchmarks.claims.embedded.study import SETTINGS, EmbeddedStudy
@@ -280,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"{question} {' '.join(entry.cells)} seed {seed}: {row.score:.5f}", flush=True)
     if "report" in options.stages:
         found = answers(options.work_dir, options.seeds, published)
+        check_rows(found)
         write_text(options.output, report(found))
         write_text(options.output.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 

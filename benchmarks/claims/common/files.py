@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +44,16 @@ def write_row(path: Path, row: Row) -> None:
 def read_row(path: Path) -> Row:
     """Inverse of ``write_row``."""
     return Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_rows(rows: Collection[object]) -> None:
+    """Let no report of nothing take the place of a page.
+
+    Args:
+        rows: What the report would show.
+
+    Raises:
+        SystemExit: If that is nothing.
+    """
+    if not rows:
+        raise SystemExit("nothing to report: no row of these options is there, run the stage 'train' first")
